@@ -1,0 +1,37 @@
+# Every target sets up what it needs: a virtual environment in .venv, from the pins in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := src modeling processing training hub_cards tests benchmarks
+
+.PHONY: help demo test check format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
+
+# torch first and by its exact version: a looser request would fetch gigabytes of CUDA on a CPU machine.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %s" % sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed ## run the whole method on the embedded data set; results in demo_output/
+	$(BIN)/mllm-msr demo --output demo_output
+
+test: .venv/installed ## run the whole test suite
+	$(BIN)/python -m pytest
+
+# Type checkers do not see the package-dir mapping, so they read an installed copy.
+check: .venv/installed ## lint, formatting and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	rm -rf build && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/typecheck .
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mllm_msr
+
+format: .venv/installed ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## remove everything that make made
+	rm -rf .venv build demo_output

@@ -1,0 +1,170 @@
+"""Charts as inline SVG: no script, no fonts, colours by CSS class so that one drawing serves light and dark pages.
+
+Every chart is ``role="img"`` with a title and a description in words. Lines differ in dash as well as in colour.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 440, 290
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 42
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series: points in data coordinates; ``style`` is a CSS class of the report (its colour and dash)."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str
+    fill: bool = False
+    dots: bool = False
+    faint: bool = False  # drawn thin and left out of the legend
+
+
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers inside [low, high], roughly ``about`` of them.
+
+    >>> nice_ticks(0, 1)
+    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    """
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * min((1, 2, 5, 10), key=lambda factor: abs(factor * power - raw))
+    first = math.ceil(low / step - 1e-9)
+    return [round(index * step, 10) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    title: str,
+    description: str,
+    x_label: str,
+    y_label: str,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    diagonal: bool = False,
+) -> Markup:
+    """A chart of ``lines``, the first on top, with axes, grid and a legend in HTML below it."""
+    scale = _Scale(x_range, y_range)
+    parts = [_axes(scale, x_label, y_label)]
+    if diagonal:
+        parts.append(_path(scale, x_range, y_range, "diagonal"))
+    for line in reversed(lines):
+        if line.fill:
+            base = y_range[0]
+            parts.append(_path(scale, [line.x[0], *line.x, line.x[-1]], [base, *line.y, base], f"area {line.style}"))
+        parts.append(_path(scale, line.x, line.y, f"line {line.style}{' faint' if line.faint else ''}"))
+        if line.dots:
+            parts += [
+                Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.5"/>').format(
+                    line.style, scale.x(x), scale.y(y)
+                )
+                for x, y in zip(line.x, line.y, strict=True)
+            ]
+    shown = [line for line in lines if not line.faint]
+    return _figure(title, description, HEIGHT, parts, [(line.name, line.style) for line in shown])
+
+
+def interval_chart(
+    rows: Sequence[tuple[str, str, float, float, float]], *, title: str, description: str, x_label: str, chance: float
+) -> Markup:
+    """A dot with its interval for each of ``rows``: (name, style, value, low, high), values in percent."""
+    step, left = 30, 118
+    bottom = 12 + step * len(rows)
+    low = min(chance, *(row[3] for row in rows))
+    high = max(chance, *(row[4] for row in rows))
+    margin = 0.06 * (high - low or 1)
+    low, high = max(0.0, low - margin), min(100.0, high + margin)
+
+    def at(value: float) -> float:
+        return left + (value - low) / (high - low) * (WIDTH - left - 44)
+
+    parts = []
+    for tick in nice_ticks(low, high, 4):
+        parts.append(Markup('<path class="grid" d="M{0:.1f} 6V{1}"/>').format(at(tick), bottom))
+        parts.append(Markup('<text x="{:.1f}" y="{}" class="middle">{:g}</text>').format(at(tick), bottom + 17, tick))
+    parts.append(Markup('<path class="diagonal" d="M{:.1f} 6V{}"/>').format(at(chance), bottom))
+    for index, (name, style, value, left_end, right_end) in enumerate(rows):
+        y = 8 + step * (index + 0.5)
+        parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{}</text>').format(left - 10, y + 4.5, name))
+        parts.append(
+            Markup('<path class="whisker {}" d="M{:.1f} {y:.1f}H{:.1f}"/><circle class="dot {}" cx="{:.1f}" cy="{y:.1f}" r="5"/>').format(
+                style, at(left_end), at(right_end), style, at(value), y=y
+            )
+        )
+        parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{:.1f}</text>').format(at(right_end) + 7, y + 4.5, value))
+    middle = left + (WIDTH - left - 44) / 2
+    parts.append(Markup('<text x="{:.1f}" y="{}" class="middle label">{}</text>').format(middle, bottom + 37, x_label))
+    return _figure(title, description, bottom + 44, parts, [])
+
+
+@dataclass(frozen=True)
+class _Scale:
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _path(scale: _Scale, x: Sequence[float], y: Sequence[float], style: str) -> Markup:
+    points = "L".join(f"{scale.x(a):.1f} {scale.y(b):.1f}" for a, b in zip(x, y, strict=True))
+    return Markup('<path class="{}" d="M{}"/>').format(style, points)
+
+
+def _axes(scale: _Scale, x_label: str, y_label: str) -> Markup:
+    parts = []
+    for tick in nice_ticks(*scale.y_range):
+        y = scale.y(tick)
+        parts.append(Markup('<path class="grid" d="M{} {y:.1f}H{}"/>').format(LEFT, WIDTH - RIGHT, y=y))
+        parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{:g}</text>').format(LEFT - 7, y + 4.5, tick))
+    for tick in nice_ticks(*scale.x_range):
+        parts.append(
+            Markup('<text x="{:.1f}" y="{}" class="middle">{:g}</text>').format(scale.x(tick), HEIGHT - BOTTOM + 18, tick)
+        )
+    parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
+    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    parts.append(Markup('<text x="{}" y="{}" class="middle label">{}</text>').format(middle, HEIGHT - 5, x_label))
+    parts.append(
+        Markup('<text transform="translate(13 {}) rotate(-90)" class="middle label">{}</text>').format(
+            TOP + (HEIGHT - TOP - BOTTOM) / 2, y_label
+        )
+    )
+    return Markup("").join(parts)
+
+
+def _figure(
+    title: str, description: str, height: int, parts: Sequence[Markup], legend: Sequence[tuple[str, str]]
+) -> Markup:
+    number = re.sub("[^a-z0-9]+", "-", title.lower())
+    keys = Markup("").join(
+        Markup('<li><svg viewBox="0 0 26 10" aria-hidden="true"><path class="line {}" d="M1 5H25"/></svg>{}</li>').format(
+            style, name
+        )
+        for name, style in legend
+    )
+    return Markup(
+        '<figure class="chart"><figcaption>{title}</figcaption>'
+        '<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="title-{n} text-{n}">'
+        '<title id="title-{n}">{title}</title><desc id="text-{n}">{description}</desc>{parts}</svg>{legend}</figure>'
+    ).format(
+        title=title,
+        width=WIDTH,
+        height=height,
+        n=number,
+        description=description,
+        parts=Markup("").join(parts),
+        legend=Markup('<ul class="legend">{}</ul>').format(keys) if keys else "",
+    )

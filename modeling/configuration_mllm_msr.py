@@ -1,0 +1,43 @@
+"""Configuration of the recommender: a backbone's configuration and what its answers mean."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class MllmMsrConfig(PreTrainedConfig):
+    """Everything that decides what a checkpoint means.
+
+    Args:
+        vlm_config: the configuration of the image-text-to-text backbone, as an object or a dict with its `model_type`.
+        interaction: how user and candidate meet; `joint` puts both into one causal sequence (the paper's way).
+        answer_token_ids: `{"yes": [...], "no": [...]}`, the first tokens of the two answers as the backbone's chat
+            template writes them; the one to train on comes first, other spellings after it. The two must not overlap.
+        backbone_name_or_path: where the backbone came from; an adapter repository is loaded on top of it.
+        backbone_revision: its pinned revision.
+    """
+
+    model_type = "mllm_msr"
+    sub_configs_defaults = {"vlm_config": SubConfigSpec(AutoConfig, model_type="llava", optional=True)}
+
+    vlm_config: dict | PreTrainedConfig | None = None
+    interaction: str = "joint"
+    answer_token_ids: dict[str, list[int]] | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.interaction != "joint":
+            raise ValueError(f"interaction={self.interaction!r} is not known; there is 'joint'")
+        if self.answer_token_ids is not None:
+            yes, no = set(self.answer_token_ids["yes"]), set(self.answer_token_ids["no"])
+            if not yes or not no or yes & no:
+                raise ValueError(f"the answers need distinct tokens, not {self.answer_token_ids}")
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        if self.vlm_config is None:
+            return self
+        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+MllmMsrConfig.register_for_auto_class()

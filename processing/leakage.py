@@ -1,0 +1,115 @@
+"""Proof that no figure can come from having seen the answer; run on every prepare and before every publish."""
+
+import polars as pl
+
+SHOWN = 5  # offending rows in a message
+TARGET = pl.col("candidates").list.get(pl.col("labels").list.arg_max()).alias("target")
+
+
+class LeakageError(ValueError):
+    """Tasks or what was made from them know something they must not; the message shows the rows."""
+
+
+def check_leakage(
+    tasks: pl.DataFrame,
+    interactions: pl.DataFrame,
+    popularity: pl.DataFrame | None = None,
+    preferences: pl.DataFrame | None = None,
+    seen: pl.DataFrame | None = None,
+) -> None:
+    """Check tasks against the log they came from; raises :class:`LeakageError` with the offending rows.
+
+    Always: exactly one target a task, no candidate twice, the target not in its history, history only of items that
+    the user met up to the cutoff and as long as it says, negatives never met by the user (``seen``: further user_id,
+    item_id pairs). With ``popularity`` (item_id, count): nothing held out is counted, and the tasks' counts are these.
+    With ``preferences`` (user_id, step, read_item_ids, last_timestamp): each step has read only items of the history
+    before the user's last target, none later than it says, and all that the step before had read. ``tasks`` may be a
+    part of all tasks, if it has all of some users and ``interactions`` has those users; pass ``popularity`` and
+    ``preferences`` only with all tasks.
+    """
+    tasks = tasks.with_columns(TARGET)
+    _none(tasks.filter(pl.col("labels").list.sum() != 1), "tasks without exactly one target")
+    width = pl.col("candidates").list.len()
+    _none(tasks.filter(pl.col("labels").list.len() != width), "labels do not match candidates")
+    _none(tasks.filter(pl.col("candidates").list.n_unique() != width), "candidates twice")
+    _none(tasks.filter(pl.col("history").list.contains(pl.col("target"))), "targets in their own history")
+    _none(tasks.filter(pl.col("history").list.len() != pl.col("history_length")), "history_length is wrong")
+
+    met = interactions.group_by("user_id", "item_id").agg(pl.col("timestamp").min().alias("met_at"))
+    keys = ["task_id", "user_id", "cutoff"]
+    history = tasks.select(*keys, pl.col("history").alias("item_id")).explode("item_id").drop_nulls("item_id")
+    history = history.join(met, on=["user_id", "item_id"], how="left")
+    _none(history.filter(pl.col("met_at").is_null()), "items in a history that the user never met")
+    _none(history.filter(pl.col("met_at") > pl.col("cutoff")), "items in a history that are later than the cutoff")
+
+    pairs = tasks.select("task_id", "user_id", pl.col("candidates").alias("item_id"), "labels", "cutoff")
+    pairs = pairs.explode("item_id", "labels")
+    targets = pairs.filter(labels=1).join(met, on=["user_id", "item_id"], how="left")
+    _none(targets.filter(pl.col("met_at").is_null()), "targets that the user never met")
+    negatives = pairs.filter(labels=0)
+    known = [met.select("user_id", "item_id")] + ([] if seen is None else [seen.select("user_id", "item_id")])
+    _none(negatives.join(pl.concat(known), on=["user_id", "item_id"], how="semi"), "negatives that the user has met")
+
+    if popularity is not None:
+        check_popularity(targets_of(tasks), interactions, popularity)
+    if preferences is not None:
+        _check_preferences(tasks, interactions, preferences)
+
+
+def targets_of(tasks: pl.DataFrame) -> pl.DataFrame:
+    """What :func:`check_popularity` needs of tasks, small enough to collect over all chunks."""
+    return tasks.select("task_id", "split", "user_id", "cutoff", TARGET, "target_train_count")
+
+
+def check_popularity(targets: pl.DataFrame, interactions: pl.DataFrame, popularity: pl.DataFrame) -> None:
+    """No count exceeds what users did before their first held-out target, and tasks show these counts; or raise.
+
+    ``targets``: :func:`targets_of` all tasks.
+    """
+    held_out = targets.filter(pl.col("split") != "train")
+    countable = interactions.join(held_out, left_on=["user_id", "item_id"], right_on=["user_id", "target"], how="anti")
+    countable = countable.join(held_out.group_by("user_id").agg(pl.col("cutoff").min()), on="user_id", how="left")
+    countable = countable.filter(pl.col("timestamp") <= pl.col("cutoff").fill_null(pl.col("timestamp")))
+    counts = popularity.join(countable.group_by("item_id").agg(countable=pl.len()), on="item_id", how="left")
+    too_many = pl.col("count") > pl.col("countable").fill_null(0)
+    _none(counts.filter(too_many), "popularity that counts held-out interactions")
+    shown = targets.join(popularity, left_on="target", right_on="item_id", how="left")
+    wrong = pl.col("count").ne_missing(pl.col("target_train_count"))
+    _none(shown.filter(wrong), "target_train_count that is not the popularity")
+
+
+def _check_preferences(tasks: pl.DataFrame, interactions: pl.DataFrame, preferences: pl.DataFrame) -> None:
+    columns = ["user_id", "step", "read_item_ids", "last_timestamp"]
+    steps = preferences.select(columns).sort("user_id", "step")
+    longest = tasks.sort("history_length").group_by("user_id").agg(pl.col("history", "cutoff").last())
+    steps = steps.join(longest, on="user_id", how="left", maintain_order="left")
+    _none(steps.filter(pl.col("history").is_null()).select(columns), "preferences of users without a task")
+    beyond = pl.col("read_item_ids").list.set_difference("history")
+    _none(
+        steps.with_columns(beyond.alias("beyond")).filter(pl.col("beyond").list.len() > 0).select(*columns, "beyond"),
+        "preferences that read items outside the history",
+    )
+    late = pl.col("last_timestamp") > pl.col("cutoff")
+    _none(steps.filter(late).drop("history"), "preferences later than the cutoff")
+    earlier = pl.col("read_item_ids").shift(1).over("user_id")
+    lost = steps.with_columns(earlier.fill_null([]).list.set_difference("read_item_ids").alias("lost"))
+    _none(
+        lost.filter(pl.col("lost").list.len() > 0).drop("history"), "preference steps that forget what was read before"
+    )
+
+    met = interactions.group_by("user_id", "item_id").agg(pl.col("timestamp").min().alias("met_at"))
+    read = steps.select("user_id", "step", pl.col("read_item_ids").alias("item_id"), "last_timestamp").explode(
+        "item_id"
+    )
+    read = read.join(met, on=["user_id", "item_id"], how="inner")
+    _none(read.filter(pl.col("met_at") > pl.col("last_timestamp")), "preferences that read later than they say")
+
+
+def _none(offenders: pl.DataFrame, what: str) -> None:
+    if len(offenders):
+        rows = "\n  ".join(str(_short(row)) for row in offenders.head(SHOWN).to_dicts())
+        raise LeakageError(f"leakage: {what}: {len(offenders)} rows, such as\n  {rows}")
+
+
+def _short(row: dict[str, object]) -> dict[str, object]:
+    return {k: [*v[:8], "…"] if isinstance(v, list) and len(v) > 8 else v for k, v in row.items()}

@@ -1,0 +1,113 @@
+"""The command line. Nothing heavy is imported before a command needs it, so ``mllm-msr --help`` answers at once."""
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  mllm-msr demo --output demo_output                       the whole method on an embedded data set, in minutes
+  mllm-msr run recipes/movielens_100k.yaml --data DIR      the same on MovieLens-100k
+  mllm-msr rank demo_output --user u0003 --top-k 10        rank the catalogue for one user
+  mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
+stages, each alone on a run directory; what is finished is skipped, what was interrupted goes on:
+  mllm-msr prepare recipes/movielens_100k.yaml --data DIR --output RUN
+  mllm-msr summarize items RUN
+  mllm-msr summarize users RUN
+  mllm-msr train RUN
+  mllm-msr evaluate RUN
+  mllm-msr report RUN
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mllm-msr",
+        description="Recommendation with multimodal LLMs: summarise items and users, fine-tune, rank, report, publish.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, into=commands) -> argparse.ArgumentParser:
+        return into.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+    demo = command("demo", "run the whole method on the embedded data set")
+    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="run directory (default: demo_output)")
+
+    for name, text in (
+        ("run", "do every stage of a recipe, from raw data to report and Hub folder"),
+        ("prepare", "read, clean and split raw data into ranking tasks"),
+    ):
+        sub = command(name, text)
+        sub.add_argument("recipe", type=Path, help="recipe file, see recipes/")
+        sub.add_argument("--data", type=Path, help="folder of the raw data (overrides source.folder of the recipe)")
+        sub.add_argument("--output", type=Path, help="run directory (default: runs/<recipe's name>)")
+        sub.add_argument("--limit-users", type=int, help="keep a seeded sample of users, to be done sooner")
+        sub.add_argument("--backbone", help="model to fine-tune instead of the recipe's (Hub id, folder, or demo)")
+
+    summarize = command("summarize", "write item summaries or user preferences")
+    parts = summarize.add_subparsers(dest="part", required=True, metavar="items|users")
+    for name, text in (("items", "summarise each item's picture and words"), ("users", "write preferences by blocks")):
+        command(name, text, parts).add_argument("run", type=Path, help="run directory")
+
+    for name, text in (
+        ("train", "fine-tune the recommender on the run's examples"),
+        ("evaluate", "score the frozen tasks with every row of the table and compute the metrics"),
+        ("report", "write report.html and results.md"),
+    ):
+        command(name, text).add_argument("run", type=Path, help="run directory")
+
+    rank = command("rank", "rank the catalogue, or some of it, for one user of a run")
+    rank.add_argument("run", type=Path, help="run directory with a trained model")
+    who = rank.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", help="user id: the last preference, all unseen items as candidates")
+    who.add_argument("--preference", help="a preference in words instead of a user")
+    rank.add_argument("--items", help="comma-separated candidate item ids (default: all the user has not seen)")
+    rank.add_argument("--top-k", type=int, default=10, help="how many to show (default: 10)")
+
+    publish = command("publish", "show what a release would push to the Hub")
+    publish.add_argument("run", type=Path, help="run directory with a report")
+    publish.add_argument("--namespace", required=True, help="user or organisation on the Hub")
+    publish.add_argument("--dry-run", action="store_true", help="show the files and cards; nothing leaves this machine")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    try:
+        dispatch(options)
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.exit(f"mllm-msr: {message}")
+    except KeyboardInterrupt:
+        sys.exit("mllm-msr: interrupted; run the same command again to go on")
+
+
+def dispatch(options: argparse.Namespace) -> None:
+    if options.command == "demo":
+        from mllm_msr.demo.main import demo
+
+        demo(options.output)
+        return
+    from mllm_msr import stages
+    from mllm_msr.run import Run
+
+    match options.command:
+        case "run":
+            stages.run_all(stages.open_recipe(options))
+        case "prepare":
+            stages.prepare(stages.open_recipe(options))
+        case "summarize":
+            stage = stages.summarize_items if options.part == "items" else stages.summarize_users
+            stage(Run.open(options.run))
+        case "rank":
+            stages.rank(options)
+        case "publish":
+            stages.publish(options)
+        case name:
+            getattr(stages, name)(Run.open(options.run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+from typing import Any
+
+import polars as pl
+import pytest
+
+from mllm_msr.processing.leakage import LeakageError, check_leakage
+from mllm_msr.processing.options import PrepareOptions
+from mllm_msr.processing.tasks import TaskPlan
+
+LOG = pl.DataFrame(
+    [("u", item, time) for time, item in enumerate("abcdef")]
+    + [("v", item, time) for time, item in enumerate("aghij")],
+    schema=["user_id", "item_id", "timestamp"],
+    orient="row",
+)
+PLAN = TaskPlan.of(LOG, PrepareOptions(n_negatives=3))
+TASKS = pl.concat(PLAN.chunks())
+STEPS = [("u", 1, ["a", "b", "c"], 2), ("u", 2, ["a", "b", "c", "d", "e"], 4), ("v", 1, ["a", "g", "h"], 2)]
+
+
+def preferences(*rows: Any) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=["user_id", "step", "read_item_ids", "last_timestamp"], orient="row")
+
+
+def spoil(task_id: str, **columns: Any) -> pl.DataFrame:
+    """TASKS with other values in one row."""
+    return TASKS.with_columns(
+        pl.when(pl.col("task_id") == task_id).then(pl.lit(pl.Series([value]))).otherwise(name).alias(name)
+        for name, value in columns.items()
+    )
+
+
+def test_sound_tasks_pass() -> None:
+    check_leakage(TASKS, LOG, PLAN.popularity, preferences(*STEPS))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"history": ["a", "b", "c", "d", "f"]}, "targets in their own history"),
+        ({"history": ["a", "b", "c", "d", "g"]}, "never met"),
+        ({"history": ["a", "b"]}, "history_length is wrong"),
+        ({"cutoff": 2}, "later than the cutoff"),
+        ({"candidates": ["f", "g", "b", "h"], "labels": [1, 0, 0, 0]}, "negatives that the user has met"),
+        ({"candidates": ["g", "f", "h", "i"], "labels": [1, 0, 0, 0]}, "targets that the user never met"),
+        ({"candidates": ["f", "g", "g", "h"], "labels": [1, 0, 0, 0]}, "candidates twice"),
+        ({"candidates": ["f", "g", "i", "h"], "labels": [0, 0, 0, 0]}, "without exactly one target"),
+        ({"candidates": ["f", "g"], "labels": [1, 0, 0]}, "labels do not match"),
+    ],
+)
+def test_spoilt_tasks_stop_with_the_row(columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(LeakageError, match=rf"(?s){message}.*u:5"):
+        check_leakage(spoil("u:5", **columns), LOG)
+
+
+def test_negatives_that_were_cut_off_are_found() -> None:
+    negative = TASKS.filter(task_id="u:5").explode("candidates", "labels").filter(labels=0)["candidates"][0]
+    seen = pl.DataFrame({"user_id": ["u"], "item_id": [negative]})
+    with pytest.raises(LeakageError, match="negatives that the user has met"):
+        check_leakage(TASKS, LOG, seen=seen)
+
+
+def test_popularity_that_saw_held_out_interactions() -> None:
+    counts = LOG.group_by("item_id").len("count")
+    with pytest.raises(LeakageError, match="counts held-out interactions"):
+        check_leakage(TASKS, LOG, counts)
+    with pytest.raises(LeakageError, match="is not the popularity"):
+        check_leakage(TASKS, LOG, PLAN.popularity.with_columns(pl.col("count") * 0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("u", 1, ["a", "b", "f"], 5)], "outside the history"),
+        ([("u", 1, ["a", "b", "g"], 2)], "outside the history"),
+        ([("w", 1, ["a"], 0)], "users without a task"),
+        ([("u", 1, ["a", "b", "c"], 1)], "later than they say"),
+        ([("u", 1, ["a"], 9)], "later than the cutoff"),
+        ([("u", 1, ["a", "b"], 1), ("u", 2, ["c", "d"], 3)], "forget"),
+    ],
+)
+def test_preferences_that_read_too_much(rows: list[Any], message: str) -> None:
+    with pytest.raises(LeakageError, match=message):
+        check_leakage(TASKS, LOG, preferences=preferences(*rows))

@@ -1,0 +1,73 @@
+import io
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from PIL import Image
+
+from mllm_msr.processing.tables import read_tables
+
+LOG = pl.DataFrame({"who": ["u", "u"], "what": [7, 8], "when": ["2020-01-01", "2020-01-02T10:00:00"]})
+MAPPING = {"user_id": "who", "item_id": "what", "timestamp": "when", "items.item_id": "sku", "title": "name"}
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), "blue").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl"])
+def test_every_kind_of_file_reads_the_same(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "7.png").write_bytes(png())
+    items = pl.DataFrame({"sku": [7, 8, 8], "name": ["Seven", "Eight", "Acht"], "image": ["7.png", "gone.png", None]})
+    for name, table in (("log", LOG), ("items", items)):
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":
+            table.write_parquet(path)
+        elif kind == "jsonl":
+            table.write_ndjson(path)
+        else:
+            table.write_csv(path, separator="\t" if kind == "tsv" else ",")
+    raw = read_tables(tmp_path / f"log.{kind}", tmp_path / f"items.{kind}", MAPPING)
+    assert raw.interactions.rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
+    assert raw.items.rows() == [("7", "Seven", "", str(tmp_path / "7.png"), None), ("8", "Eight", "", None, None)]
+    assert {row["what"]: row["count"] for row in raw.skipped} == {
+        f"items.{kind}: surplus rows of an item (first one kept)": 1,
+        "images: no such file": 1,
+    }
+
+
+def test_images_as_bytes_and_as_hugging_face_column(tmp_path: Path) -> None:
+    LOG.write_parquet(tmp_path / "log.parquet")
+    plain = pl.DataFrame({"sku": ["7"], "name": ["Seven"], "image": [png()]})
+    struct = plain.with_columns(image=pl.struct(bytes=pl.col("image"), path=pl.lit("7.png")))
+    for table in (plain, struct):
+        table.write_parquet(tmp_path / "items.parquet")
+        raw = read_tables(tmp_path / "log.parquet", tmp_path / "items.parquet", MAPPING)
+        assert raw.items["image_bytes"].to_list() == [png()]
+
+
+def test_without_catalogue_or_with_a_folder_of_images(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    (tmp_path / "covers").mkdir()
+    (tmp_path / "covers" / "8.jpg").write_bytes(png())
+    mapping = {key: MAPPING[key] for key in ("user_id", "item_id", "timestamp")}
+    assert read_tables(tmp_path / "log.csv", None, mapping).items["title"].to_list() == ["", ""]
+    raw = read_tables(tmp_path / "log.csv", None, mapping, images=tmp_path / "covers")
+    assert raw.items["image_path"].to_list() == [None, str(tmp_path / "covers" / "8.jpg")]
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    with pytest.raises(ValueError, match=r"log\.csv: no column 'user_id'; it has \['who', 'what', 'when'\]"):
+        read_tables(tmp_path / "log.csv")
+    with pytest.raises(ValueError, match="unknown name 'usr'"):
+        read_tables(tmp_path / "log.csv", columns={"usr": "who"})
+    (tmp_path / "items.jsonl").write_text(json.dumps({"sku": 7}) + "\n")
+    with pytest.raises(ValueError, match=r"items\.jsonl: no column 'name'"):
+        read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING)
+    with pytest.raises(ValueError, match="unknown kind of table"):
+        (tmp_path / "log.xls").touch()
+        read_tables(tmp_path / "log.xls")

@@ -1,0 +1,33 @@
+"""The derived data set, wherever it is: a run directory, a folder as published, or the Hub."""
+
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+RUN_FILES = {
+    "items": "data/items.parquet",
+    "tasks": "data/tasks.parquet",
+    "item_summaries": "summaries/items.parquet",
+    "preferences": "summaries/preferences.parquet",
+    "sft": "sft/{split}.parquet",
+}
+
+
+def load_table(source: str, config: str, split: str) -> Dataset:
+    """One table of the derived data set.
+
+    Args:
+        source: run directory, dataset folder, or Hub repository name.
+        config: "items", "item_summaries", "preferences", "tasks" or "sft".
+        split: tables other than "sft" and "tasks" have "train" only.
+
+    Raises:
+        FileNotFoundError: a run directory whose table has not been made yet.
+    """
+    run = Path(source)
+    if not (run / "config.yaml").is_file():
+        return load_dataset(source, config, split=split)
+    path = run / RUN_FILES[config].format(split=split)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run the earlier stages on {run} first (see mllm-msr run --help)")
+    return Dataset.from_parquet(str(path), keep_in_memory=True)
