@@ -23,15 +23,18 @@ from mllm_msr.hub_cards.results import (
 )
 
 TAGS = ["mllm-msr", "recommendation", "sequential-recommendation", "multimodal"]
+# fmt: off
 TRAINING_FACTS = (  # of the recipe's training section; paths and account names are not among them
-    "learning_rate lr_scheduler_type warmup_ratio warmup_steps weight_decay num_train_epochs max_steps "
-    "per_device_train_batch_size gradient_accumulation_steps use_peft lora_r lora_alpha lora_dropout dtype seed"
-).split()
-LICENSES = set(
-    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-3.0 "
-    "cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-nc-nd-4.0 odc-by gpl-3.0 agpl-3.0 openrail llama2 llama3 llama3.1 llama3.2 "
-    "llama3.3 gemma unknown other".split()
+    "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "use_peft", "lora_r",
+    "lora_alpha", "lora_dropout", "dtype", "seed",
 )
+LICENSES = {  # ids the Hub knows
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0",
+    "cc-by-sa-4.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "odc-by", "gpl-3.0",
+    "agpl-3.0", "openrail", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "unknown", "other",
+}
+# fmt: on
 TABLES = {
     "items": "title, text and picture of every item",
     "item_summaries": "each item in words, written from its title, text and picture",
@@ -66,7 +69,7 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not Path(name).exists())
 
 
-def license_fields(license: str | None) -> dict[str, str]:
+def license_fields(license: str | None) -> dict[str, Any]:
     """Card fields for a licence: an id the Hub knows, or ``other`` with the name; nothing if unknown.
 
     >>> license_fields("mit"), license_fields("MovieLens terms"), license_fields(None)
@@ -88,7 +91,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
 
 
-def model_card(run: Path, repo_id: str | None = None, dataset_id: str | None = None, tag: str | None = None) -> ModelCard:
+def model_card(
+    run: Path, repo_id: str | None = None, dataset_id: str | None = None, tag: str | None = None
+) -> ModelCard:
     """The card of ``run/model``; ``repo_id``, ``dataset_id`` and ``tag`` are named where they are known."""
     facts = read_facts(run)
     recipe, metrics = facts["recipe"], facts["metrics"]
@@ -105,7 +110,9 @@ def model_card(run: Path, repo_id: str | None = None, dataset_id: str | None = N
             dataset_config="tasks" if dataset_id else None,
             dataset_split=metrics.get("split"),
             dataset_args={
-                key: metrics[key] for key in ("protocol", "n_candidates", "candidate_hash") if metrics.get(key) is not None
+                key: metrics[key]
+                for key in ("protocol", "n_candidates", "candidate_hash")
+                if metrics.get(key) is not None
             },
             metric_type=key,
             metric_name=METRIC_NAMES[key],
@@ -142,7 +149,9 @@ def model_card(run: Path, repo_id: str | None = None, dataset_id: str | None = N
     return ModelCard(content)
 
 
-def dataset_card(run: Path, tables: dict[str, dict[str, int]], repo_id: str | None = None, left_out: str = "") -> DatasetCard:
+def dataset_card(
+    run: Path, tables: dict[str, dict[str, int]], repo_id: str | None = None, left_out: str = ""
+) -> DatasetCard:
     """The card of the derived data set.
 
     Args:
@@ -209,14 +218,18 @@ def _shared(facts: dict[str, Any]) -> dict[str, Any]:
         "row_meanings": {row_name(row): ROW_MEANINGS[row] for row in ordered_rows(metrics) if row in ROW_MEANINGS}
         if rows
         else {},
-        "popularity_auc": percent(rows["popularity"]["auc"]["value"]) if rows and "auc" in rows.get("popularity", {}) else "",
+        "popularity_auc": percent(rows["popularity"]["auc"]["value"])
+        if rows and "auc" in rows.get("popularity", {})
+        else "",
         "statistics": {
-            key: f"{value:,}" for key, value in (data.get("statistics") or {}).items() if key in ("users", "items", "interactions")
+            key: f"{value:,}"
+            for key, value in (data.get("statistics") or {}).items()
+            if key in ("users", "items", "interactions")
         },
         "cleaning": data.get("cleaning") or [],
         "protocol": data.get("protocol") or {},
         "block_size": (recipe.get("summaries") or {}).get("block_size"),
-        "prompts": facts["prompts"],
+        "prompt": facts["prompts"].get("recommendation"),
         "versions": facts["provenance"].get("versions") or {},
     }
 

@@ -8,8 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
 
+Points = Sequence[float] | np.ndarray
 WIDTH, HEIGHT = 440, 290
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 42
 
@@ -19,8 +21,8 @@ class Line:
     """One series: points in data coordinates; ``style`` is a CSS class of the report (its colour and dash)."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Points
+    y: Points
     style: str
     fill: bool = False
     dots: bool = False
@@ -95,10 +97,11 @@ def interval_chart(
         y = 8 + step * (index + 0.5)
         parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{}</text>').format(left - 10, y + 4.5, name))
         parts.append(
-            Markup('<path class="whisker {}" d="M{:.1f} {y:.1f}H{:.1f}"/><circle class="dot {}" cx="{:.1f}" cy="{y:.1f}" r="5"/>').format(
-                style, at(left_end), at(right_end), style, at(value), y=y
+            Markup('<path class="whisker {}" d="M{:.1f} {y:.1f}H{:.1f}"/>').format(
+                style, at(left_end), at(right_end), y=y
             )
         )
+        parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(style, at(value), y))
         parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{:.1f}</text>').format(at(right_end) + 7, y + 4.5, value))
     middle = left + (WIDTH - left - 44) / 2
     parts.append(Markup('<text x="{:.1f}" y="{}" class="middle label">{}</text>').format(middle, bottom + 37, x_label))
@@ -119,7 +122,7 @@ class _Scale:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _path(scale: _Scale, x: Sequence[float], y: Sequence[float], style: str) -> Markup:
+def _path(scale: _Scale, x: Points, y: Points, style: str) -> Markup:
     points = "L".join(f"{scale.x(a):.1f} {scale.y(b):.1f}" for a, b in zip(x, y, strict=True))
     return Markup('<path class="{}" d="M{}"/>').format(style, points)
 
@@ -132,7 +135,9 @@ def _axes(scale: _Scale, x_label: str, y_label: str) -> Markup:
         parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{:g}</text>').format(LEFT - 7, y + 4.5, tick))
     for tick in nice_ticks(*scale.x_range):
         parts.append(
-            Markup('<text x="{:.1f}" y="{}" class="middle">{:g}</text>').format(scale.x(tick), HEIGHT - BOTTOM + 18, tick)
+            Markup('<text x="{:.1f}" y="{}" class="middle">{:g}</text>').format(
+                scale.x(tick), HEIGHT - BOTTOM + 18, tick
+            )
         )
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
@@ -150,9 +155,9 @@ def _figure(
 ) -> Markup:
     number = re.sub("[^a-z0-9]+", "-", title.lower())
     keys = Markup("").join(
-        Markup('<li><svg viewBox="0 0 26 10" aria-hidden="true"><path class="line {}" d="M1 5H25"/></svg>{}</li>').format(
-            style, name
-        )
+        Markup(
+            '<li><svg viewBox="0 0 26 10" aria-hidden="true"><path class="line {}" d="M1 5H25"/></svg>{}</li>'
+        ).format(style, name)
         for name, style in legend
     )
     return Markup(

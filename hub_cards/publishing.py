@@ -10,8 +10,11 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -19,12 +22,14 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 
 from mllm_msr.hub_cards.cards import dataset_card, is_hub_id, model_card, read_facts, slug
 
+# fmt: off
 MODEL_FILES = (
-    "config.json generation_config.json *.safetensors *.safetensors.index.json "
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.jinja processor_config.json preprocessor_config.json "
-    "*.py adapter/adapter_config.json adapter/adapter_model.safetensors"
-).split()
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "*.py",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+)
+# fmt: on
 DATASET_FILES = {  # config -> split -> file of the run; tasks are one file with a column ``split``
     "items": {"train": "data/items.parquet"},
     "item_summaries": {"train": "summaries/items.parquet"},
@@ -35,10 +40,10 @@ DATASET_FILES = {  # config -> split -> file of the run; tasks are one file with
 OWN_SOURCES = ("demo",)  # drawn by us: no person behind a user, no one else's rights in an item
 RESTRICTED_SOURCES = ("movielens", "microlens", "amazon")  # texts and pictures of others, not ours to pass on
 LEFT_OUT = (
-    "The source's terms do not let its texts and pictures be passed on, so `text` and `image` of `items` are empty here; "
-    "prepare the source with mllm-msr to have them. User ids are keyed hashes."
+    "The source's terms do not let its texts and pictures be passed on, so `text` and `image` of `items` are "
+    "empty here; prepare the source with mllm-msr to have them. User ids are keyed hashes."
 )
-TRIES = 6
+T = TypeVar("T")
 
 
 def build_hub(run: Path, namespace: str | None = None, tag: str | None = None) -> dict[str, Path]:
@@ -76,7 +81,13 @@ def plan(run: Path, namespace: str, tag: str | None = None) -> list[tuple[str, s
 
 
 def publish(
-    run: Path, namespace: str, dry_run: bool = True, public: bool = False, tag: str | None = None, api: HfApi | None = None
+    run: Path,
+    namespace: str,
+    dry_run: bool = True,
+    public: bool = False,
+    tag: str | None = None,
+    api: HfApi | None = None,
+    tries: int = 6,
 ) -> dict[str, str]:
     """Show what a release would send and, unless ``dry_run``, send it; return the commit of each repository.
 
@@ -99,11 +110,11 @@ def publish(
     commits = {}
     try:
         for kind in ("dataset", "model"):  # the model's card points to the data
-            api.create_repo(ids[kind], repo_type=kind, private=not public, exist_ok=True)
-            commits[kind] = _commit(api, ids[kind], kind, run / "hub" / kind, tag)
+            commit_this = partial(_commit, api, ids[kind], kind, run / "hub" / kind, public, tag)
+            commits[kind] = _patiently(commit_this, tries)
         for kind, commit in commits.items():
             if tag:
-                api.create_tag(ids[kind], tag=tag, revision=commit, repo_type=kind, exist_ok=True)
+                _patiently(partial(_tag, api, ids[kind], kind, commit, tag), tries)
             print(f"{ids[kind]} ({kind}): {commit}")
     except LocalTokenNotFoundError as error:
         raise RuntimeError("not logged in to the Hub: run `hf auth login` or set HF_TOKEN") from error
@@ -198,14 +209,14 @@ def _hash_users(frame: pl.DataFrame, key: bytes | None) -> pl.DataFrame:
     return frame
 
 
-def _whole(target: Path, fill) -> Path:
+def _whole(target: Path, fill: Callable[[Path], None]) -> Path:
     """Fill a fresh folder, then put it in the place of ``target``."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
+    fresh = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    fill(fresh)
     shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    os.replace(fresh, target)
     return target
 
 
@@ -239,32 +250,41 @@ def _size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _commit(api: HfApi, repo_id: str, kind: str, folder: Path, tag: str | None) -> str:
-    """One commit that makes the repository equal to ``folder``; try again after a stale head, a 5xx or a lost reply.
-
-    Each try reads the head anew and sends only what differs, so a commit whose reply was lost is not made twice.
-    """
-    local = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    for attempt in range(TRIES):
+def _patiently(work: Callable[[], T], tries: int) -> T:
+    """Do ``work``, again after a stale head, a 5xx or a lost reply; it must be safe to repeat."""
+    for attempt in range(tries):
         try:
-            head = api.repo_info(repo_id, repo_type=kind).sha
-            there = set(api.list_repo_files(repo_id, repo_type=kind, revision=head)) - {".gitattributes"}
-            operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(local.items())]
-            stale = [CommitOperationDelete(name) for name in sorted(there - set(local))]
-            commit = api.create_commit(
-                repo_id,
-                [*operations, *stale],
-                commit_message=f"Release {tag}" if tag else "Release",
-                repo_type=kind,
-                parent_commit=head,
-            )
-            return commit.oid
+            return work()
         except HTTPError as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
-            if attempt == TRIES - 1 or (status < 500 and status not in (408, 412, 429)):
+            if attempt == tries - 1 or (status < 500 and status not in (408, 412, 429)):
                 raise
             time.sleep(min(2**attempt, 8))
     raise AssertionError("unreachable")
+
+
+def _commit(api: HfApi, repo_id: str, kind: str, folder: Path, public: bool, tag: str | None) -> str:
+    """One commit that makes the repository equal to ``folder``.
+
+    Reads the head anew and sends only what differs from it, so a commit whose reply was lost is not made twice.
+    """
+    api.create_repo(repo_id, repo_type=kind, private=not public, exist_ok=True)
+    head = api.repo_info(repo_id, repo_type=kind).sha
+    local = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    there = set(api.list_repo_files(repo_id, repo_type=kind, revision=head)) - {".gitattributes"}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(name, str(path)) for name, path in sorted(local.items())]
+    operations += [CommitOperationDelete(name) for name in sorted(there - set(local))]
+    message = f"Release {tag}" if tag else "Release"
+    return api.create_commit(repo_id, operations, commit_message=message, repo_type=kind, parent_commit=head).oid
+
+
+def _tag(api: HfApi, repo_id: str, kind: str, commit: str, tag: str) -> None:
+    known = {one.name: one.target_commit for one in api.list_repo_refs(repo_id, repo_type=kind).tags}
+    if known.get(tag, commit) != commit:
+        raise RuntimeError(f"{repo_id}: tag {tag!r} already names the earlier {known[tag][:8]}: choose a new tag")
+    if tag not in known:
+        api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)
 
 
 def _remedy(error: HfHubHTTPError, namespace: str) -> str:

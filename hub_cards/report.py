@@ -4,8 +4,6 @@ Everything that came from data passes through Jinja's autoescaping or markupsafe
 no gap in the page.
 """
 
-import base64
-import io
 import json
 import os
 from datetime import UTC, datetime
@@ -13,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, UnidentifiedImageError
 
 from mllm_msr.hub_cards.charts import Line, interval_chart, line_chart
 from mllm_msr.hub_cards.results import (
@@ -32,13 +30,9 @@ from mllm_msr.hub_cards.results import (
     results_table,
     row_name,
 )
+from mllm_msr.hub_cards.stories import best_groups, summary_examples, user_stories
 
 __all__ = ["results_markdown", "results_table", "write_report"]
-
-N_USERS = 6  # shown in full
-N_CANDIDATES = 8  # shown of each ranking, and the chosen item wherever it stands
-N_BLOCKS = 4  # shown with pictures; earlier ones are folded
-THUMBNAIL = 80  # pixels, longer edge
 
 
 def write_report(run: Path) -> Path:
@@ -52,7 +46,8 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(f"{run / 'metrics.json'} is missing: run `mllm-msr evaluate` on this run first")
     metrics = read_json(run / "metrics.json")
     scores = pl.read_parquet(run / "scores.parquet") if (run / "scores.parquet").exists() else None
-    provenance = read_json(run / "provenance.json")
+    provenance = {"versions": {}, "inputs": {}, "stages": {}} | read_json(run / "provenance.json")
+    data = {"source": "", "cleaning": [], "skipped": [], "statistics": {}, "protocol": {}}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -60,9 +55,18 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "interval": interval, "row_name": row_name, "duration": duration}
+    environment.filters |= {
+        "percent": percent,
+        "interval": interval,
+        "row_name": row_name,
+        "duration": duration,
+        "flat": _flat,
+        "number": number,
+    }
     page = environment.get_template("report.html.j2").render(
         metrics=metrics,
+        candidate_hash=metrics.get("candidate_hash"),
+        page_title=f"MLLM-MSR on {metrics.get('dataset', 'a data set')}",
         keys=metric_keys(metrics),
         metric_names=METRIC_NAMES,
         rows=ordered_rows(metrics),
@@ -75,12 +79,12 @@ def write_report(run: Path) -> Path:
         findings=findings(metrics),
         charts=[chart for chart in (_values_chart(metrics), *_score_charts(scores)) if chart],
         loss_chart=_loss_chart(run / "model/log_history.json"),
-        summaries=_summaries(run),
-        users=_users(run, scores),
-        data=read_json(run / "data/report.json"),
+        summaries=summary_examples(run),
+        users=user_stories(run, scores, metrics.get("split", "test")),
+        data=data | read_json(run / "data/report.json"),
         stages=_stages(provenance),
         provenance=provenance,
-        config=(run / "config.yaml").read_text() if (run / "config.yaml").exists() else "",
+        config=_public_recipe(run / "config.yaml"),
         markdown=results_markdown(metrics),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -88,6 +92,13 @@ def write_report(run: Path) -> Path:
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, run / "report.html")
     return run / "report.html"
+
+
+def _public_recipe(path: Path) -> str:
+    """The recipe without the folder of the raw data, which is a path of this machine."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    recipe.get("source", {}).pop("folder", None)
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else ""
 
 
 def read_json(path: Path) -> dict:
@@ -118,9 +129,33 @@ def _subtitle(metrics: dict) -> str:
     return ", ".join(parts)
 
 
+def _flat(values: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as (name, text) pairs in reading order; what is None is left out."""
+    pairs = []
+    for key, value in values.items():
+        name = prefix + str(key).replace("_", " ")
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{name}, ")
+        elif "timestamp" in key and isinstance(value, int):
+            pairs.append((name.replace("timestamp", "interaction"), f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d}"))
+        elif value is not None:
+            pairs.append((name, number(value)))
+    return pairs
+
+
+def number(value: object) -> str:
+    """
+    >>> number(12345), number(0.123456), number("as it is")
+    ('12,345', '0.1235', 'as it is')
+    """
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
 def _stages(provenance: dict) -> list[tuple[str, float, float]]:
     """(name, seconds, share of the longest) of every stage."""
-    stages = {name: stage["seconds"] for name, stage in provenance.get("stages", {}).items() if "seconds" in stage}
+    stages = {name: stage["seconds"] for name, stage in provenance["stages"].items() if "seconds" in stage}
     longest = max(stages.values(), default=0) or 1
     return [(name.replace("_", " "), seconds, seconds / longest) for name, seconds in stages.items()]
 
@@ -184,18 +219,10 @@ def _score_charts(scores: pl.DataFrame | None) -> list:
 
 def _hit_curve(scores: pl.DataFrame, longest: int = 50) -> np.ndarray:
     """HR@k for k = 1 .. list length (at most ``longest``): mean over users, ties by expectation."""
-    n, p, above = (group.to_numpy()[:, None] for group in _best_groups(scores)[["n", "p", "above"]])
-    k = np.arange(min(longest, scores.group_by("user_id").len()["len"].max()))
+    n, p, above = (group.to_numpy()[:, None] for group in best_groups(scores)[["n", "p", "above"]])
+    k = np.arange(min(longest, int(scores.group_by("user_id").len()["len"].to_numpy().max())))
     missed = np.where(k < above, 1.0, np.maximum(n - p - (k - above), 0) / np.maximum(n - (k - above), 1))
     return 1.0 - np.cumprod(missed, axis=1).mean(axis=0)
-
-
-def _best_groups(scores: pl.DataFrame) -> pl.DataFrame:
-    """Per user: the best group of equal scores with a positive; its size n, its positives p, how many stand above."""
-    groups = scores.group_by("user_id", "logit").agg(pl.len().alias("n"), pl.col("label").sum().alias("p"))
-    groups = groups.sort("user_id", "logit", descending=[False, True])
-    groups = groups.with_columns(above=pl.col("n").cast(pl.Int64).cum_sum().over("user_id") - pl.col("n"))
-    return groups.filter(pl.col("p") > 0).unique("user_id", keep="first", maintain_order=True).cast({"n": pl.Int64})
 
 
 def _roc(labels: np.ndarray, logits: np.ndarray, points: int = 160) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +255,7 @@ def _histogram(scores: pl.DataFrame, name: str):
         x_label="score: probability of Yes",
         y_label="percent of each",
         x_range=(edges[0], edges[-1]),
-        y_range=(0, 1.05 * max(float(line.y.max()) for line in lines)),
+        y_range=(0, 1.05 * max(float(np.max(line.y)) for line in lines)),
     )
 
 
@@ -259,106 +286,3 @@ def _loss_chart(path: Path):
         x_range=(0, float(train[-1, 0])),
         y_range=(0, top),
     )
-
-
-def _users(run: Path, scores: pl.DataFrame | None) -> list[dict]:
-    """The users shown: evenly spaced from the best-ranked to the worst-ranked choice, so nothing is flattered."""
-    needed = ("data/items.parquet", "data/tasks.parquet")
-    if scores is None or scores.is_empty() or not all((run / path).exists() for path in needed):
-        return []
-    shown = OURS if OURS in scores["row"].unique() else ordered_rows({"rows": dict.fromkeys(scores["row"].unique())})[0]
-    scores = scores.filter(pl.col("row") == shown)
-    tasks = pl.read_parquet(run / "data/tasks.parquet").filter(pl.col("split") == "test").unique("user_id", keep="first")
-    groups = _best_groups(scores).join(tasks, on="user_id").with_columns(rank=pl.col("above") + (pl.col("n") + 1) / 2)
-    groups = groups.sort("rank", "user_id")
-    places = np.unique(np.linspace(0, len(groups) - 1, min(N_USERS, len(groups))).round().astype(int)) if len(groups) else []
-    preferences = None
-    if (run / "summaries/preferences.parquet").exists():
-        preferences = pl.read_parquet(run / "summaries/preferences.parquet")
-    users = [_user(row, scores, preferences) for row in groups[places].iter_rows(named=True)]
-    wanted = {entry["item_id"] for user in users for entry in user["ranking"]}
-    wanted |= {item for user in users for block in user["blocks"] for item in block["items"]}
-    wanted |= {item for user in users for item in user["recent"]}
-    cards = _cards(run, wanted)
-    for user in users:
-        for block in user["blocks"]:
-            block["cards"] = [cards[item] for item in block["items"]]
-            block["titles"] = [card["title"] for card in block["cards"]]
-        user["recent"] = [cards[item] for item in user["recent"]]
-        for entry in user["ranking"]:
-            entry |= cards[entry["item_id"]]
-    return users
-
-
-def _summaries(run: Path) -> dict:
-    """How many item summaries have which status, and a few of them beside their pictures."""
-    if not all((run / path).exists() for path in ("data/items.parquet", "summaries/items.parquet")):
-        return {}
-    summaries = pl.read_parquet(run / "summaries/items.parquet").sort("item_id")
-    counts = summaries.group_by(pl.col("status").str.split(":").list.first()).len("count").sort("count", descending=True)
-    places = np.unique(np.linspace(0, len(summaries) - 1, N_USERS).round().astype(int)) if len(summaries) else []
-    cards = _cards(run, set(summaries["item_id"][places]))
-    shown = [cards[row["item_id"]] | {"summary": row["summary"]} for row in summaries[places].iter_rows(named=True)]
-    return {"counts": dict(counts.iter_rows()), "shown": shown}
-
-
-def _cards(run: Path, item_ids: set[str]) -> dict[str, dict]:
-    """Title and thumbnail of every item of ``item_ids``; only their rows are read."""
-    items = pl.scan_parquet(run / "data/items.parquet").filter(pl.col("item_id").is_in(list(item_ids))).collect()
-    rows = {row["item_id"]: row for row in items.iter_rows(named=True)}
-    return {item: _card(item, rows.get(item, {})) for item in item_ids}
-
-
-def _card(item_id: str, row: dict) -> dict:
-    return {"title": row.get("title") or f"item {item_id}", "picture": thumbnail(row.get("image"))}
-
-
-def _user(task: dict, scores: pl.DataFrame, preferences: pl.DataFrame | None) -> dict:
-    """A user's story by item ids: blocks with the preference after each, items not yet summarised, the ranking."""
-    blocks, read = [], []
-    if preferences is not None:
-        steps = preferences.filter((pl.col("user_id") == task["user_id"]) & (pl.col("last_timestamp") <= task["cutoff"]))
-        for step in steps.sort("step").iter_rows(named=True):
-            if not set(step["read_item_ids"]) <= set(task["history"]):
-                continue
-            fresh = step["read_item_ids"][len(read) :]
-            blocks.append({"step": step["step"], "preference": step["preference"], "items": fresh})
-            read = step["read_item_ids"]
-    own = scores.filter(pl.col("user_id") == task["user_id"]).sort("logit", "label", descending=[True, False])
-    ranking = [
-        {"place": place, "item_id": row["item_id"], "chosen": row["label"] == 1, "score": row["score"]}
-        for place, row in enumerate(own.iter_rows(named=True), start=1)
-    ]
-    shown = [entry for entry in ranking if entry["place"] <= N_CANDIDATES or entry["chosen"]]
-    highest = max(entry["score"] for entry in ranking) or 1.0
-    for before, entry in zip([None, *shown], shown, strict=False):
-        entry["bar"] = entry["score"] / highest
-        entry["gap"] = before is not None and entry["place"] > before["place"] + 1
-    first, final = task["above"] + 1, task["above"] + task["n"]
-    return {
-        "user_id": task["user_id"],
-        "rank": f"ranked {first}" if first == final else f"tied for places {first}-{final}",
-        "candidates": len(ranking),
-        "blocks": blocks,
-        "shown_from": max(0, len(blocks) - N_BLOCKS),
-        "recent": task["history"][len(read) :],
-        "ranking": shown,
-    }
-
-
-def thumbnail(image: dict | None) -> str | None:
-    """A small JPEG as a data URI from ``{"bytes", "path"}``; None if there is no picture or it cannot be read."""
-    if not image or not image.get("bytes"):
-        return None
-    try:
-        with Image.open(io.BytesIO(image["bytes"])) as opened:
-            opened.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-            small = opened.convert("RGBA")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-        return None
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    white = Image.new("RGB", small.size, "white")
-    white.paste(small, mask=small.getchannel("A"))
-    buffer = io.BytesIO()
-    white.save(buffer, "JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

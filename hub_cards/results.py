@@ -88,9 +88,9 @@ def results_table(metrics: dict) -> str:
 
     >>> auc = {"auc": {"value": 0.8123, "ci95": [0.7911, 0.8333]}}
     >>> print(results_table({"rows": {"mllm_msr": auc}}))
-                       AUC
-    MLLM-MSR         81.2*
-                 79.1-83.3
+                      AUC
+    MLLM-MSR        81.2*
+                79.1-83.3
     """
     keys, rows = metric_keys(metrics), ordered_rows(metrics)
     first = max(len(row_name(row)) for row in rows) + 2
@@ -130,18 +130,17 @@ def findings(metrics: dict) -> list[dict[str, str]]:
         return []
     ours = rows[OURS]
     said = [{"figure": percent(ours["value"]), "words": f"AUC, percent ({interval(ours)}); chance is 50"}]
-    for row, better, worse in (
-        ("popularity", "AUC over popularity", "AUC against popularity: the simplest baseline wins"),
-        ("no_sft", "AUC from fine-tuning", "AUC from fine-tuning: it did harm"),
-        ("blank_images", "AUC from the pictures, against blank ones", "AUC from the pictures: blank ones do better"),
+    for row, words in (
+        ("popularity", "AUC against popularity"),
+        ("no_sft", "AUC from fine-tuning"),
+        ("blank_images", "AUC from the pictures, against blank ones"),
     ):
         if row not in rows:
             continue
-        gap = ours["value"] - rows[row]["value"]
         apart = ours["ci95"][0] > rows[row]["ci95"][1] or ours["ci95"][1] < rows[row]["ci95"][0]
         doubt = "" if apart else " (the 95% intervals overlap)"
-        said.append({"figure": f"{100 * gap:+.1f}", "words": (better if gap >= 0 else worse) + doubt})
-    if "oracle" in rows and rows["oracle"]["value"] > 0.5:
+        said.append({"figure": f"{100 * (ours['value'] - rows[row]['value']):+.1f}", "words": words + doubt})
+    if "oracle" in rows and rows["oracle"]["value"] > 0.5 < ours["value"]:
         share = (ours["value"] - 0.5) / (rows["oracle"]["value"] - 0.5)
         words = f"of the way from chance to the oracle's {percent(rows['oracle']['value'])}"
         said.append({"figure": f"{100 * share:.0f}%", "words": words})

@@ -1,5 +1,7 @@
 """Configuration of the recommender: a backbone's configuration and what its answers mean."""
 
+from typing import ClassVar
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -14,16 +16,20 @@ class MllmMsrConfig(PreTrainedConfig):
             template writes them; the one to train on comes first, other spellings after it. The two must not overlap.
         backbone_name_or_path: where the backbone came from; an adapter repository is loaded on top of it.
         backbone_revision: its pinned revision.
+        adapter: the folder of the LoRA adapter, in a repository that holds one in place of all weights.
     """
 
     model_type = "mllm_msr"
-    sub_configs_defaults = {"vlm_config": SubConfigSpec(AutoConfig, model_type="llava", optional=True)}
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vlm_config": SubConfigSpec(AutoConfig, model_type="llava", optional=True)  # the type is never used
+    }
 
     vlm_config: dict | PreTrainedConfig | None = None
     interaction: str = "joint"
     answer_token_ids: dict[str, list[int]] | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

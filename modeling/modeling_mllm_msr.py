@@ -1,18 +1,25 @@
 """The recommender: any image-text-to-text backbone, asked whether a user will choose a candidate."""
 
+import copy
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_mllm_msr import MllmMsrConfig
-from .lora import adapter_layers, merge_adapter
+from .lora import adapter_layers, merge_adapter, save_adapter
+
+ONE_TENSOR = frozenset({"gemma3", "idefics3", "internvl", "smolvlm"})  # they want pictures in one tensor, not in a list
+
+ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
+HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 @dataclass
@@ -25,6 +32,14 @@ class RecommendationOutput(ModelOutput):
 
     logits: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
+
+
+@dataclass
+class PictureFeatures(ModelOutput):
+    """What backbones take for pictures that have been through the vision tower already."""
+
+    pooler_output: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    deepstack_features: list[tuple[torch.Tensor, ...]] | None = None
 
 
 class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
@@ -44,8 +59,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             raise ValueError("MllmMsrConfig(vlm_config=...) is missing: there is no default backbone")
         if type(config.vlm_config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(
-                f"{config.vlm_config.model_type!r} is not an image-text-to-text model, so it cannot see the candidates; "
-                "choose a backbone that AutoModelForImageTextToText knows"
+                f"{config.vlm_config.model_type!r} is not an image-text-to-text model, so it cannot see the "
+                "candidates; choose a backbone that AutoModelForImageTextToText knows"
             )
         self.backbone = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.post_init()
@@ -126,7 +141,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """
         if image_features is not None:
             kwargs.pop("pixel_values", None)
-            kwargs["mm_encoder_outputs"] = {"image": self._as_encoder_output(image_features)}
+            kwargs["mm_encoder_outputs"] = {"image": self._picture_features(image_features)}
         return self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, labels=labels, logits_to_keep=logits_to_keep, **kwargs
         )
@@ -148,18 +163,18 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         output = encode(**{name: value for name, value in batch.items() if name in known}, return_dict=True)
         pooled = output.pooler_output
         if isinstance(pooled, torch.Tensor):
-            flat = pooled.reshape(-1, pooled.shape[-1])
             if num_image_tokens is None:
-                if len(flat) % len(pooled):
-                    raise ValueError("give num_image_tokens")
-                num_image_tokens = [pooled.shape[1]] * len(pooled)
-            pooled = flat.split(num_image_tokens)
+                raise ValueError(f"{self.config.vlm_config.model_type} needs num_image_tokens to tell pictures apart")
+            pooled = pooled.reshape(-1, pooled.shape[-1]).split(num_image_tokens)
         deep = getattr(output, "deepstack_features", None) or []
-        return [torch.cat([first, *rest], -1) for first, *rest in zip(pooled, *deep, strict=True)]
+        return [torch.cat(layers, -1) for layers in zip(pooled, *deep, strict=True)]
 
-    def _as_encoder_output(self, image_features: list[torch.Tensor]) -> ModelOutput:
-        layers = list(zip(*(part.chunk(1 + self._deepstack, -1) for part in image_features), strict=True))
-        ...
+    def _picture_features(self, image_features: list[torch.Tensor]) -> PictureFeatures:
+        """The backbone's form of what `image_features` returned."""
+        depth = image_features[0].shape[-1] // self.config.get_text_config().hidden_size
+        pooled, *deep = zip(*(features.chunk(depth, -1) for features in image_features), strict=True)
+        one_tensor = self.config.vlm_config.model_type in ONE_TENSOR
+        return PictureFeatures(torch.cat(pooled) if one_tensor else pooled, deep or None)
 
     def answer_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., V) logits at the answer's position to (...) float32: logsumexp over Yes less logsumexp over No."""
@@ -171,17 +186,63 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def score(self, **batch: Any) -> RecommendationOutput:
-        """Score the B pairs of a batch from the processor (padded on the left, so that all answers are due at the end)."""
+        """Score the B pairs of a batch from the processor, padded on the left: all answers are due at the end."""
         if "labels" in batch:
             raise ValueError("a batch with labels already has its answers; call the processor without labels to score")
         logits = self.answer_logits(self(**batch, logits_to_keep=1).logits[:, -1])
         return RecommendationOutput(logits=logits, probabilities=logits.sigmoid())
 
-    # ---- saving ------------------------------------------------------------------------------------------------
+    # ---- adapters, loading and saving ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As everywhere in transformers; a repository that holds an adapter is loaded on top of its pinned backbone.
+
+        `revision` is then the adapter's; the backbone's is in the configuration.
+        """
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        known = (
+            config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(name_or_path, **hub)
+        )
+        if known.adapter is None:
+            return super().from_pretrained(name_or_path, *args, config=config, **kwargs)
+        own = {name: kwargs.pop(name) for name in ("revision", "subfolder", "code_revision") if name in kwargs}
+        where = {"revision": known.backbone_revision} if known.backbone_revision else {}
+        loaded = super().from_pretrained(known.backbone_name_or_path, *args, config=known, **where, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub.update(subfolder="/".join(part for part in (own.get("subfolder"), known.adapter) if part))
+        model.backbone.load_adapter(str(name_or_path), adapter_kwargs=hub)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write all weights, or, while an adapter is live, only that, for the backbone the configuration names."""
+        from .pipeline import CUSTOM_PIPELINES  # here, as it takes a while; its code is saved with this file's
+
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        if not any(adapter_layers(self)):
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if not self.config.backbone_name_or_path:
+            raise ValueError("config.backbone_name_or_path must say what the adapter belongs to; or merge() it first")
+        os.makedirs(save_directory, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        config.adapter = ADAPTER
+        config.architectures = [type(self).__name__]
+        custom_object_save(self, save_directory, config=config)
+        config.save_pretrained(save_directory)
+        self.generation_config.save_pretrained(save_directory)
+        save_adapter(
+            self.backbone,
+            getattr(self, "peft_config", None) or self.backbone.peft_config,
+            os.path.join(save_directory, ADAPTER),
+            base_model_name_or_path=config.backbone_name_or_path,
+            revision=config.backbone_revision,
+        )
 
     def merge(self) -> "MllmMsrForRecommendation":
         """Merge a live adapter into the weights, in place."""
         merge_adapter(self)
+        self.config.adapter = None
         return self
 
     def export_backbone(self, path: str | os.PathLike) -> None:

@@ -148,7 +148,9 @@ class Recommender:
 
     def _encode_pictures(self, batch, shown, catalogue, features: dict[str, list[torch.Tensor]]) -> None:
         """Fill ``features`` for the items of the chunk that it lacks, each item once."""
-        new = list(dict.fromkeys(item for item in shown if item not in features and catalogue[item]["image"] is not None))
+        new = list(
+            dict.fromkeys(item for item in shown if item not in features and catalogue[item]["image"] is not None)
+        )
         if new:
             at = [item for item in shown if catalogue[item]["image"] is not None]
             rows = [at.index(item) for item in new]

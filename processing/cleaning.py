@@ -45,17 +45,17 @@ def clean(raw: RawData, options: PrepareOptions) -> CleanData:
     table: list[dict[str, Any]] = []
 
     def record(step: str, why: str) -> None:
-        row = {"interactions": len(log), "users": log["user"].n_unique(), "items": log["item"].n_unique()}
-        table.append({"step": step, **row, "why": why})
+        kinds = {name: int(np.count_nonzero(np.bincount(log[name[:-1]]))) for name in ("users", "items")}
+        table.append({"step": step, "interactions": len(log), **kinds, "why": why})
         if log.is_empty():
             raise ValueError(f"cleaning: nothing is left after step {step!r} ({why}); loosen it")
 
     record("raw", "as read")
-    log = log.unique(["user", "item", "timestamp"], keep="first", maintain_order=True)
+    log = log[np.lexsort((log["timestamp"], log["user"]))]  # stable: ties in time stay in input order
+    log = log.filter(~_repeated(log, len(items), same_time=True, keep="first"))
     record("duplicates", "same user, item and time: one kept")
-    log = log.sort("user", "timestamp", maintain_order=True)
     if options.repeats != "all":
-        log = log.unique(["user", "item"], keep=options.repeats, maintain_order=True)
+        log = log.filter(~_repeated(log, len(items), same_time=False, keep=options.repeats))
     record("repeats", f"repeated consumption: {options.repeats} kept")
     log, core = _k_core(log, options.k_core_users, options.k_core_items), _core_name(options)
     record("k-core", core)
@@ -111,6 +111,19 @@ def _catalogue(items: pl.DataFrame, ids: pl.Series) -> pl.DataFrame:
     """The items of the log in code order; an id that the catalogue lacks gets an empty row."""
     catalogue = pl.DataFrame({"item_id": ids}).join(items, on="item_id", how="left", maintain_order="left")
     return catalogue.with_columns(pl.col("title", "text").fill_null(""))
+
+
+def _repeated(log: pl.DataFrame, n_items: int, same_time: bool, keep: str) -> pl.Series:
+    """Which rows repeat a user and item (and time) of an earlier row, or with keep="last" of a later one."""
+    pairs = log["user"].to_numpy().astype(np.int64) * n_items + log["item"].to_numpy()
+    order = np.argsort(pairs, kind="stable")
+    same = pairs[order[1:]] == pairs[order[:-1]]
+    if same_time:
+        time = log["timestamp"].to_numpy()[order]
+        same &= time[1:] == time[:-1]
+    repeated = np.zeros(len(log), dtype=bool)
+    repeated[(order[1:] if keep == "first" else order[:-1])[same]] = True
+    return pl.Series(repeated)
 
 
 def _core_name(options: PrepareOptions) -> str:

@@ -35,20 +35,27 @@ def check_leakage(
     _none(tasks.filter(pl.col("history").list.contains(pl.col("target"))), "targets in their own history")
     _none(tasks.filter(pl.col("history").list.len() != pl.col("history_length")), "history_length is wrong")
 
-    met = interactions.group_by("user_id", "item_id").agg(pl.col("timestamp").min().alias("met_at"))
-    keys = ["task_id", "user_id", "cutoff"]
-    history = tasks.select(*keys, pl.col("history").alias("item_id")).explode("item_id").drop_nulls("item_id")
-    history = history.join(met, on=["user_id", "item_id"], how="left")
+    users = pl.Enum(interactions["user_id"].unique())
+    items = pl.Enum(interactions["item_id"].unique())
+    pair = pl.col("user_id").cast(users, strict=False).to_physical().cast(pl.Int64) * len(items.categories)
+    pair = (pair + pl.col("item_id").cast(items, strict=False).to_physical()).alias("pair")  # null: not in the log
+    met = interactions.select(pair, "timestamp").group_by("pair").agg(pl.col("timestamp").min().alias("met_at"))
+
+    def explode(column: str, *others: str) -> pl.DataFrame:
+        pairs = tasks.select("user_id", "task_id", "cutoff", pl.col(column).alias("item_id"), *others)
+        pairs = pairs.explode("item_id", *others).drop_nulls("item_id")
+        return pairs.with_columns(pair).join(met, on="pair", how="left")
+
+    history = explode("history")
     _none(history.filter(pl.col("met_at").is_null()), "items in a history that the user never met")
     _none(history.filter(pl.col("met_at") > pl.col("cutoff")), "items in a history that are later than the cutoff")
-
-    pairs = tasks.select("task_id", "user_id", pl.col("candidates").alias("item_id"), "labels", "cutoff")
-    pairs = pairs.explode("item_id", "labels")
-    targets = pairs.filter(labels=1).join(met, on=["user_id", "item_id"], how="left")
-    _none(targets.filter(pl.col("met_at").is_null()), "targets that the user never met")
-    negatives = pairs.filter(labels=0)
-    known = [met.select("user_id", "item_id")] + ([] if seen is None else [seen.select("user_id", "item_id")])
-    _none(negatives.join(pl.concat(known), on=["user_id", "item_id"], how="semi"), "negatives that the user has met")
+    candidates = explode("candidates", "labels")
+    is_met = pl.col("met_at").is_not_null()
+    _none(candidates.filter((pl.col("labels") == 1) & ~is_met), "targets that the user never met")
+    negatives = candidates.filter(pl.col("labels") == 0)
+    _none(negatives.filter(is_met), "negatives that the user has met")
+    if seen is not None and len(seen):
+        _none(negatives.join(seen, on=["user_id", "item_id"], how="semi"), "negatives that the user has met")
 
     if popularity is not None:
         check_popularity(targets_of(tasks), interactions, popularity)
@@ -76,6 +83,22 @@ def check_popularity(targets: pl.DataFrame, interactions: pl.DataFrame, populari
     shown = targets.join(popularity, left_on="target", right_on="item_id", how="left")
     wrong = pl.col("count").ne_missing(pl.col("target_train_count"))
     _none(shown.filter(wrong), "target_train_count that is not the popularity")
+
+
+def check_no_ids(texts: pl.Series, ids: pl.Series, allowed: pl.Series | None = None) -> None:
+    """No text (a prompt, a summary) has a raw user or item id as a word; or raise.
+
+    Only ids of at least six letters and digits with a digit among them can be told from ordinary words and years, so
+    shorter ones are not looked for. Words that occur in ``allowed`` (titles, descriptions) may stand anywhere.
+    """
+    words = pl.col("word").str.extract_all(r"[\p{L}\p{N}_-]+")
+    found = pl.DataFrame({"text": texts, "word": texts}).with_columns(words).explode("word").drop_nulls()
+    ids = ids.filter((ids.str.len_chars() >= 6) & ids.str.contains(r"\p{N}"))
+    found = found.filter(pl.col("word").is_in(ids.unique().implode()))
+    if allowed is not None:
+        usual = pl.DataFrame({"word": allowed}).select(words).explode("word").drop_nulls()
+        found = found.join(usual, on="word", how="anti")
+    _none(found.select("word", pl.col("text").str.slice(0, 300)), "raw ids in a text")
 
 
 def _check_preferences(tasks: pl.DataFrame, interactions: pl.DataFrame, preferences: pl.DataFrame) -> None:

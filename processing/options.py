@@ -24,7 +24,7 @@ class PrepareOptions:
     negatives: Literal["uniform", "popularity", "all"] = "uniform"
     n_negatives: int = 20  # a validation or test target
     n_train_negatives: int = 1  # a training target
-    max_train_targets: int | None = 5  # a user's most recent training targets
+    max_train_targets: int | None = 5  # a user's most recent; "paper" has one a user
     min_history: int = 1  # items before a target
     folds: int = 10  # protocol "paper": 1/folds of the users are tested
     fold: int = 0  # which of them

@@ -17,6 +17,7 @@ from datasets import Features, Image, Value
 from tqdm import tqdm
 
 from mllm_msr.processing.cleaning import CleanData, clean
+from mllm_msr.processing.downloads import Downloads
 from mllm_msr.processing.images import BrokenImage, normalise
 from mllm_msr.processing.leakage import check_leakage, check_popularity, targets_of
 from mllm_msr.processing.options import PrepareOptions
@@ -25,6 +26,7 @@ from mllm_msr.processing.tasks import TaskPlan, update_hash
 
 __all__ = ["PrepareOptions", "popularity_figures", "prepare", "print_statistics", "statistics_table"]
 
+URL = "^https?://"
 IMAGE_ROWS = 64  # pictures held at a time, and rows of a row group
 README = """---
 configs:
@@ -59,37 +61,71 @@ ITEM_FEATURES = Features(
 )
 
 
-def prepare(raw: RawData, output: Path, config: PrepareOptions, source: str) -> dict[str, Any]:
+def prepare(
+    raw: RawData, output: Path, config: PrepareOptions, source: str, image_cache: Path | None = None
+) -> dict[str, Any]:
     """Clean, split, sample and write; returns the report that is also written as ``report.json``.
 
     Writes interactions, items (pictures embedded, read by ``datasets`` as an ``Image`` column), tasks and popularity as
-    Parquet into the folder ``output``, and a README.md that makes ``load_dataset(output, "items")`` work. ``source``
-    names the data in the report. The caller moves the folder into place when it is whole. Memory: the log and one batch
-    of pictures or tasks. Raises ValueError when nothing is left, LeakageError when the tasks are not sound.
+    Parquet into the folder ``output``, and a README.md that makes ``load_dataset(output, "items")`` work. The caller
+    moves the folder into place when it is whole. ``source`` names the data in the report. Pictures given by URL are
+    fetched into ``image_cache`` (default: a folder of that name beside ``output``). Memory: the log and one batch of
+    pictures or tasks. Raises ValueError when nothing is left, LeakageError when the tasks are not sound.
     """
     output.mkdir(parents=True, exist_ok=True)
-    if config.missing_images == "drop":  # a broken picture is a missing one, and must be known before cleaning drops
-        raw = _without_broken(raw, clean(raw, _keeping(config)).items, config)
     data = clean(raw, config)
+    dropping = config.missing_images == "drop"  # then broken pictures must be known before cleaning drops
+    every = clean(raw, _keeping(config)).items if dropping else data.items
+    if every["image_path"].str.contains(URL).any():
+        raw, every = _download(raw, every, image_cache or output.parent / "image_cache")
+        data = clean(raw, config)
+    if dropping:
+        raw = _without_broken(raw, every, config)
+        data = clean(raw, config)
     with _writer(output / "interactions.parquet", LOG_SCHEMA) as write:
         write(data.interactions)
     broken: dict[str, list[str]] = {}
     n_images = _write_items(output / "items.parquet", data.items, config, broken)
-    skipped = raw.skipped + [
-        {"what": f"broken image: {why}", "count": len(ids), "examples": ids[:EXAMPLES]} for why, ids in broken.items()
-    ]
     protocol = _write_tasks(output, data, config)
     report = {
         "source": source,
         "options": asdict(config),
         "cleaning": data.table,
-        "skipped": skipped,
+        "skipped": raw.skipped + _noted("broken image", broken),
         "statistics": _statistics(data, n_images),
         "protocol": protocol,
     }
     (output / "README.md").write_text(README, encoding="utf-8")
     (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def _noted(what: str, by_reason: dict[str, list[str]]) -> list[dict[str, Any]]:
+    return [
+        {"what": f"{what}: {reason}", "count": len(ids), "examples": ids[:EXAMPLES]}
+        for reason, ids in sorted(by_reason.items())
+    ]
+
+
+def _download(raw: RawData, items: pl.DataFrame, cache: Path) -> tuple[RawData, pl.DataFrame]:
+    """Fetch the pictures of ``items``; their URLs become files, or null with the reason noted. Both tables follow."""
+    wanted = items.filter(pl.col("image_path").str.contains(URL)).select("item_id", "image_path")
+    found = Downloads(cache).fetch(wanted["image_path"])
+    failed: dict[str, list[str]] = {}
+    for item_id, url in wanted.iter_rows():
+        if isinstance(reason := found[url], str):
+            failed.setdefault(reason, []).append(item_id)
+    files = {url: str(path) if isinstance(path, Path) else None for url, path in found.items()}
+    fetched = pl.DataFrame(
+        {"url": list(files), "file": list(files.values())}, schema={"url": pl.String, "file": pl.String}
+    )
+
+    def local(table: pl.DataFrame) -> pl.DataFrame:
+        table = table.join(fetched, left_on="image_path", right_on="url", how="left", maintain_order="left")
+        is_url = pl.col("image_path").str.contains(URL)
+        return table.with_columns(image_path=pl.when(is_url).then("file").otherwise("image_path")).drop("file")
+
+    return RawData(raw.interactions, local(raw.items), raw.skipped + _noted("not downloaded", failed)), local(items)
 
 
 def _keeping(config: PrepareOptions) -> PrepareOptions:
@@ -101,13 +137,11 @@ def _without_broken(raw: RawData, items: pl.DataFrame, config: PrepareOptions) -
     broken: dict[str, list[str]] = {}
     for _ in _pictures(items, config, broken):
         pass
-    noted = [
-        {"what": f"broken image, item dropped: {why}", "count": len(ids), "examples": ids[:EXAMPLES]}
-        for why, ids in broken.items()
-    ]
     lost = pl.col("item_id").is_in([item for ids in broken.values() for item in ids])
     kept = [pl.when(~lost).then(name).alias(name) for name in ("image_path", "image_bytes")]
-    return RawData(raw.interactions, raw.items.with_columns(kept), raw.skipped + noted)
+    return RawData(
+        raw.interactions, raw.items.with_columns(kept), raw.skipped + _noted("broken image, item dropped", broken)
+    )
 
 
 def _pictures(items: pl.DataFrame, config: PrepareOptions, broken: dict[str, list[str]]) -> Iterator[pl.DataFrame]:
@@ -116,8 +150,6 @@ def _pictures(items: pl.DataFrame, config: PrepareOptions, broken: dict[str, lis
     def picture(path: str | None, data: bytes | None) -> bytes | BrokenImage | None:
         try:
             if data is None and path is not None:
-                if path.startswith(("http://", "https://")):
-                    raise BrokenImage("URL not downloaded")
                 data = Path(path).read_bytes()
             return data and normalise(data, config.max_image_pixels, config.max_image_edge)
         except OSError as error:
@@ -164,8 +196,9 @@ def _write_tasks(output: Path, data: CleanData, config: PrepareOptions) -> dict[
         tqdm(total=total, desc="tasks", unit="task") as bar,
     ):
         for tasks in plan.chunks():
-            users = tasks.select("user_id").unique()
-            check_leakage(tasks, data.interactions.join(users, on="user_id", how="semi"), seen=data.seen)
+            check_leakage(
+                tasks, _of_users(data.interactions, tasks["user_id"]), seen=_of_users(data.seen, tasks["user_id"])
+            )
             targets.append(targets_of(tasks))
             update_hash(whole, tasks)
             for split, digest in by_split.items():
@@ -189,6 +222,13 @@ def _write_tasks(output: Path, data: CleanData, config: PrepareOptions) -> dict[
     }
 
 
+def _of_users(table: pl.DataFrame, users: pl.Series) -> pl.DataFrame:
+    """The rows between the first and the last of ``users``; both are in the order of user_id."""
+    column = table["user_id"]
+    start, end = column.search_sorted(users[0], "left"), column.search_sorted(users[-1], "right")
+    return table[start:end]
+
+
 @contextmanager
 def _writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[pl.DataFrame], None]]:
     """Append frames to a Parquet file of plain Arrow types, which every reader knows."""
@@ -210,12 +250,13 @@ def popularity_figures(tasks: pl.DataFrame, popularity: pl.DataFrame) -> dict[st
 
 
 def _popularity_sums(tasks: pl.DataFrame, popularity: pl.DataFrame) -> dict[str, float]:
-    pairs = tasks.select("task_id", pl.col("candidates").alias("item_id"), "labels").explode("item_id", "labels")
-    pairs = pairs.join(popularity, on="item_id", how="left").with_columns(pl.col("count").fill_null(0))
-    pairs = pairs.join(pairs.filter(labels=1).select("task_id", target="count"), on="task_id")
+    codes = pl.col("candidates").cast(pl.Enum(popularity["item_id"])).to_physical()
+    pairs = tasks.select("candidates", "labels").with_row_index("task").explode("candidates", "labels")
+    pairs = pairs.with_columns(popularity["count"].gather(pairs.select(codes).to_series()))
+    pairs = pairs.join(pairs.filter(labels=1).select("task", target="count"), on="task")
     ranks = (
         pairs.filter(labels=0)
-        .group_by("task_id")
+        .group_by("task")
         .agg(
             (pl.col("count") > pl.col("target")).sum().cast(pl.Int64).alias("above"),
             (pl.col("count") == pl.col("target")).sum().cast(pl.Int64).alias("tied"),
@@ -243,7 +284,7 @@ def _statistics(data: CleanData, n_images: int) -> dict[str, Any]:
     log = data.interactions
     users, items = log["user_id"].n_unique(), len(data.items)
     lengths = log.group_by("user_id").len()["len"]
-    tied = log.select(pl.struct("user_id", "timestamp").is_duplicated().mean()).item()
+    tied = int(log.select(pl.struct("user_id", "timestamp").is_duplicated().sum()).item())
     return {
         "users": users,
         "items": items,
@@ -252,9 +293,9 @@ def _statistics(data: CleanData, n_images: int) -> dict[str, Any]:
         "median_length": lengths.median(),
         "longest": lengths.max(),
         "sparsity": round(1 - log.select("user_id", "item_id").n_unique() / (users * items), 5),
-        "share_tied_times": round(tied, 4),
+        "share_tied_times": round(tied / len(log), 4),
         "share_without_image": round(1 - n_images / items, 4),
-        "share_without_text": round((data.items["text"] == "").mean() or 0.0, 4),
+        "share_without_text": round((data.items["text"] == "").sum() / items, 4),
         "first_timestamp": log["timestamp"].min(),
         "last_timestamp": log["timestamp"].max(),
     }

@@ -1,7 +1,6 @@
 """The processor: items, histories and candidates in; ready batches for any image-text-to-text backbone out."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,44 +11,18 @@ import transformers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
+from .pictures import Picture, build_backbone_processor, collate_pictures
 from .prompts import PROMPTS
 from .safe_text import Controls, Field, anchor, mark, split
 
 ANSWERS = {"yes": ("Yes", "yes", " Yes", " yes"), "no": ("No", "no", " No", " no")}
-HISTORY = ("items", "recent", "previous", "preference")  # what may be shortened first, in this order
-CANDIDATE = ("text", "text_summary", "image_summary", "title")  # and then
+SHORTEN = (  # which texts lose their ends when a prompt is too long, in this order
+    ("history", ("items", "recent", "previous", "preference")),
+    ("candidate", ("text", "text_summary", "image_summary")),
+    ("candidate_title", ("title",)),
+)
 TYPE_IDS = {"Gemma3Processor": "token_type_ids"}  # how a backbone calls its token types, where not mm_token_type_ids
-PIXELS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")  # what a picture's features replace
 TEXTUAL = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture as the backbone takes it: how it is written in a prompt, and its tensors (first dimension: rows)."""
-
-    text: str
-    num_image_tokens: int
-    tensors: dict[str, torch.Tensor]
-
-    def light(self) -> "Picture":
-        """Without its pixels, for batches whose `image_features` are known."""
-        kept = {name: tensor for name, tensor in self.tensors.items() if name not in PIXELS}
-        return Picture(self.text, self.num_image_tokens, kept)
-
-
-def collate_pictures(pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-    """The tensors of several pictures in one, padded with zeros where their sizes differ."""
-    names = pictures[0].tensors if pictures else ()
-    return {name: _stack([picture.tensors[name] for picture in pictures]) for name in names}
-
-
-def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        missing = [size - own for size, own in zip(shape, tensor.shape[1:], strict=True)]
-        padded.append(torch.nn.functional.pad(tensor, [side for size in reversed(missing) for side in (0, size)]))
-    return torch.cat(padded)
 
 
 @dataclass
@@ -57,7 +30,7 @@ class Row:
     """A prompt before it is encoded."""
 
     pieces: list[str | int]  # its trusted texts, and the numbers of the fields between them
-    fields: list[Field]
+    fields: dict[int, Field]  # those that the prompt prints
 
     @property
     def text(self) -> str:
@@ -65,7 +38,7 @@ class Row:
 
     @property
     def texts(self) -> list[Field]:
-        return [field for field in self.fields if field.name != "image"]
+        return [field for field in self.fields.values() if field.name != "image"]
 
 
 class MllmMsrProcessor(ProcessorMixin):
@@ -80,7 +53,7 @@ class MllmMsrProcessor(ProcessorMixin):
         prompts: Jinja templates that replace the defaults of the same name in `prompts.py`.
         item_noun: what the prompts call an item: video, product, film, ...
         max_length: the most tokens of a prompt with its answer. What is longer loses text: of the history first, then
-            of the candidate; pictures and answers are never cut. `shortened` counts how often either was.
+            of the candidate; pictures and answers are never cut. `shortened` counts how often each was.
         chat_template: the backbone's.
     """
 
@@ -107,7 +80,7 @@ class MllmMsrProcessor(ProcessorMixin):
         self.item_noun = item_noun
         self.max_length = max_length
         self.shortened: Counter[str] = Counter()
-        self._backbone: ProcessorMixin | None = None
+        self._backbone: Any = None
         if backbone_processor_class is not None:
             self._backbone = build_backbone_processor(
                 backbone_processor_class, image_processor, tokenizer, self.backbone_processor_kwargs
@@ -118,6 +91,8 @@ class MllmMsrProcessor(ProcessorMixin):
         if self._backbone is not None:
             soft = getattr(tokenizer, "image_token", None) if backbone_processor_class in TYPE_IDS else None
             self._soft_token = tokenizer.convert_tokens_to_ids(soft or self._backbone.image_token)
+        begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._lead = [tokenizer.bos_token_id] if begins else []
         self._skeletons: dict[str, list[str | int]] = {}
         self._wanted: dict[str, list[int]] = {}
         self._jinja = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
@@ -128,6 +103,12 @@ class MllmMsrProcessor(ProcessorMixin):
         if argument is None and argument_name == "image_processor":
             return None  # a text-only language model
         return super().check_argument_for_proper_class(argument_name, argument)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, name_or_path, processor_dict=None, **kwargs):
+        """The image processor by its PIL backend whatever is installed: others give slightly different pixels."""
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", name_or_path, **kwargs)
+        return [AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **kwargs), tokenizer]
 
     @classmethod
     def from_backbone(
@@ -150,6 +131,7 @@ class MllmMsrProcessor(ProcessorMixin):
         backbone_class = getattr(transformers, settings.get("processor_class") or name)
         parts = [*backbone_class.get_attributes(), "processor_class", "auto_map", "chat_template"]
         template = settings.get("chat_template") or tokenizer.chat_template
+        template = template["default"] if isinstance(template, dict) else template
         return cls(
             AutoImageProcessor.from_pretrained(id_or_path, backend="pil", **where),
             tokenizer,
@@ -198,8 +180,8 @@ class MllmMsrProcessor(ProcessorMixin):
             recent: for each pair the items chosen after the preference was written, each with `title` and `summary`.
 
         Returns:
-            `input_ids`, `attention_mask` and, with labels, `labels` (all (B, L), padded on the left; labels are -100 but
-            for the answer), token types where the backbone knows them, and the backbone's picture tensors.
+            `input_ids`, `attention_mask` and, with labels, `labels` (all (B, L), padded on the left; labels are -100
+            but for the answer), token types where the backbone knows them, and the backbone's picture tensors.
         """
         latest = recent if recent is not None else [[]] * len(preferences)
         rows = [
@@ -212,7 +194,7 @@ class MllmMsrProcessor(ProcessorMixin):
             answers = [tokens["yes" if label else "no"][0] for label in labels]
         return self._batch([self._row("recommendation", row) for row in rows], answers, room=1)
 
-    def pictures(self, images: Sequence[Any]) -> list["Picture"]:
+    def pictures(self, images: Sequence[Any]) -> list[Picture]:
         """Each picture made ready once, to stand for it as `image` of any candidate in any later batch.
 
         `model.image_features(**collate_pictures(pictures))` is what the decoder sees of them; after that, their
@@ -220,7 +202,7 @@ class MllmMsrProcessor(ProcessorMixin):
         """
         return [image if isinstance(image, Picture) else self._picture(image) for image in images]
 
-    def _picture(self, image: Any) -> "Picture":
+    def _picture(self, image: Any) -> Picture:
         around, placeholder = self.image_text.split(self._backbone.image_token), self._backbone.image_token
         data = self._backbone(
             text=[placeholder], images=[[image]], return_tensors="pt", return_text_replacement_offsets=True
@@ -229,18 +211,6 @@ class MllmMsrProcessor(ProcessorMixin):
         ids = self._tokenize([text])[0]
         tensors = {key: value for key, value in data.items() if key not in TEXTUAL}
         return Picture(text, ids.count(self._soft_token), tensors)
-
-    @staticmethod
-    def shared_prefix(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
-        """How many leading tokens all rows have in common, left padding aside; at most all but one of the shortest.
-
-        For the pairs of one user this is the prefix whose computation the candidates can share; in `shared_prefix`
-        the last tokens of pictures may be included, so cut at the first image token if that matters.
-        """
-        rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        length = min(len(row) for row in rows) - 1
-        same = torch.stack([row[:length] == rows[0][:length] for row in rows]).all(0)
-        return int(same.long().cumprod(0).sum())
 
     @property
     def answer_token_ids(self) -> dict[str, list[int]]:
@@ -284,7 +254,11 @@ class MllmMsrProcessor(ProcessorMixin):
         if key not in self._skeletons:
             text = self._jinja.from_string(self.prompts[prompt]).render(**marked, noun=self.item_noun).strip()
             self._skeletons[key] = split(self._chat(text))
-        return Row(self._skeletons[key], fields)
+        pieces = self._skeletons[key]
+        numbers = [piece for piece in pieces if isinstance(piece, int)]
+        if sum(fields[number].name == "image" for number in numbers) > 1:
+            raise ValueError(f"the prompt {prompt!r} shows its image more than once")
+        return Row(pieces, {number: fields[number] for number in numbers})
 
     def _chat(self, text: str, answer: str | None = None) -> str:
         """The rendered conversation, up to where the answer begins or, if it is given, with it."""
@@ -317,9 +291,7 @@ class MllmMsrProcessor(ProcessorMixin):
         if self._image_text is None:
             before, after = self._render([None, anchor(0)]).split(anchor(0))
             plain_before, plain_after = self._render([anchor(0)]).split(anchor(0))
-            start = len(os.path.commonprefix([before, plain_before]))
-            end = len(os.path.commonprefix([after[::-1], plain_after[::-1]]))
-            self._image_text = (before[start:] or after[: len(after) - end]).strip()
+            self._image_text = (_addition(before, plain_before) or _addition(after, plain_after)).strip()
             if self._image_text.count(self._backbone.image_token) != 1:
                 raise ValueError(f"the chat template shows a picture as {self._image_text!r}, which is not understood")
         return self._image_text
@@ -330,10 +302,10 @@ class MllmMsrProcessor(ProcessorMixin):
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids; a beginning-of-sequence token is added where the tokenizer would and the template did not."""
         rows = self._tokenize(texts)
-        bos, lead = self.tokenizer.bos_token, [self.tokenizer.bos_token_id]
-        if bos is None or self.tokenizer("")["input_ids"][:1] != lead:
+        if not self._lead:
             return rows
-        return [row if text.startswith(bos) else lead + row for text, row in zip(texts, rows, strict=True)]
+        bos = self.tokenizer.bos_token
+        return [row if text.startswith(bos) else self._lead + row for text, row in zip(texts, rows, strict=True)]
 
     def _batch(self, rows: list[Row], answers: list[int] | None = None, room: int = 0) -> BatchFeature:
         """The batch of some prompts; ``room`` tokens of ``max_length`` are kept free for an answer."""
@@ -344,7 +316,7 @@ class MllmMsrProcessor(ProcessorMixin):
     def _write_pictures(self, rows: list[Row]) -> dict[str, Any]:
         """Put image tokens where the rows have pictures, and return the backbone's tensors for these."""
         shown: list[Picture] = []
-        for field in (field for row in rows for field in row.fields if field.name == "image"):
+        for field in (field for row in rows for field in row.fields.values() if field.name == "image"):
             pictures = self.pictures(field.value)
             field.value = "".join(picture.text for picture in pictures)
             shown += pictures
@@ -354,15 +326,14 @@ class MllmMsrProcessor(ProcessorMixin):
         """The row's ids, free of control tokens that are not the prompt's, and no longer than allowed."""
         ids = self._secure(row, ids)
         limit = self.max_length - room if self.max_length else len(ids)
-        for kind, names in (("history", HISTORY), ("candidate", CANDIDATE)):
-            fields = [field for name in names for field in row.fields if field.name == name]
-            touched = False
-            for field in fields:
-                while len(ids) > limit and field.value:
-                    field.value = self._cut(field.value, len(ids) - limit)
-                    ids = self._secure(row, self._encode([row.text])[0])
-                    touched = True
-            self.shortened[kind] += touched
+        for kind, names in SHORTEN:
+            fields = [field for field in row.texts if field.name in names]
+            if len(ids) > limit and fields:
+                self.shortened[kind] += 1
+            while len(ids) > limit and any(field.value.strip() for field in fields):
+                longest = max(fields, key=lambda field: len(field.value))
+                longest.value = self._cut(longest.value, len(ids) - limit)
+                ids = self._secure(row, self._encode([row.text])[0])
         if len(ids) > limit:
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for the prompt and its pictures alone, which take "
@@ -371,9 +342,10 @@ class MllmMsrProcessor(ProcessorMixin):
         return ids
 
     def _cut(self, text: str, count: int) -> str:
-        """``text`` without its last ``count`` tokens."""
+        """``text`` without its last ``count`` tokens, or half of them: several texts shall share the loss."""
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text[: spans[-count][0]].strip() if count < len(spans) else ""
+        keep = max(len(spans) - count, len(spans) // 2)
+        return text[: spans[keep][0]].strip() if keep < len(spans) else ""
 
     def _secure(self, row: Row, ids: list[int]) -> list[int]:
         """The row's ids, encoded anew with its texts defused if there are control tokens that are not the prompt's."""
@@ -419,18 +391,12 @@ class MllmMsrProcessor(ProcessorMixin):
         return BatchFeature({**batch, **data})
 
 
-def build_backbone_processor(name: str, image_processor: Any, tokenizer: Any, kwargs: dict[str, Any]) -> ProcessorMixin:
-    """The backbone's own processor for pictures only: it needs no video processor, and so no torchvision."""
-    original = getattr(transformers, name)
+def _addition(text: str, plain: str) -> str:
+    """What ``text`` has that ``plain`` has not, in one piece."""
+    start = next((i for i, (a, b) in enumerate(zip(text, plain, strict=False)) if a != b), min(len(text), len(plain)))
+    kept = len(plain) - start  # as many characters at the end may be alike
+    end = next((i for i in range(kept) if text[-1 - i] != plain[-1 - i]), kept)
+    return text[start : len(text) - end]
 
-    class ImageOnly(original):
-        def check_argument_for_proper_class(self, argument_name, argument):
-            if argument is None:
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
-    absent = dict.fromkeys(set(original.get_attributes()) - set(parts))
-    return ImageOnly(**parts, **absent, **kwargs)
 
 MllmMsrProcessor.register_for_auto_class()

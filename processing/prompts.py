@@ -49,8 +49,8 @@ PROMPTS = {
         "Since then the user has chosen, oldest first:\n{% else %}A user has chosen, oldest first:\n{% endif %}"
         "{% for item in items %}{{ loop.index }}. {% if item.title %}{{ item.title }}"
         "{% if item.summary %}: {% endif %}{% endif %}{{ item.summary }}\n{% endfor %}"
-        "{% if previous %}Update the user's preferences: keep what still holds, add what is new, and let recent choices "
-        "count for more.{% else %}Infer the user's preferences, in content as well as in looks.{% endif %} "
+        "{% if previous %}Update the user's preferences: keep what still holds, add what is new, and let recent "
+        "choices count for more.{% else %}Infer the user's preferences, in content as well as in looks.{% endif %} "
         "Reply with one paragraph of preferences only, without naming single {{ noun }} titles."
     ),
     "recommendation": (

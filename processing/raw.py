@@ -7,11 +7,13 @@ catalogue as they are in the files, and a list of everything that was left out o
 import csv
 import gzip
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
+from huggingface_hub import hf_hub_download
 
 OnBadRows = Literal["error", "skip"]
 INTERACTION_SCHEMA: dict[str, pl.DataType] = {
@@ -100,6 +102,20 @@ class BadRows:
             f"{Path(path).name}: surplus rows of an item (first one kept)", len(surplus), list(surplus["item_id"])
         )
         return items.filter(pl.col("item_id").is_first_distinct())
+
+
+def local_file(path: Path | str) -> Path:
+    """The file on this machine; ``hf://datasets/<owner>/<name>[@<revision>]/<file>`` is fetched from the Hub once."""
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    # Path() turns hf:// into hf:/
+    match = re.fullmatch(r"hf:/+datasets/([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", str(path))
+    if match is None:
+        raise ValueError(
+            f"{path}: expected hf://datasets/<owner>/<name>/<file>, with @<revision> after the name if wanted"
+        )
+    repo, revision, file = match.groups()
+    return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
 
 
 def read_csv(path: Path, bad: BadRows, separator: str = ",") -> pl.DataFrame:

@@ -33,13 +33,12 @@ def clean(text: str) -> str:
 
 
 def mark(value: Any, fields: list["Field"], name: str = "") -> Any:
-    """``value`` with a sentinel for every non-empty text and tuple of pictures in it, which are appended to ``fields``."""
+    """``value`` with a sentinel for every non-empty text and tuple of pictures, which are appended to ``fields``."""
     if isinstance(value, dict):
         return {key: mark(part, fields, name or key) for key, part in value.items()}
     if isinstance(value, list):
         return [mark(part, fields, name) for part in value]
-    if isinstance(value, str):
-        value = clean(value)
+    value = value if isinstance(value, tuple) else clean(str(value)) if isinstance(value, (str, int, float)) else ""
     if not value:
         return ""
     fields.append(Field(name, value))

@@ -5,20 +5,30 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.processing.raw import BadRows, OnBadRows, RawData, image_files, interactions_from, read_csv, read_text
+from mllm_msr.processing.raw import (
+    BadRows,
+    OnBadRows,
+    RawData,
+    image_files,
+    interactions_from,
+    local_file,
+    read_csv,
+    read_text,
+)
 
 LOG_COLUMNS = ("user_id", "item_id", "timestamp")
 ITEM_COLUMNS = ("item_id", "title", "text", "image")
 
 
 def read_tables(
-    interactions: Path,
-    items: Path | None = None,
+    interactions: Path | str,
+    items: Path | str | None = None,
     columns: Mapping[str, str] | None = None,
     images: Path | None = None,
     on_bad_rows: OnBadRows = "error",
 ) -> RawData:
-    """Read a log (user_id, item_id, timestamp) and, if given, a catalogue (item_id, title, text, image).
+    """Read a log (user_id, item_id, timestamp) and, if given, a catalogue (item_id, title, text, image);
+    either may be ``hf://datasets/<owner>/<name>/<file>``.
 
     ``columns`` maps our names to the files' names; "items.item_id" names the catalogue's id column where it differs
     from the log's. ``title``, ``text`` and ``image`` may be absent unless they are mapped. An image is a path (relative
@@ -31,14 +41,14 @@ def read_tables(
         raise ValueError(
             f"column mapping: unknown name {min(strange)!r}; known are {[*LOG_COLUMNS, *ITEM_COLUMNS[1:]]}"
         )
-    interactions = Path(interactions)
+    interactions = local_file(interactions)
     mapping = {name: columns.get(name, name) for name in LOG_COLUMNS}
     log = interactions_from(read_table(interactions, bad), interactions, mapping, bad)
     if items is None:
         catalogue = log.select(pl.col("item_id").unique(maintain_order=True))
         root = Path(".")
     else:
-        items = Path(items)
+        items = local_file(items)
         catalogue = bad.unique_items(_catalogue(items, columns, bad), items)
         root = Path(images) if images else items.parent
     if "image" in catalogue.columns:

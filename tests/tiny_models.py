@@ -53,10 +53,11 @@ TEXT = {
     "max_position_embeddings": 2048,
 }
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CORPUS = """What a user prefers: quiet red films with ships and long summers. Candidate film: The Sea of No Return.
-Title of the item: Yes and No. Picture of the candidate: blue stripes. Will the user choose this item? Answer Yes or No.
-yes no Yes No. Reply with one paragraph of preferences only, without naming single item titles. Describe it.
-""".split("\n")
+CORPUS = [
+    "What a user prefers: quiet red films with ships and long summers. Candidate film: The Sea of No Return.",
+    "Title of the item: Yes and No. Picture of the candidate: blue stripes. Will the user choose this item?",
+    "yes no Yes No. Answer Yes or No. Reply with one paragraph of preferences only, without naming single titles.",
+]
 
 # Chat templates in the manner of the families' own.
 IMAGES_FIRST = (
@@ -112,14 +113,18 @@ class Family:
     adds_bos: bool = False
 
 
-def tokenizer(special: tuple[str, ...], template: str, named: dict[str, str], adds_bos: bool) -> PreTrainedTokenizerFast:
+def tokenizer(
+    special: tuple[str, ...], template: str, named: dict[str, str], adds_bos: bool
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with the family's special tokens and, as real ones have it, an added token that is not special."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     known = ["<pad>", "<s>", "</s>", *special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(CORPUS * 4, trainers.BpeTrainer(600, special_tokens=known, initial_alphabet=alphabet))
+    backend.train_from_iterator(
+        CORPUS * 4, trainers.BpeTrainer(vocab_size=600, special_tokens=known, initial_alphabet=alphabet)
+    )
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     made = PreTrainedTokenizerFast(
@@ -136,7 +141,8 @@ def tokenizer(special: tuple[str, ...], template: str, named: dict[str, str], ad
 
 def llava(token: Callable[[str], int], size: int) -> PreTrainedConfig:
     vision = CLIPVisionConfig(**VISION, image_size=28, patch_size=14)
-    return LlavaConfig(vision, LlamaConfig(**TEXT, vocab_size=size), image_token_index=token("<image>"))
+    text = LlamaConfig(**TEXT, vocab_size=size)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=token("<image>"))
 
 
 def llava_next(token: Callable[[str], int], size: int) -> PreTrainedConfig:

@@ -37,12 +37,14 @@ class RecommenderArguments(ScriptArguments):
         dataset_test_split: the split evaluated during training.
         item_noun: what an item is called in the prompts.
         prompts: JSON object of prompt templates that replace the default ones.
+        max_eval_samples: evaluate on the first so many rows of the split.
         prompt_max_length: longest prompt in tokens; history text is shortened to fit.
     """
 
     dataset_test_split: str = field(default="validation", metadata={"help": "Split evaluated during training."})
     item_noun: str = field(default="item", metadata={"help": "What an item is called in the prompts: film, product."})
     prompts: str | None = field(default=None, metadata={"help": "JSON object of templates that replace the default."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
     prompt_max_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
 
 
@@ -72,6 +74,8 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
     train = load_table(script_args.dataset_name, "sft", script_args.dataset_train_split)
     evaluates = training_args.eval_strategy != "no"
     validation = load_table(script_args.dataset_name, "sft", script_args.dataset_test_split) if evaluates else None
+    if validation is not None and script_args.max_eval_samples is not None:
+        validation = validation.select(range(min(script_args.max_eval_samples, len(validation))))
     items = ItemTable(load_table(script_args.dataset_name, "items", "train"))
 
     # Training: our collator does what SFTTrainer's preparation would, on raw rows
@@ -102,6 +106,9 @@ def save_recommender(trainer: SFTTrainer, folder: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
+    model.config.use_cache = True  # the trainer switched it off for its own sake
+    if Path(model.config.backbone_name_or_path or "").exists():
+        model.config.backbone_name_or_path = None  # a path of this machine says nothing to others
     model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
 

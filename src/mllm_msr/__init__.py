@@ -13,21 +13,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
     from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+    from mllm_msr.modeling.pipeline import SequentialRecommendationPipeline
     from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
 __version__ = "0.1.0"
-__all__ = ["MllmMsrConfig", "MllmMsrForRecommendation", "MllmMsrProcessor"]
+__all__ = ["MllmMsrConfig", "MllmMsrForRecommendation", "MllmMsrProcessor", "SequentialRecommendationPipeline"]
 
 _MODULES = {
     "MllmMsrConfig": "mllm_msr.modeling.configuration_mllm_msr",
     "MllmMsrForRecommendation": "mllm_msr.modeling.modeling_mllm_msr",
     "MllmMsrProcessor": "mllm_msr.processing.processing_mllm_msr",
+    "SequentialRecommendationPipeline": "mllm_msr.modeling.pipeline",
 }
 # What to register, once the module of transformers that defines the Auto class is loaded.
 _AUTO = {
     "MllmMsrConfig": ("transformers.models.auto.configuration_auto", "AutoConfig"),
     "MllmMsrForRecommendation": ("transformers.models.auto.modeling_auto", "AutoModel"),
     "MllmMsrProcessor": ("transformers.models.auto.processing_auto", "AutoProcessor"),
+    "SequentialRecommendationPipeline": ("transformers.pipelines", "PIPELINE_REGISTRY"),
 }
 
 
@@ -45,9 +48,13 @@ def _register(loaded: str) -> None:
         own = sys.modules.get(_MODULES[name])
         if own is not None and not hasattr(own, name):
             continue  # it is just being loaded, and will come by here when it is done
-        config = __getattr__("MllmMsrConfig")
-        key = config.model_type if auto_class == "AutoConfig" else config
-        getattr(sys.modules[auto_module], auto_class).register(key, __getattr__(name), exist_ok=True)
+        auto = getattr(sys.modules[auto_module], auto_class)
+        if auto_class == "PIPELINE_REGISTRY":
+            pipeline, pt_model = __getattr__(name), importlib.import_module("transformers").AutoModel
+            auto.register_pipeline("sequential-recommendation", pipeline, pt_model=pt_model, type="multimodal")
+        else:
+            config = __getattr__("MllmMsrConfig")
+            auto.register(config.model_type if auto_class == "AutoConfig" else config, __getattr__(name), exist_ok=True)
 
 
 class _RegisterWhenLoaded(MetaPathFinder):

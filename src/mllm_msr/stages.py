@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ import polars as pl
 from mllm_msr.processing.recipe import Recipe, backbone_path, load_recipe
 from mllm_msr.processing.storage import whole_folder, write_parquet, write_text
 from mllm_msr.run import Run
+
+
+SOURCES = {
+    "demo": ("mllm_msr.demo.source", "read_demo"),
+    "movielens": ("mllm_msr.processing.movielens", "read_movielens"),
+}
 
 
 def open_recipe(options: argparse.Namespace) -> Run:
@@ -51,15 +58,12 @@ def prepare(run: Run) -> None:
 def read_source(source: dict[str, Any]):
     """Raw data of the recipe's ``source`` section."""
     kind, options = source.get("type"), {name: value for name, value in source.items() if name != "type"}
-    if kind == "demo":
-        from mllm_msr.demo.source import read_demo as read
-    elif kind == "movielens":
-        from mllm_msr.processing.movielens import read_movielens as read
-    else:
-        raise ValueError(f"unknown source type {kind!r}; known are demo, movielens")
+    if kind not in SOURCES:
+        raise ValueError(f"unknown source type {kind!r}; known are {', '.join(SOURCES)}")
     if kind != "demo" and not options.get("folder"):
         raise ValueError(f"source {kind!r} needs a folder: give --data DIR or `folder` in the recipe")
-    return read(**options)
+    module, function = SOURCES[kind]
+    return getattr(import_module(module), function)(**options)
 
 
 def source_fingerprint(source: dict[str, Any]) -> list[Any]:
@@ -112,7 +116,9 @@ def summarize_items(run: Run) -> None:
         write_parquet(frame, run.folder / "summaries/items.parquet")
         print_status(frame)
 
-    run.stage("summarize items", [run.key("prepare"), *summary_facts(run)], run.folder / "summaries/items.parquet", work)
+    run.stage(
+        "summarize items", [run.key("prepare"), *summary_facts(run)], run.folder / "summaries/items.parquet", work
+    )
 
 
 def summarize_users(run: Run) -> None:
@@ -246,7 +252,9 @@ def evaluate(run: Run) -> None:
 
             values = true_utilities(run.recipe.source, evaluation.pairs(contexts))
             return evaluation.score_with_values(contexts, values)
-        raise ValueError(f"unknown row {row!r} in evaluation.rows; known are {[*views, 'popularity', 'random', 'oracle']}")
+        raise ValueError(
+            f"unknown row {row!r} in evaluation.rows; known are {[*views, 'popularity', 'random', 'oracle']}"
+        )
 
     def work(key: str) -> None:
         folder = run.folder / "scores" / key
@@ -304,7 +312,9 @@ def rank(options: argparse.Namespace) -> None:
             raise ValueError(f"user {options.user!r} has no interactions in {run.folder}")
         history = interactions["item_id"].to_list()
         steps = pl.read_parquet(run.folder / "summaries/preferences.parquet").filter(user_id=options.user).sort("step")
-        summaries = dict(pl.read_parquet(run.folder / "summaries/items.parquet").select("item_id", "summary").iter_rows())
+        summaries = dict(
+            pl.read_parquet(run.folder / "summaries/items.parquet").select("item_id", "summary").iter_rows()
+        )
         recent = history[steps.height * run.block_size :]
         user = {
             "preference": steps["preference"][-1] if steps.height else "",

@@ -59,26 +59,49 @@ def fabricate(run: Path, n_users: int = 8, n_items: int = 30, n_negatives: int =
             kept = condense([world.items[i].traits for i in block], kept)
             read = read + [ids[i] for i in block]
             preferences.append(
-                {"user_id": name, "step": step + 1, "preference": preference_text(kept), "read_item_ids": read,
-                 "last_timestamp": 1_000 + 60 * (len(read) - 1), "status": "ok", "generator": "tiny-llava",
-                 "revision": "abc123", "prompt_hash": "0123456789ab"}
-            )  # fmt: skip
+                {
+                    "user_id": name,
+                    "step": step + 1,
+                    "preference": preference_text(kept),
+                    "read_item_ids": read,
+                    "last_timestamp": 1_000 + 60 * (len(read) - 1),
+                    "status": "ok",
+                    "generator": "tiny-llava",
+                    "revision": "abc123",
+                    "prompt_hash": "0123456789ab",
+                }
+            )
         for split, end in (("train", len(history) - 3), ("validation", len(history) - 2), ("test", len(history) - 1)):
             negatives = rng.choice(np.setdiff1d(np.arange(n_items), history), n_negatives, replace=False)
             candidates = rng.permutation([history[end], *negatives])
             tasks.append(
-                {"task_id": f"{split}-{user}", "split": split, "user_id": name, "history": [ids[i] for i in history[:end]],
-                 "cutoff": 1_000 + 60 * end, "candidates": [ids[i] for i in candidates],
-                 "labels": [int(i == history[end]) for i in candidates], "history_length": end,
-                 "target_train_count": 1}
-            )  # fmt: skip
+                {
+                    "task_id": f"{split}-{user}",
+                    "split": split,
+                    "user_id": name,
+                    "history": [ids[i] for i in history[:end]],
+                    "cutoff": 1_000 + 60 * end,
+                    "candidates": [ids[i] for i in candidates],
+                    "labels": [int(i == history[end]) for i in candidates],
+                    "history_length": end,
+                    "target_train_count": 1,
+                }
+            )
             if split != "test":
-                past = [row for row in preferences if row["user_id"] == name and row["last_timestamp"] < 1_000 + 60 * end]
+                past = [
+                    row for row in preferences if row["user_id"] == name and row["last_timestamp"] < 1_000 + 60 * end
+                ]
                 sft[split].append(
-                    {"task_id": f"{split}-{user}", "user_id": name, "item_id": ids[history[end]], "label": 1,
-                     "preference": past[-1]["preference"] if past else "", "title": titles[history[end]],
-                     "recent": [describe(world.items[history[end - 1]].traits)]}
-                )  # fmt: skip
+                    {
+                        "task_id": f"{split}-{user}",
+                        "user_id": name,
+                        "item_id": ids[history[end]],
+                        "label": 1,
+                        "preference": past[-1]["preference"] if past else "",
+                        "title": titles[history[end]],
+                        "recent": [describe(world.items[history[end - 1]].traits)],
+                    }
+                )
     pl.DataFrame(interactions).write_parquet(run / "data/interactions.parquet")
     pl.DataFrame(tasks).write_parquet(run / "data/tasks.parquet")
     counts = pl.DataFrame(interactions).group_by("item_id").len("count").sort("item_id")
@@ -86,9 +109,9 @@ def fabricate(run: Path, n_users: int = 8, n_items: int = 30, n_negatives: int =
     pl.DataFrame(preferences).write_parquet(run / "summaries/preferences.parquet")
     pl.DataFrame(
         {"item_id": ids, "summary": [describe(item.traits) for item in world.items], "status": "ok"}
-    ).with_columns(generator=pl.lit("tiny-llava"), revision=pl.lit("abc123"), prompt_hash=pl.lit("fedcba987654")).write_parquet(
-        run / "summaries/items.parquet"
-    )
+    ).with_columns(
+        generator=pl.lit("tiny-llava"), revision=pl.lit("abc123"), prompt_hash=pl.lit("fedcba987654")
+    ).write_parquet(run / "summaries/items.parquet")
     for split, rows in sft.items():
         pl.DataFrame(rows).write_parquet(run / f"sft/{split}.parquet")
 
@@ -108,30 +131,54 @@ def fabricate(run: Path, n_users: int = 8, n_items: int = 30, n_negatives: int =
     scores, rows = [], {}
     for row, logit in logits.items():
         single = logit.astype(np.float32)
-        scores.append(pl.DataFrame({"row": row, "user_id": users, "item_id": item_ids, "label": labels, "logit": single}))
+        scores.append(
+            pl.DataFrame({"row": row, "user_id": users, "item_id": item_ids, "label": labels, "logit": single})
+        )
         rows[row] = ranking_metrics(users, labels, single, n_bootstrap=100)
     pl.concat(scores).with_columns(score=1 / (1 + (-pl.col("logit")).exp())).write_parquet(run / "scores.parquet")
     write_json(
         run / "metrics.json",
-        {"dataset": "demo", "protocol": "strict", "split": "test", "n_users": n_users, "n_candidates": n_negatives + 1,
-         "seed": 0, "candidate_hash": "5d41402abc4b2a76", "rows": rows},
-    )  # fmt: skip
+        {
+            "dataset": "demo",
+            "protocol": "strict",
+            "split": "test",
+            "n_users": n_users,
+            "n_candidates": n_negatives + 1,
+            "seed": 0,
+            "candidate_hash": "5d41402abc4b2a76",
+            "rows": rows,
+        },
+    )
     write_json(
         run / "data/report.json",
         {
             "source": "drawn world, seed 0",
             "cleaning": [
                 {"step": "read", "interactions": 100, "users": 9, "items": 31, "why": "as given"},
-                {"step": "k-core", "interactions": len(interactions), "users": n_users, "items": n_items,
-                 "why": "users < 7 or items < 2 interactions"},
+                {
+                    "step": "k-core",
+                    "interactions": len(interactions),
+                    "users": n_users,
+                    "items": n_items,
+                    "why": "users < 7 or items < 2 interactions",
+                },
             ],
-            "skipped": [{"what": "interactions with an unknown item", "count": 2, "examples": ["row 3: item <b>x9</b>"]}],
-            "statistics": {"interactions": len(interactions), "users": n_users, "items": n_items,
-                           "mean_sequence_length": len(interactions) / n_users},
-            "protocol": {"name": "strict", "negatives": n_negatives, "seed": 0, "candidate_hash": "5d41402abc4b2a76",
-                         "popularity": {"counted_on": "train"}},
+            "skipped": [{"what": "unknown items", "count": 2, "examples": ["row 3: item <b>x9</b>"]}],
+            "statistics": {
+                "interactions": len(interactions),
+                "users": n_users,
+                "items": n_items,
+                "mean_sequence_length": len(interactions) / n_users,
+            },
+            "protocol": {
+                "name": "strict",
+                "negatives": n_negatives,
+                "seed": 0,
+                "candidate_hash": "5d41402abc4b2a76",
+                "popularity": {"counted_on": "train"},
+            },
         },
-    )  # fmt: skip
+    )
     stages = {"prepare": 1.5, "summarize_items": 34.0, "summarize_users": 21.0, "train": 141.5, "evaluate": 38.2}
     write_json(
         run / "provenance.json",
@@ -150,9 +197,10 @@ def fabricate(run: Path, n_users: int = 8, n_items: int = 30, n_negatives: int =
     (run / "model/tokenizer.json").write_text("{}")
     (run / "model/optimizer.pt").write_bytes(b"training state")
     (run / "model/.env").write_text("HF_TOKEN=hf_secret")
-    write_json(run / "model/config.json", {"model_type": "mllm_msr", "interaction": "joint",
-                                           "backbone_name_or_path": "/home/someone/base",
-                                           "vlm_config": {"model_type": "llava", "_name_or_path": "/home/someone/base"}})  # fmt: skip
+    base = "/home/someone/base"
+    backbone = {"model_type": "llava", "_name_or_path": base}
+    config = {"model_type": "mllm_msr", "interaction": "joint", "backbone_name_or_path": base, "vlm_config": backbone}
+    write_json(run / "model/config.json", config)
     write_json(run / "model/processor_config.json", {"prompts": {"recommendation": "{{ title }} {{ image }} Choose?"}})
     losses = 0.25 + 0.45 * np.exp(-np.arange(60) / 15) + rng.normal(0, 0.015, 60)
     log = [{"step": 5 * i + 5, "loss": float(loss), "learning_rate": 2e-4} for i, loss in enumerate(losses)]

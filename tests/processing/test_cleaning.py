@@ -2,7 +2,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.processing.cleaning import NO_TITLE, clean
@@ -87,6 +87,7 @@ def test_nothing_left_names_the_step() -> None:
         clean(raw(("u", "a", 1)), options(k_core_users=2))
 
 
+@settings(deadline=None, database=None)
 @given(
     st.lists(st.tuples(st.sampled_from("uvwxyz"), st.sampled_from("abcdefgh"), st.integers(0, 9)), min_size=1),
     st.integers(1, 3),

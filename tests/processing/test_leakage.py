@@ -3,7 +3,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from mllm_msr.processing.leakage import LeakageError, check_leakage
+from mllm_msr.processing.leakage import LeakageError, check_leakage, check_no_ids
 from mllm_msr.processing.options import PrepareOptions
 from mllm_msr.processing.tasks import TaskPlan
 
@@ -82,3 +82,13 @@ def test_popularity_that_saw_held_out_interactions() -> None:
 def test_preferences_that_read_too_much(rows: list[Any], message: str) -> None:
     with pytest.raises(LeakageError, match=message):
         check_leakage(TASKS, LOG, preferences=preferences(*rows))
+
+
+def test_raw_ids_in_a_text() -> None:
+    ids = pl.Series(["B00TEST123", "12", "games", "AE1XYZ-9"])
+    fine = pl.Series(["12 games from 1995", "B00TEST1234", ""])
+    check_no_ids(fine, ids)
+    for text in ("likes B00TEST123.", "user AE1XYZ-9: 3"):
+        with pytest.raises(LeakageError, match="raw ids in a text"):
+            check_no_ids(pl.Series([*fine, text]), ids)
+    check_no_ids(pl.Series(["likes B00TEST123."]), ids, allowed=pl.Series(["Part B00TEST123"]))

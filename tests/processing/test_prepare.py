@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,26 @@ def test_files_are_the_same_every_time(raw: RawData, tmp_path: Path) -> None:
         prepare(raw, tmp_path / name, OPTIONS, "made up")
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_threads_do_not_change_anything(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np, polars as pl\n"
+        "from pathlib import Path\n"
+        "from mllm_msr.processing.prepare import PrepareOptions, prepare\n"
+        "from mllm_msr.processing.raw import RawData\n"
+        "assert pl.thread_pool_size() == int(sys.argv[2])\n"
+        "rng = np.random.default_rng(0)\n"
+        "table = rng.integers(0, [2000, 300, 50], (40000, 3))\n"
+        "log = pl.DataFrame(table, schema=['user_id', 'item_id', 'timestamp'], orient='row')\n"
+        "items = pl.DataFrame({'item_id': ['1'], 'title': ['One'], 'text': ['']})\n"
+        "prepare(RawData(log, items), Path(sys.argv[1]), PrepareOptions(max_history=15), 'made up')\n"
+    )
+    for threads in ("1", "7"):
+        command = [sys.executable, "-c", code, str(tmp_path / threads), threads]
+        subprocess.run(command, env={**os.environ, "POLARS_MAX_THREADS": threads}, check=True, capture_output=True)
+    for file in sorted((tmp_path / "1").iterdir()):
+        assert file.read_bytes() == (tmp_path / "7" / file.name).read_bytes(), file.name
 
 
 def test_broken_images_are_counted_with_reasons(raw: RawData, tmp_path: Path) -> None:

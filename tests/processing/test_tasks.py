@@ -177,6 +177,7 @@ def test_sampled_ranks_give_every_subset_alike() -> None:
     assert max(abs(count / size - 0.1) for count in subsets.values()) < 0.01
 
 
+@settings(deadline=None, database=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1))
 def test_unseen_ranks_enumerate_what_is_unseen(pairs: list[tuple[int, int]]) -> None:
     unseen = Unseen(np.array([user * 10 + item for user, item in pairs]), 5, 10)
@@ -193,7 +194,7 @@ def test_noise_depends_on_every_part() -> None:
     assert len({int(noise(*key)) for key in keys}) == 5
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, database=None)
 @given(
     rows=st.lists(st.tuples(st.sampled_from("uvwx"), st.sampled_from("abcdefghij"), st.integers(0, 5)), min_size=3),
     protocol=st.sampled_from(["strict", "paper", "global-cutoff"]),

@@ -248,7 +248,13 @@ def examine(model: LlavaForConditionalGeneration, processor: LlavaProcessor, see
                 span = right[row, position + len(ids) - reply - 1 : position + len(ids) - 1]
                 kind = asked.rsplit("\n", 1)[-1]
                 kind = "Do n or more fit?" if kind.startswith("Do ") else kind
-                kind = "Name" if kind.startswith("Name") else "Is value listed?" if kind.startswith("Is ") and " the " not in kind else kind
+                kind = (
+                    "Name"
+                    if kind.startswith("Name")
+                    else "Is value listed?"
+                    if kind.startswith("Is ") and " the " not in kind
+                    else kind
+                )
                 kind += " (picture)" if "<image>" in turns[0][0] else " (words)"
                 score = span[0] if reply == 2 else span.float().mean()
                 hits.setdefault(kind, []).append(float(score))
@@ -293,7 +299,7 @@ def teach(steps: int, seed: int, output: Path, vocab_size: int, batch_size: int,
         looking = collate(processor, lessons)
         reading = collate(processor, [condensing(rng) for _ in range(batch_size // 4)])
         total = 0.0
-        for batch, picture in ((looking, pixels[shown]), (reading, None)):
+        for batch, picture in ((looking, pixels[shown] if shown else None), (reading, None)):
             loss = model(pixel_values=picture, **batch).loss
             loss.backward()
             total += loss.item()

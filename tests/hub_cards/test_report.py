@@ -1,0 +1,175 @@
+"""The report as a reader's browser gets it: whole, escaped, self-contained, and honest about what is missing."""
+
+import json
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import polars as pl
+import pytest
+
+from mllm_msr.hub_cards import report, stories
+from mllm_msr.hub_cards.charts import Line, line_chart, nice_ticks
+from mllm_msr.hub_cards.report import write_report
+from mllm_msr.training.metrics import ranking_metrics
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in order; keeps texts and attributes."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.attributes = "", []
+        self.feed(source)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def source(finished_run) -> str:
+    path = write_report(finished_run)
+    assert path == finished_run / "report.html"
+    assert not list(finished_run.glob("*.tmp"))
+    return path.read_text()
+
+
+def test_it_is_whole_and_says_what_the_run_says(source, finished_run):
+    page = Page(source)
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    for row in metrics["rows"].values():
+        for result in row.values():
+            assert f"{100 * result['value']:.1f}" in page.text
+    for said in ("8 users", "10 candidates each", "strict protocol", metrics["candidate_hash"], "k-core", "2 min 22 s"):
+        assert said in page.text
+    assert page.text.count("their choice") == 6
+    preferences = pl.read_parquet(finished_run / "summaries/preferences.parquet")["preference"]
+    assert sum(text in page.text for text in preferences.unique()) >= 6
+
+
+def test_it_needs_nothing_from_outside(source):
+    for tag, attributes in Page(source).attributes:
+        assert tag not in ("script", "link", "iframe")
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:image/jpeg").startswith("data:image/jpeg")
+    assert "url(" not in source and "@import" not in source
+
+
+def test_what_came_from_data_is_escaped(source):
+    assert "<script>" not in source
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in source
+    assert "item &lt;b&gt;x9&lt;/b&gt;" in source
+
+
+def test_charts_speak_to_screen_readers(source):
+    charts = [part for part in source.split("<figure")[1:] if 'role="img"' in part]
+    assert len(charts) == 5
+    ids = [attributes["id"] for _, attributes in Page(source).attributes if "id" in attributes]
+    assert len(ids) == len(set(ids)) == 10
+    for chart in charts:
+        assert chart.count("<title") == chart.count("<desc") == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone", "kept"),
+    [
+        ("model/log_history.json", "Loss while fine-tuning", "ROC over all pairs"),
+        ("scores.parquet", "users in full", "Loss while fine-tuning"),
+        ("data/items.parquet", "users in full", "ROC over all pairs"),
+        ("data/report.json", "Cleaning", "users in full"),
+        ("summaries/items.parquet", "What the pictures became", "users in full"),
+        ("summaries/preferences.parquet", "not yet part of the preference", "users in full"),
+        ("provenance.json", "Time of each stage", "users in full"),
+        ("config.yaml", "Configuration", "users in full"),
+    ],
+)
+def test_a_missing_artefact_leaves_no_gap(make_run, missing, gone, kept):
+    run = make_run()
+    (run / missing).unlink()
+    text = Page(write_report(run).read_text()).text
+    assert gone not in text
+    assert kept in text
+
+
+def test_without_metrics_it_says_what_to_do(make_run):
+    run = make_run()
+    (run / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metrics\.json is missing: run `mllm-msr evaluate`"):
+        write_report(run)
+
+
+def test_a_broken_picture_is_a_placeholder():
+    assert stories.thumbnail({"bytes": b"no picture", "path": None}) is None
+    assert stories.thumbnail(None) is None
+
+
+def test_hit_curve_is_the_metric_at_every_k():
+    rng = np.random.default_rng(0)
+    users = np.repeat([f"u{i}" for i in range(40)], 12)
+    labels = (rng.random(480) < 0.15).astype(int)
+    labels[::12] = 1
+    logits = rng.integers(0, 4, 480).astype(np.float32)
+    curve = report._hit_curve(pl.DataFrame({"user_id": users, "label": labels, "logit": logits}))
+    expected = ranking_metrics(users, labels, logits, n_bootstrap=2)
+    assert len(curve) == 12
+    for k in (1, 5, 10):
+        assert curve[k - 1] == pytest.approx(expected[f"hr@{k}"]["value"])
+    assert curve[-1] == pytest.approx(1.0)
+
+
+def test_roc_passes_equal_scores_in_one_step():
+    x, y = report._roc(np.array([1, 0, 1, 0]), np.array([1.0, 1.0, 1.0, 0.0]))
+    assert x.tolist() == [0.0, 0.5, 1.0]
+    assert y.tolist() == [0.0, 1.0, 1.0]
+
+
+def test_the_chosen_item_is_shown_wherever_it_stands_and_last_among_equals():
+    scores = pl.DataFrame(
+        {
+            "user_id": "u",
+            "item_id": [f"i{i}" for i in range(12)],
+            "label": [1] + [0] * 11,
+            "logit": [0.0] * 12,
+            "score": 0.5,
+        }
+    )
+    task = {"user_id": "u", "cutoff": 9, "history": ["a", "b"], "above": 0, "n": 12}
+    user = stories.user_story(task, scores, None)
+    assert [entry["place"] for entry in user["ranking"]] == [1, 2, 3, 4, 5, 6, 7, 8, 12]
+    assert [entry["gap"] for entry in user["ranking"]] == [False] * 8 + [True]
+    assert user["ranking"][-1]["chosen"]
+    assert user["rank"] == "tied for places 1-12"
+    assert user["recent"] == ["a", "b"]
+
+
+def test_ticks_are_round_and_inside():
+    assert nice_ticks(0, 300) == [0.0, 50.0, 100.0, 150.0, 200.0, 250.0, 300.0]
+    assert nice_ticks(0.017, 0.96) == [0.2, 0.4, 0.6, 0.8]
+
+
+def test_a_chart_is_well_formed_and_inside_its_frame():
+    line = Line('<b>"&', [0, 1, 2], [0.0, 10.0, 5.0], "kind-chosen", fill=True, dots=True)
+    chart = line_chart(
+        [line], title="A & B", description="<d>", x_label="x", y_label="y", x_range=(0, 2), y_range=(0, 10)
+    )
+    root = ElementTree.fromstring(str(chart))
+    assert root.find("svg/title").text == "A & B"
+    points = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter("circle")]
+    assert points[0] == (50.0, 248.0) and points[1][1] == 12.0 and points[2][0] == 428.0
+    assert "&lt;b&gt;" in str(chart) and "<b>" not in str(chart)

@@ -1,0 +1,162 @@
+"""A whole small run from the command line: what it leaves, that it resumes after kill -9, and that its model travels."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.training.metrics import ranking_metrics
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+MAIN = [sys.executable, "-m", "mllm_msr.cli"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    content = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text(encoding="utf-8"))
+    content["source"].update(n_users=12, n_items=40)
+    content["summaries"]["batch_size"] = 10
+    content["training"].update(num_train_epochs=1, per_device_train_batch_size=8, save_steps=3, eval_strategy="no")
+    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([*MAIN, *arguments], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    out = run("run", str(recipe), "--output", str(folder))
+    assert "MLLM-MSR" in out and "popularity" in out
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    metrics = json.loads((whole / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["n_users"] == 12 and metrics["n_candidates"] == 21
+    rows = {"mllm_msr", "popularity", "random", "text_only", "blank_images", "no_sft", "oracle"}
+    assert set(metrics["rows"]) == rows
+    scores = pl.read_parquet(whole / "scores.parquet")
+    for row in rows:
+        part = scores.filter(row=row)
+        again = ranking_metrics(part["user_id"].to_numpy(), part["label"].to_numpy(), part["logit"].to_numpy())
+        assert again == metrics["rows"][row]
+    probabilities = scores.filter(row="mllm_msr")["score"]
+    assert probabilities.is_between(0, 1).all()
+    assert metrics["rows"]["oracle"]["auc"]["value"] > 0.8
+    assert "<html" in (whole / "report.html").read_text(encoding="utf-8")
+    assert {path.name for path in (whole / "hub").iterdir()} == {"model", "dataset"}
+
+
+def test_a_finished_run_is_not_done_again(recipe, whole):
+    before = (whole / "provenance.json").read_text(encoding="utf-8")
+    out = run("run", str(recipe), "--output", str(whole))
+    assert out.count("up to date") == 6
+    assert (whole / "provenance.json").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize(
+    ("trace", "least"),
+    [
+        ("data", 1),
+        ("cache/item_summary/*.parquet", 2),
+        ("cache/preference/*.parquet", 3),
+        ("training/*/checkpoint-*/trainer_state.json", 1),
+        ("scores/*/*.parquet", 2),
+    ],
+)
+def test_killed_and_run_again_it_ends_the_same(recipe, whole, tmp_path, trace, least):
+    """Kill -9 as soon as a stage has left its first traces, so in the midst of it, or of the next."""
+    process = subprocess.Popen(
+        [*MAIN, "run", str(recipe), "--output", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENV,
+        start_new_session=True,
+    )
+    while len(list(tmp_path.glob(trace))) < least:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "report.html").exists()
+    run("run", str(recipe), "--output", str(tmp_path))
+    for name in ("metrics.json", "scores.parquet", "summaries/preferences.parquet", "data/tasks.parquet"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_changed_recipe_redoes_only_what_depends_on_it(recipe, whole, tmp_path):
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["evaluation"]["rows"] = ["mllm_msr", "popularity", "no_sft"]
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(content), encoding="utf-8")
+    out = run("run", str(changed), "--output", str(whole))
+    assert out.count("up to date") == 4
+    run("run", str(recipe), "--output", str(whole))
+
+
+def test_rank_shows_unseen_items_by_falling_score(whole):
+    lines = run("rank", str(whole), "--user", "u0003", "--top-k", "5").strip().splitlines()
+    assert lines[0].startswith("preference: ")
+    scores = [float(line.split()[1]) for line in lines[1:]]
+    assert len(scores) == 5 and scores == sorted(scores, reverse=True)
+    seen = set(pl.read_parquet(whole / "data/interactions.parquet").filter(user_id="u0003")["item_id"])
+    assert not seen & {line.split()[2] for line in lines[1:]}
+    lines = run("rank", str(whole), "--preference", "Likes red", "--items", "i0001,i0002").strip().splitlines()
+    assert {line.split()[2] for line in lines[1:]} == {"i0001", "i0002"}
+
+
+def test_publish_shows_what_would_go(whole):
+    out = run("publish", str(whole), "--namespace", "someone", "--dry-run")
+    assert "someone/mllm-msr-demo" in out
+    assert "model.safetensors" in out and "README.md" in out
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["mllm_msr"] = None  # as if it were not installed
+import json, torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+folder, picture = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+image = Image.open(picture).convert("RGB")
+candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
+batch = processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)
+print("LOGITS", json.dumps(model.score(**batch).logits.tolist()))
+"""
+
+
+def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
+    from PIL import Image
+    from transformers import AutoModel, AutoProcessor
+
+    from mllm_msr.demo.world import draw, make_world
+
+    draw(make_world(3, 1, 30).items[0]).save(tmp_path / "picture.png")
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_PACKAGE, encoding="utf-8")
+    env = {**ENV, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(script), str(whole / "hub/model"), str(tmp_path / "picture.png")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.split("LOGITS")[1])
+    processor, model = AutoProcessor.from_pretrained(whole / "model"), AutoModel.from_pretrained(whole / "model").eval()
+    image = Image.open(tmp_path / "picture.png").convert("RGB")
+    candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
+    ours = model.score(**processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)).logits.tolist()
+    assert theirs == pytest.approx(ours, abs=1e-5)

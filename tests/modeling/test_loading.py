@@ -1,0 +1,207 @@
+"""Every way of saving and loading scores the same, also where the package is not installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from tiny_models import FAMILIES, picture, randomise
+from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature
+
+from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr.modeling.lora import language_model_lora_targets
+
+FAMILY = pytest.mark.parametrize("name", FAMILIES)
+SCORE = """
+def score(model, processor):
+    from PIL import Image
+    candidates = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two <image> </s>"}]
+    return model.score(**processor(["likes ships", ""], candidates)).logits
+"""
+WITHOUT_PACKAGE = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mllm_msr":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotInstalled())
+"""
+LOAD = """
+from transformers import AutoModel, AutoProcessor
+trust = {"trust_remote_code": True} if "trust" in sys.argv else {}
+pinned = dict(argument.split("=") for argument in sys.argv[2:] if "=" in argument)
+model = AutoModel.from_pretrained(sys.argv[1], **trust, **pinned)
+processor = AutoProcessor.from_pretrained(sys.argv[1], **trust)
+print("SCORES", *score(model, processor).tolist())
+"""
+
+
+def score(model: MllmMsrForRecommendation, processor: MllmMsrProcessor) -> torch.Tensor:
+    """What ``SCORE`` does in other processes."""
+    candidates = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two <image> </s>"}]
+    return model.score(**processor(["likes ships", ""], candidates)).logits
+
+
+def run(code: str, *arguments: str, home: Path, **environment: str) -> str:
+    """The standard output of a fresh process with its own Hugging Face caches and no network."""
+    own = {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, **own}, cwd=home
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def scores(output: str) -> torch.Tensor:
+    line = next(line for line in output.splitlines() if line.startswith("SCORES"))
+    return torch.tensor([float(part) for part in line.split()[1:]])
+
+
+def make(path: Path) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]:
+    processor = MllmMsrProcessor.from_backbone(str(path))
+    return MllmMsrForRecommendation.from_backbone(path, processor=processor), processor
+
+
+def adapt(model: MllmMsrForRecommendation) -> None:
+    config = LoraConfig(r=2, target_modules=language_model_lora_targets(model), init_lora_weights=False)
+    get_peft_model(model, config).eval()
+
+
+def pairs(processor: MllmMsrProcessor) -> BatchFeature:
+    return processor(["ships", ""], [{"title": "One", "text": "t", "image": picture(1)}, {"title": "Two"}])
+
+
+@FAMILY
+def test_every_kind_of_repository_scores_the_same(backbone, name: str, tmp_path: Path) -> None:
+    model, processor = make(backbone(name))
+    batch = pairs(processor)
+    plain = model.score(**batch).logits
+    model.save_pretrained(tmp_path / "full")
+    adapt(model)
+    expected = model.score(**batch).logits
+    assert (expected - plain).abs().max() > 1e-3
+
+    def check(other: MllmMsrForRecommendation, wanted: torch.Tensor = expected) -> None:
+        assert not other.training
+        torch.testing.assert_close(other.score(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
+
+    check(AutoModel.from_pretrained(tmp_path / "full"), plain)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModel.from_pretrained(tmp_path / "adapter")
+    check(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    check(AutoModel.from_pretrained(tmp_path / "again"))
+    loaded.merge()
+    check(loaded)
+    loaded.save_pretrained(tmp_path / "merged")
+    check(AutoModel.from_pretrained(tmp_path / "merged"))
+    loaded.export_backbone(tmp_path / "exported")
+    check(MllmMsrForRecommendation.from_backbone(tmp_path / "exported", processor=processor))
+
+    stock = AutoModelForImageTextToText.from_pretrained(backbone(name))
+    stock = PeftModel.from_pretrained(stock, tmp_path / "adapter" / "adapter").eval()
+    with torch.no_grad():
+        answer = stock(**batch).logits[:, -1]
+    torch.testing.assert_close(model.answer_logits(answer), expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_repository_holds_the_adapter_and_no_other_weights(backbone, tmp_path: Path) -> None:
+    model, processor = make(backbone("llava"))
+    adapt(model)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")} == {
+        "adapter/adapter_model.safetensors"
+    }
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(backbone("llava"))
+    assert settings["target_modules"].startswith("model")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["adapter"] == "adapter" and model.config.adapter is None
+    assert config["auto_map"]["AutoModel"] == "modeling_mllm_msr.MllmMsrForRecommendation"
+    with pytest.raises(ValueError, match="merge"):
+        model.export_backbone(tmp_path / "out")
+    model.config.backbone_name_or_path = None
+    with pytest.raises(ValueError, match="backbone_name_or_path"):
+        model.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_loads_by_remote_code_where_the_package_is_not_installed(backbone, tmp_path: Path, kind: str) -> None:
+    model, processor = make(backbone("llava"))
+    if kind == "adapter":
+        adapt(model)
+    for one in (model, processor):
+        one.save_pretrained(tmp_path / "repo")
+    code = WITHOUT_PACKAGE + SCORE + LOAD
+    output = run(code, str(tmp_path / "repo"), "trust", home=tmp_path)
+    torch.testing.assert_close(scores(output), score(model, processor), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import mllm_msr",
+        "from transformers import AutoModel; import mllm_msr",
+        "import mllm_msr, peft, trl; from transformers import Trainer, GenerationMixin",
+        "from mllm_msr import MllmMsrForRecommendation",
+        "from mllm_msr import MllmMsrProcessor",
+    ],
+)
+def test_needs_no_trust_once_the_package_is_imported(backbone, tmp_path: Path, first: str) -> None:
+    model, processor = make(backbone("llava"))
+    for one in (model, processor):
+        one.save_pretrained(tmp_path / "repo")
+    output = run(f"import sys\n{first}\n{SCORE}\n{LOAD}", str(tmp_path / "repo"), home=tmp_path)
+    torch.testing.assert_close(scores(output), score(model, processor), atol=1e-5, rtol=0)
+
+
+def test_importing_the_package_loads_nothing_else(tmp_path: Path) -> None:
+    code = "import sys, mllm_msr; print(sorted({'torch', 'transformers', 'polars', 'peft'} & set(sys.modules)))"
+    assert run(code, home=tmp_path).strip() == "[]"
+
+
+def hub_repository(home: Path, name: str, commits: dict[str, Path], main: str) -> None:
+    """What the Hub's cache holds of a repository with several commits."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(main)
+    for commit, source in commits.items():
+        shutil.copytree(source, folder / "snapshots" / commit)
+
+
+def test_revisions_of_adapter_and_backbone_are_independent(backbone, tmp_path: Path) -> None:
+    """The adapter's old commit is asked for; it pins the backbone's old commit; both repositories have moved on."""
+    old, new = "a" * 40, "b" * 40
+    base = backbone("llava")
+    changed = AutoModelForImageTextToText.from_pretrained(base)
+    randomise(changed, seed=1)
+    shutil.copytree(base, tmp_path / "changed")
+    changed.save_pretrained(tmp_path / "changed")
+    hub_repository(tmp_path, "org/base", {old: base, new: tmp_path / "changed"}, main=new)
+
+    model, processor = make(base)
+    model.config.backbone_name_or_path, model.config.backbone_revision = "org/base", old
+    adapt(model)
+    expected = score(model, processor)
+    for folder in ("first", "second"):
+        model.save_pretrained(tmp_path / folder)
+        processor.save_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "lora_" in key:
+                    value.neg_() if "lora_A" in key else value.mul_(2)
+    hub_repository(tmp_path, "org/adapter", {old: tmp_path / "first", new: tmp_path / "second"}, main=new)
+    code = WITHOUT_PACKAGE + SCORE + LOAD
+    pinned = run(code, "org/adapter", "trust", f"revision={old}", f"code_revision={new}", home=tmp_path)
+    torch.testing.assert_close(scores(pinned), expected, atol=1e-5, rtol=0)
+    latest = scores(run(code, "org/adapter", "trust", home=tmp_path))
+    assert (latest - expected).abs().max() > 1e-3

@@ -1,0 +1,40 @@
+import polars as pl
+
+from mllm_msr.processing.examples import task_contexts, training_examples
+
+
+def frames():
+    tasks = pl.DataFrame(
+        {
+            "task_id": ["t0", "t1", "t2"],
+            "user_id": ["u", "u", "v"],
+            "history": [["a", "b", "c", "d"], ["a", "b", "c"], ["e"]],
+            "candidates": [["x", "y"], ["y", "z"], ["z", "x"]],
+            "labels": [[1, 0], [0, 1], [1, 0]],
+        }
+    )
+    preferences = pl.DataFrame({"user_id": ["u", "u"], "step": [1, 2], "preference": ["h1", "h2 has read too much"]})
+    summaries = pl.DataFrame({"item_id": list("abcdexyz"), "summary": [f"sum {c}" for c in "abcdexyz"]})
+    return tasks, preferences, summaries
+
+
+def test_a_task_uses_the_last_preference_before_it_and_what_came_since():
+    out = task_contexts(*frames(), block_size=3)
+    assert out.select("task_id", "preference", "recent").rows() == [
+        ("t0", "h1", ["sum d"]),
+        ("t1", "h1", []),
+        ("t2", "", ["sum e"]),
+    ]
+
+
+def test_examples_keep_candidates_and_labels_together():
+    titles = pl.DataFrame({"item_id": list("xyz"), "title": ["X", "Y", "Z"]})
+    out = training_examples(task_contexts(*frames(), block_size=3), titles)
+    assert out.select("task_id", "item_id", "label", "title").rows() == [
+        ("t0", "x", 1, "X"),
+        ("t0", "y", 0, "Y"),
+        ("t1", "y", 0, "Y"),
+        ("t1", "z", 1, "Z"),
+        ("t2", "z", 1, "Z"),
+        ("t2", "x", 0, "X"),
+    ]

@@ -1,0 +1,120 @@
+"""training/sft.py as users start it: what moves, what carries loss, and that an interruption changes nothing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.training import sft
+from mllm_msr.training.collator import AnswerCollator, ItemTable
+from mllm_msr.training.tables import load_table
+
+SCRIPT = Path(sft.__file__)
+
+
+def flags(run, output: Path, **more):
+    return {
+        **run.recipe.training_flags(),
+        "dataset_name": str(run.folder),
+        "output_dir": str(output),
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_eval_samples": 8,
+        "logging_steps": 1,
+        **more,
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_only_the_answer_is_supervised(small_run):
+    processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
+    rows = load_table(str(small_run.folder), "sft", "train").select(range(6))
+    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    batch = AnswerCollator(processor, items)(list(rows))
+    supervised = batch["labels"] != -100
+    assert supervised.sum(1).tolist() == [1] * 6
+    assert supervised[:, -1].all()
+    answers = processor.tokenizer.batch_decode(batch["labels"][:, -1:])
+    assert answers == ["Yes" if label else "No" for label in rows["label"]]
+    assert torch.equal(batch["labels"][supervised], batch["input_ids"][supervised])
+
+
+def test_an_unknown_item_is_named(small_run):
+    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    with pytest.raises(KeyError, match="'i9999' is not in the items table"):
+        items["i9999"]
+
+
+def test_a_missing_table_says_what_to_do(small_run, tmp_path):
+    shutil.copy(small_run.folder / "config.yaml", tmp_path)
+    with pytest.raises(FileNotFoundError, match="run the earlier stages"):
+        load_table(str(tmp_path), "sft", "train")
+
+
+def test_lora_moves_the_language_model_and_nothing_else(small_run, tmp_path):
+    trainer = sft.main(*sft.parse([], **flags(small_run, tmp_path)))
+    sft.save_recommender(trainer, tmp_path / "model")
+    before = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), dtype=torch.float32).state_dict()
+    after = MllmMsrForRecommendation.from_pretrained(tmp_path / "model").state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = {
+        name
+        for name, value in before.items()
+        if "language_model.layers" in name and value.ndim == 2 and name.endswith("_proj.weight")
+    }
+    assert moved == linear
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4 and all(0 < loss < 5 for loss in losses)
+
+
+def test_full_fine_tuning_moves_every_language_weight(small_run, tmp_path):
+    trainer = sft.main(*sft.parse([], **flags(small_run, tmp_path, use_peft=False, save_strategy="no")))
+    before = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), dtype=torch.float32).state_dict()
+    after = trainer.model.state_dict()
+    still = {name for name in before if torch.equal(before[name], after[name].cpu())}
+    assert not [name for name in still if "language_model" in name]
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(small_run, tmp_path):
+    whole = sft.main(*sft.parse([], **flags(small_run, tmp_path / "whole")))
+    sft.main(*sft.parse([], **flags(small_run, tmp_path / "cut")))
+    shutil.rmtree(tmp_path / "cut/checkpoint-4")
+    torn = tmp_path / "cut/checkpoint-3"  # killed while it was written
+    shutil.copytree(tmp_path / "cut/checkpoint-2", torn)
+    (torn / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
+    assert sft.last_checkpoint(tmp_path / "cut") == str(tmp_path / "cut/checkpoint-2")
+    resumed = sft.main(*sft.parse([], **flags(small_run, tmp_path / "cut")))
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert resumed.state.log_history[-1]["step"] == 4
+
+
+def test_accelerate_launch_with_a_recipe(small_run, tmp_path):
+    recipe = yaml.safe_load((small_run.folder / "config.yaml").read_text(encoding="utf-8"))
+    recipe["training"].update(max_steps=2, per_device_train_batch_size=4, eval_strategy="no", save_strategy="no")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(SCRIPT)]
+    command += ["--config", str(tmp_path / "recipe.yaml"), "--dataset_name", str(small_run.folder)]
+    command += ["--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-4"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_an_unknown_flag_in_a_recipe_is_named(small_run, tmp_path):
+    with pytest.raises(ValueError, match="no_such_flag"):
+        sft.parse([], **flags(small_run, tmp_path, no_such_flag=1))
