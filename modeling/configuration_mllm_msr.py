@@ -1,6 +1,6 @@
 """Configuration of the recommender: a backbone's configuration and what its answers mean."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -24,7 +24,7 @@ class MllmMsrConfig(PreTrainedConfig):
         "vlm_config": SubConfigSpec(AutoConfig, model_type="llava", optional=True)  # the type is never used
     }
 
-    vlm_config: dict | PreTrainedConfig | None = None
+    vlm_config: Any = None
     interaction: str = "joint"
     answer_token_ids: dict[str, list[int]] | None = None
     backbone_name_or_path: str | None = None

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import is_peft_available
 
 
-def language_model_lora_targets(model: nn.Module) -> str:
+def language_model_lora_targets(model: Any) -> str:
     """A regular expression of the full paths of all linear layers of the decoder, for `LoraConfig(target_modules=...)`.
 
     Suffixes such as `q_proj` would also match the vision tower's layers.

@@ -45,7 +45,7 @@ class PictureFeatures(ModelOutput):
 class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     config_class = MllmMsrConfig
     base_model_prefix = "backbone"  # so that a plain backbone's checkpoint loads with no missing keys
-    input_modalities = ("image", "text")
+    input_modalities: Any = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -158,7 +158,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             For each picture (tokens, F), where F is the decoder's width times one plus the number of its layers that
             see the picture again (Qwen3-VL).
         """
-        encode = self.base_model.get_image_features
+        encode: Any = self.base_model.get_image_features
         known = set(inspect.signature(encode).parameters) | {"pixel_values"}
         output = encode(**{name: value for name, value in batch.items() if name in known}, return_dict=True)
         pooled = output.pooler_output
@@ -195,23 +195,27 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     # ---- adapters, loading and saving ------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """As everywhere in transformers; a repository that holds an adapter is loaded on top of its pinned backbone.
 
         `revision` is then the adapter's; the backbone's is in the configuration.
         """
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         known = (
-            config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(name_or_path, **hub)
+            config
+            if isinstance(config, PreTrainedConfig)
+            else cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         )
         if known.adapter is None:
-            return super().from_pretrained(name_or_path, *args, config=config, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder", "code_revision") if name in kwargs}
         where = {"revision": known.backbone_revision} if known.backbone_revision else {}
-        loaded = super().from_pretrained(known.backbone_name_or_path, *args, config=known, **where, **kwargs)
+        loaded = super().from_pretrained(known.backbone_name_or_path, *model_args, config=known, **where, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub.update(subfolder="/".join(part for part in (own.get("subfolder"), known.adapter) if part))
-        model.backbone.load_adapter(str(name_or_path), adapter_kwargs=hub)
+        model.backbone.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -225,7 +229,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         if not self.config.backbone_name_or_path:
             raise ValueError("config.backbone_name_or_path must say what the adapter belongs to; or merge() it first")
         os.makedirs(save_directory, exist_ok=True)
-        config = copy.deepcopy(self.config)
+        config: Any = copy.deepcopy(self.config)
         config.adapter = ADAPTER
         config.architectures = [type(self).__name__]
         custom_object_save(self, save_directory, config=config)

@@ -1,7 +1,6 @@
 """`pipeline("sequential-recommendation", model=...)`: a user and candidates in, the candidates ranked out."""
 
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ class SequentialRecommendationPipeline(Pipeline):
     A request is `{"preference": str, "candidates": [...]}`, or has, in place of the preference, the `history` of what
     the user has chosen, oldest first, from which the backbone writes one as in the paper: each item described (unless
     it has a `summary`), then block after block condensed. Items are `{"title", "text", "image"}`, of which only the
-    title is needed. Items chosen after the preference was written can be given as `recent`.
+    title is needed. Items chosen after the preference was written can be given as `recent`. The answer has the
+    candidates, best first, with `logit` and `score` added; several requests give a list of answers.
 
     Example:
 
@@ -38,37 +38,33 @@ class SequentialRecommendationPipeline(Pipeline):
         max_new_tokens: of each text written from a history (128).
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_video_processor = False
+    model: Any  # MllmMsrForRecommendation
+    processor: Any  # MllmMsrProcessor
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_video_processor: Any = False
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, given, {}  # all are of the forward step, which knows their defaults
 
-    def __call__(self, inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], **kwargs: Any) -> Any:
-        """The ranked candidates of a request, each with `logit` and `score` added; a list of these for several."""
-        return super().__call__(inputs, **kwargs)
-
-    def preprocess(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        if ("preference" in inputs) == ("history" in inputs) or not inputs.get("candidates"):
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
+        if ("preference" in input_) == ("history" in input_) or not input_.get("candidates"):
             raise ValueError("a request has `candidates` and either a `preference` or a `history`")
-        return {"request": inputs}
+        return {"request": input_}
 
-    def _forward(
-        self, model_inputs: dict[str, Any], top_k: int | None = None, block_size: int = 3, max_new_tokens: int = 128
-    ) -> list[dict[str, Any]]:
-        request = model_inputs["request"]
+    def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
+        request, options = input_tensors["request"], {"block_size": 3, "max_new_tokens": 128} | forward_parameters
         preference = request.get("preference")
         if preference is None:
             with without_adapter(self.model):
-                preference = self._condense(request["history"], block_size, max_new_tokens)
+                preference = self._condense(request["history"], options["block_size"], options["max_new_tokens"])
         user = {"preference": preference, "recent": request.get("recent", [])}
         candidates = [{"text": "", "image": None, **candidate} for candidate in request["candidates"]]
-        return Recommender(self.model, self.processor).rank([user], candidates, top_k)[0]
+        return Recommender(self.model, self.processor).rank([user], candidates, options.get("top_k"))[0]
 
-    def postprocess(self, model_outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> Any:
         return model_outputs
 
     def _condense(self, history: list[dict[str, Any]], block_size: int, max_new_tokens: int) -> str:

@@ -5,7 +5,7 @@ user's prefix runs once and its keys and values serve all candidates, and a pict
 The result is that of the plain forward of every pair.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 # Families whose positions are the plain running count, so that a suffix may continue a cached prefix as it is.
-PLAIN_POSITIONS = frozenset({"llava"})
-Pair = tuple[int, int]  # the user's number, and the candidate's place in that user's list
+PLAIN_POSITIONS = frozenset({"llava", "llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl"})
 
 
 class Recommender:
@@ -54,11 +53,23 @@ class Recommender:
         """
         out = [np.empty(len(row), dtype=np.float32) for row in candidates]
         pairs = [(user, place) for user, row in enumerate(candidates) for place in range(len(row))]
+        shown = _Shown(self.model, self.processor, catalogue)
+        score_chunk = self._score_shared if self.shares_prefix else self._score_plain
         with tqdm(total=len(pairs), desc=progress, unit="pair", disable=progress is None) as bar:
-            score_all = self._score_shared if self.shares_prefix else self._score_plain
-            for (user, place), logit in score_all(users, candidates, catalogue, pairs):
-                out[user][place] = logit
-                bar.update()
+            start = 0
+            while start < len(pairs):  # as many pairs as the budget allows for the longest row met so far
+                chunk = pairs[start : start + max(1, self.token_budget // self.longest)]
+                items = [candidates[user][place] for user, place in chunk]
+                batch = self.processor(
+                    preferences=[users[user]["preference"] for user, _ in chunk],
+                    candidates=shown.candidates(items),
+                    recent=[users[user].get("recent", []) for user, _ in chunk],
+                ).to(self.model.device)
+                logits = score_chunk(batch, shown.features(items), [user for user, _ in chunk])
+                for (user, place), logit in zip(chunk, logits.tolist(), strict=True):
+                    out[user][place] = logit
+                start += len(chunk)
+                bar.update(len(chunk))
         return out
 
     def rank(
@@ -83,86 +94,89 @@ class Recommender:
             ranked.append([{**candidates[i], "logit": float(row[i]), "score": float(scores[i])} for i in order])
         return ranked
 
-    def _score_plain(self, users, candidates, catalogue, pairs) -> Iterator[tuple[Pair, float]]:
+    def _score_plain(self, batch: Any, features: list[torch.Tensor], users: list[int]) -> torch.Tensor:
         """Every pair a full sequence; for backbones whose prefix cannot simply be continued."""
-        for chunk in self._chunks(pairs):
-            batch = self._batch(users, candidates, catalogue, chunk)
-            self.longest = max(self.longest, batch["input_ids"].shape[1])
-            yield from zip(chunk, self.model.score(**batch).logits.tolist(), strict=True)
+        self.longest = max(self.longest, batch["input_ids"].shape[1])
+        return self.model.score(**batch, **({"image_features": features} if features else {})).logits
 
-    def _score_shared(self, users, candidates, catalogue, pairs) -> Iterator[tuple[Pair, float]]:
+    def _score_shared(self, batch: Any, features: list[torch.Tensor], users: list[int]) -> torch.Tensor:
         """Each user's prefix once, then each candidate's suffix on a copy of its keys and values."""
-        features: dict[str, list[torch.Tensor]] = {}
-        for chunk in self._chunks(pairs):
-            batch = self._batch(users, candidates, catalogue, chunk)
-            rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-            shown = [candidates[user][place] for user, place in chunk]
-            self._encode_pictures(batch, shown, catalogue, features)
-            owners = sorted({user for user, _ in chunk})
-            owner = torch.tensor([owners.index(user) for user, _ in chunk], device=self.model.device)
-            lengths = [
-                self._shared_length([row for row, (user, _) in zip(rows, chunk, strict=True) if user == one])
-                for one in owners
-            ]
-            first = [next(row for row, (user, _) in zip(rows, chunk, strict=True) if user == one) for one in owners]
-            prefix, prefix_mask = pad_left([row[:length] for row, length in zip(first, lengths, strict=True)])
-            cache = DynamicCache(config=self.model.config.get_text_config())
-            self.model(
-                input_ids=prefix,
-                attention_mask=prefix_mask,
-                position_ids=positions(prefix_mask),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache.batch_select_indices(owner)
-            suffix, suffix_mask = pad_left([row[lengths[k] :] for row, k in zip(rows, owner.tolist(), strict=True)])
-            mask = torch.cat([prefix_mask[owner], suffix_mask], dim=1)
-            self.longest = max(self.longest, suffix.shape[1])
-            pictures = [feature for item in shown for feature in features.get(item, [])]
-            logits = self.model.score(
-                input_ids=suffix,
-                attention_mask=mask,
-                position_ids=positions(mask)[:, -suffix.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-                **({"image_features": pictures} if pictures else {}),
-            ).logits
-            yield from zip(chunk, logits.tolist(), strict=True)
-
-    def _chunks(self, pairs: list[Pair]) -> Iterator[list[Pair]]:
-        """Consecutive pairs, as many as the token budget allows for the longest row met so far."""
-        start = 0
-        while start < len(pairs):
-            count = max(1, self.token_budget // self.longest)
-            yield pairs[start : start + count]
-            start += count
-
-    def _batch(self, users, candidates, catalogue, chunk: list[Pair]) -> Any:
-        batch = self.processor(
-            preferences=[users[user]["preference"] for user, _ in chunk],
-            candidates=[catalogue[candidates[user][place]] for user, place in chunk],
-            recent=[users[user].get("recent", []) for user, _ in chunk],
+        rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        grouped: dict[int, list[torch.Tensor]] = {}
+        for user, row in zip(users, rows, strict=True):
+            grouped.setdefault(user, []).append(row)
+        lengths = {user: self._shared_length(some) for user, some in grouped.items()}
+        prefix, prefix_mask = pad_left([some[0][: lengths[user]] for user, some in grouped.items()])
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        self.model(
+            input_ids=prefix,
+            attention_mask=prefix_mask,
+            position_ids=positions(prefix_mask),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
-        return batch.to(self.model.device)
-
-    def _encode_pictures(self, batch, shown, catalogue, features: dict[str, list[torch.Tensor]]) -> None:
-        """Fill ``features`` for the items of the chunk that it lacks, each item once."""
-        new = list(
-            dict.fromkeys(item for item in shown if item not in features and catalogue[item]["image"] is not None)
-        )
-        if new:
-            at = [item for item in shown if catalogue[item]["image"] is not None]
-            rows = [at.index(item) for item in new]
-            encoded = self.model.image_features(pixel_values=batch["pixel_values"][rows])
-            features.update({item: [feature] for item, feature in zip(new, encoded, strict=True)})
+        numbers = {user: number for number, user in enumerate(grouped)}
+        owner = torch.tensor([numbers[user] for user in users], device=self.model.device)
+        cache.batch_select_indices(owner)
+        suffix, suffix_mask = pad_left([row[lengths[user] :] for user, row in zip(users, rows, strict=True)])
+        self.longest = max(self.longest, suffix.shape[1])
+        mask = torch.cat([prefix_mask[owner], suffix_mask], dim=1)
+        return self.model.score(
+            input_ids=suffix,
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -suffix.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            **({"image_features": features} if features else {}),
+        ).logits
 
     def _shared_length(self, rows: list[torch.Tensor]) -> int:
-        """Leading tokens that all rows of one user have in common, up to the first picture and before the last token."""
+        """Leading tokens that all rows of one user share, up to the first picture and before the last token."""
         length = min(len(row) for row in rows) - 1
         same = torch.stack([row[:length] == rows[0][:length] for row in rows]).all(0)
         same &= rows[0][:length] != self.model.config.vlm_config.image_token_id
         return int(same.long().cumprod(0).sum())
+
+
+class _Shown:
+    """The catalogue's pictures, each prepared and encoded once, when it is first needed."""
+
+    def __init__(self, model: Any, processor: Any, catalogue: Mapping[str, Mapping[str, Any]]) -> None:
+        self.model, self.processor, self.catalogue = model, processor, catalogue
+        self.known: dict[str, tuple[Any, torch.Tensor]] = {}  # item -> its picture without pixels, its features
+
+    def candidates(self, items: list[str]) -> list[dict[str, Any]]:
+        """What the processor is given: pictures that are already prepared stand in for images."""
+        new = [item for item in dict.fromkeys(items) if self._has_image(item) and item not in self.known]
+        pictures = self.processor.pictures([self.catalogue[item]["image"] for item in new])
+        for alike in _alike(dict(zip(new, pictures, strict=True))):
+            names = alike[0][1].tensors
+            tensors = {name: torch.cat([picture.tensors[name] for _, picture in alike]) for name in names}
+            features = self.model.image_features(
+                [picture.num_image_tokens for _, picture in alike],
+                **{name: tensor.to(self.model.device) for name, tensor in tensors.items()},
+            )
+            for (item, picture), feature in zip(alike, features, strict=True):
+                self.known[item] = (picture.light(), feature)
+        return [
+            {**self.catalogue[item], "image": self.known[item][0] if item in self.known else None} for item in items
+        ]
+
+    def features(self, items: list[str]) -> list[torch.Tensor]:
+        return [self.known[item][1] for item in items if item in self.known]
+
+    def _has_image(self, item: str) -> bool:
+        return self.catalogue[item].get("image") is not None
+
+
+def _alike(pictures: dict[str, Any]) -> list[list[tuple[str, Any]]]:
+    """Pictures grouped by the shapes of their tensors, so that each group can be encoded as one batch."""
+    groups: dict[Any, list[tuple[str, Any]]] = {}
+    for item, picture in pictures.items():
+        shapes = tuple((name, tensor.shape) for name, tensor in picture.tensors.items())
+        groups.setdefault(shapes, []).append((item, picture))
+    return list(groups.values())
 
 
 def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,32 +1,51 @@
 """Text engines: prompt variables in, texts out, in the order of the input.
 
-``transformers`` runs a (multimodal) language model in this process, batched; ``extractive`` uses no model at all:
-keywords and colours, deterministic, for machines without weights and as the honest row "is the language model worth
-it?". An engine only has to offer ``identity``, ``batch_size`` and ``generate``.
+``transformers`` runs a (multimodal) language model in this process, batched; ``openai`` asks a server; ``extractive``
+uses no model at all. An engine is whatever offers what :class:`Engine` names.
 """
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from mllm_msr.processing.prompts import PROMPTS
+from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.processing.storage import digest
 
-from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.storage import digest, folder_digest
+Task = Literal["item_summary", "text_summary", "image_summary", "fusion", "preference"]
+MAX_NEW_TOKENS = {  # the paper's two descriptions of an item get equal room, so that text does not drown the picture
+    "item_summary": 96,
+    "text_summary": 80,
+    "image_summary": 80,
+    "fusion": 96,
+    "preference": 256,
+}
 
-Task = Literal["item_summary", "preference"]
+
+class EngineUnavailable(RuntimeError):
+    """Not one input is at fault but the engine: stop, keep what there is, and say what to do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A generated text, and whether it ended by itself rather than at the longest length."""
+
+    text: str
+    ended: bool
 
 
 class Engine(Protocol):
     """What the summaries need of whatever writes them."""
 
     @property
-    def identity(self) -> dict[str, str]:
-        """``generator`` and ``revision``, and every setting a text depends on: part of each text's content key."""
+    def generator(self) -> str:
+        """Who writes: a model's name."""
+        ...
+
+    @property
+    def revision(self) -> str:
+        """Which version of it."""
         ...
 
     @property
@@ -38,149 +57,129 @@ class Engine(Protocol):
         """Changes whenever the prompt of ``task`` does."""
         ...
 
-    def generate(self, task: Task, inputs: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
-        """One (text, whether it ended by itself) for each input.
+    def settings(self, task: Task) -> str:
+        """Changes whenever anything else does that the texts of ``task`` depend on."""
+        ...
 
-        Inputs are the variables of the prompt: ``title``, ``text``, ``image`` (PIL or None) for "item_summary";
-        ``items`` (a block of ``title``, ``summary``) and ``previous`` (text or None) for "preference".
+    def generate(
+        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Text | Exception]:
+        """A text for each input, or why this one has none.
+
+        Args:
+            inputs: the variables of the prompt: ``title``, ``text``, ``image`` (PIL or None) for item_summary, some of
+                them for text_summary and image_summary; ``title``, ``text_summary``, ``image_summary`` for fusion;
+                ``items`` (each ``title``, ``summary``) and ``previous`` (text or None) for preference.
+            seeds: one an input: where texts are sampled, a text depends on its own seed and not on its company.
+            again: the first answer was no good; sample another, and give it more room.
+
+        Raises an error if no input can be served; :class:`EngineUnavailable` means that trying others is no use either.
         """
         ...
 
 
-class TransformersEngine:
-    """Greedy generation with any image-text-to-text model, or for preferences any causal language model.
-
-    Args:
-        name_or_path: a model repository or folder.
-        processor: its prompts; built from ``name_or_path`` if absent.
-        label: what is written as the generator of a text, if not ``name_or_path``.
-        max_new_tokens: the longest text, in tokens, by task.
-    """
-
-    def __init__(
-        self,
-        name_or_path: str,
-        processor: MllmMsrProcessor | None = None,
-        *,
-        label: str | None = None,
-        revision: str | None = None,
-        dtype: str = "auto",
-        batch_size: int = 16,
-        max_new_tokens: Mapping[str, int] | None = None,
-        **model_kwargs: Any,
-    ) -> None:
-        self.label, self.batch_size = label or name_or_path, batch_size
-        self.max_new_tokens = {"item_summary": 96, "preference": 256, **(max_new_tokens or {})}
-        self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-        sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        self.model = auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, **model_kwargs).eval()
-        local = Path(name_or_path)
-        self.revision = folder_digest(local) if local.is_dir() else self.model.config._commit_hash
-        if self.model.device.type == "cpu":
-            self.model = self.model.float()  # half precision is slow on most CPUs
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return {
-            "generator": self.label,
-            "revision": self.revision or "",
-            "settings": f"greedy,{sorted(self.max_new_tokens.items())}",
-        }
-
-    def prompt_hash(self, task: Task) -> str:
-        return digest(self.processor.prompts[task], self.processor.item_noun, self.processor.chat_template)
-
-    @torch.inference_mode()
-    def generate(self, task: Task, inputs: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
-        if task == "item_summary":
-            batch = self.processor.item_summary([dict(one) for one in inputs])
-        else:
-            batch = self.processor.preference([one["items"] for one in inputs], [one["previous"] for one in inputs])
-        batch = batch.to(self.model.device)
-        limit = self.max_new_tokens[task]
-        ids = self.model.generate(**batch, max_new_tokens=limit, do_sample=False)
-        new = ids[:, batch["input_ids"].shape[1] :].tolist()
-        tokenizer = self.processor.tokenizer
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [(text.strip(), bool(ends.intersection(row))) for text, row in zip(texts, new, strict=True)]
+def prompt_digest(prompt: str, noun: str, *more: Any) -> str:
+    """The hash of a prompt template; ``noun`` counts if the template prints it."""
+    return digest(prompt, noun if "noun" in prompt else "", *more)
 
 
-_COMMON = frozenset(
-    "about after also and are been before being between both but can could did does each ever first for from had has "
-    "have her here hers him his how into its just like made man more most much must new not now off one only other our "
-    "out over own she should some such than that the their them then there these they this those through too two under "
-    "until upon very was were what when where which while who whom whose why will with would you young your".split()
-)
-_COLOUR_NAMES = {
-    "black": (20, 20, 20),
-    "white": (240, 240, 240),
-    "grey": (128, 128, 128),
-    "red": (200, 40, 40),
-    "orange": (235, 140, 40),
-    "yellow": (240, 215, 60),
-    "green": (50, 150, 70),
-    "blue": (45, 95, 200),
-    "purple": (130, 70, 170),
-    "pink": (240, 140, 185),
-    "brown": (115, 75, 45),
-}
+@dataclass(frozen=True)
+class SummaryOptions:
+    """The ``summaries`` section of a recipe."""
+
+    engine: Literal["transformers", "openai", "extractive"] = "transformers"
+    model: str = ""  # Hub id or folder; for a server, the name it goes by there
+    revision: str | None = None
+    # what is asked
+    item_prompts: Literal["single", "paper"] = "single"  # one prompt an item, or image, text and their fusion apart
+    images: bool = True  # False: the ablation without pictures
+    recurrent: bool = True  # False: the ablation with the whole history in one prompt
+    block_size: int = 3
+    max_length: int | None = None  # tokens of a prompt; longer ones lose text, of the history first (transformers)
+    # how it is answered
+    max_new_tokens: dict[str, int] = field(default_factory=dict)  # by prompt, over MAX_NEW_TOKENS
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: str = "auto"
+    quantization_config: dict[str, Any] | None = None
+    # by what means: no text depends on these
+    batch_size: int = 16  # inputs at a time, and texts saved at a time
+    token_budget: int | None = None  # tokens of a batch, padding and answers included: larger ones are divided
+    device_map: Any = None
+    attn_implementation: str | None = None
+    base_url: str | None = None  # of an OpenAI-compatible server; the key is in the environment, OPENAI_API_KEY
+    concurrency: int = 8  # requests in flight
+    requests_per_minute: float | None = None
+    timeout: float = 120.0  # seconds
+    tries: int = 5
+    cache: str | None = None  # folder of all texts by content, to be shared by runs (default: the run's own)
+
+    def __post_init__(self) -> None:
+        for name, known in (("engine", ("transformers", "openai", "extractive")), ("item_prompts", ("single", "paper"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"summaries.{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        if not self.model and self.engine != "extractive":
+            raise ValueError(f"summaries.model: name the model of the {self.engine} engine")
+        for name in ("block_size", "batch_size", "concurrency", "tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"summaries.{name}: {getattr(self, name)} must be at least 1")
+        if unknown := self.max_new_tokens.keys() - MAX_NEW_TOKENS.keys():
+            raise ValueError(f"summaries.max_new_tokens: unknown {sorted(unknown)}; known are {sorted(MAX_NEW_TOKENS)}")
+
+    @classmethod
+    def from_recipe(cls, section: Mapping[str, Any]) -> "SummaryOptions":
+        """Raises ``ValueError`` that names an unknown key."""
+        known = {one.name for one in fields(cls)}
+        if unknown := section.keys() - known:
+            raise ValueError(f"summaries: unknown keys {sorted(unknown)}; known are {sorted(known)}")
+        return cls(**section)
+
+    def facts(self) -> dict[str, Any]:
+        """All that a text depends on."""
+        means = [one.name for one in fields(self)]
+        means = means[means.index("batch_size") :]
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in means}
 
 
-class ExtractiveEngine:
-    """No model: an item's first telling words and dominant colours; a preference counts words, older ones fading."""
+def build_engine(options: SummaryOptions, prompts: Mapping[str, str] | None = None, noun: str = "item") -> Engine:
+    """The engine of a recipe. Nothing is loaded before the first text is wanted."""
+    limits = MAX_NEW_TOKENS | options.max_new_tokens
+    if options.engine == "extractive":
+        from mllm_msr.processing.engine_extractive import ExtractiveEngine
 
-    batch_size = 256
+        return ExtractiveEngine()
+    if options.engine == "openai":
+        from mllm_msr.processing.engine_openai import OpenAIEngine
 
-    def __init__(self, item_words: int = 10, preference_words: int = 16) -> None:
-        self.item_words, self.preference_words = item_words, preference_words
+        return OpenAIEngine(
+            options.model,
+            {**PROMPTS, **(prompts or {})},
+            noun,
+            base_url=options.base_url,
+            max_new_tokens=limits,
+            **{
+                name: getattr(options, name)
+                for name in ("temperature", "top_p", "concurrency", "requests_per_minute", "timeout", "tries")
+            },
+            batch_size=max(options.batch_size, options.concurrency),
+        )
+    from mllm_msr.processing.engine_transformers import TransformersEngine
+    from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
-    @property
-    def identity(self) -> dict[str, str]:
-        return {"generator": "extractive", "revision": "1"}
-
-    def prompt_hash(self, task: Task) -> str:
-        return f"{task},{self.item_words},{self.preference_words}"
-
-    def generate(self, task: Task, inputs: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
-        write = self._item if task == "item_summary" else self._preference
-        return [(write(one), True) for one in inputs]
-
-    def _item(self, item: Mapping[str, Any]) -> str:
-        words = list(dict.fromkeys(keywords(item.get("text") or "")))[: self.item_words]
-        if not words:
-            words = keywords(item.get("title") or "")
-        if item.get("image") is not None:
-            words += dominant_colours(item["image"])
-        return ", ".join(words)
-
-    def _preference(self, block: Mapping[str, Any]) -> str:
-        score: dict[str, float] = {}
-        for rank, word in enumerate(_listed(block.get("previous") or "")):
-            score[word] = 1.8 / (1 + 0.1 * rank)
-        for item in block["items"]:
-            for word in _listed(item["summary"]):
-                score[word] = score.get(word, 0.0) + 1.0
-        return ", ".join(sorted(score, key=lambda word: -score[word])[: self.preference_words])
-
-
-def keywords(text: str) -> list[str]:
-    """Lower-case words of three letters or more that are not among the commonest."""
-    return [word for word in re.findall(r"[^\W\d_]{3,}", text.lower()) if word not in _COMMON]
-
-
-def dominant_colours(image: Image.Image, count: int = 2) -> list[str]:
-    """Names of the ``count`` colours that cover most of the picture."""
-    names = list(_COLOUR_NAMES)
-    palette = torch.tensor(list(_COLOUR_NAMES.values()), dtype=torch.float32)
-    small = image.convert("RGB").resize((24, 24))
-    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).reshape(-1, 3).float()
-    counts = torch.bincount(torch.cdist(pixels, palette).argmin(1), minlength=len(names))
-    return [names[index] for index in counts.argsort(descending=True, stable=True)[:count].tolist()]
-
-
-def _listed(text: str) -> list[str]:
-    return [word for word in text.split(", ") if word]
+    name = backbone_path(options.model)
+    processor = MllmMsrProcessor.from_backbone(
+        name, revision=options.revision, prompts=dict(prompts or {}), item_noun=noun, max_length=options.max_length
+    )
+    passed = ("device_map", "attn_implementation", "quantization_config")
+    return TransformersEngine(
+        name,
+        processor,
+        label=Path(name).name if Path(options.model).is_dir() else options.model,  # no path of this machine
+        max_new_tokens=limits,
+        **{
+            each: getattr(options, each)
+            for each in ("revision", "dtype", "batch_size", "token_budget", "temperature", "top_p")
+        },
+        **{each: getattr(options, each) for each in passed if getattr(options, each) is not None},
+    )

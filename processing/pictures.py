@@ -50,7 +50,7 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def build_backbone_processor(name: str, image_processor: Any, tokenizer: Any, kwargs: dict[str, Any]) -> ProcessorMixin:
     """The backbone's own processor for pictures only: it needs no video processor, and so no torchvision."""
-    original = getattr(transformers, SAME_FOR_PICTURES.get(name, name))
+    original: Any = getattr(transformers, SAME_FOR_PICTURES.get(name, name))
 
     class ImageOnly(original):
         def check_argument_for_proper_class(self, argument_name, argument):

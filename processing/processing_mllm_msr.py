@@ -87,7 +87,7 @@ class MllmMsrProcessor(ProcessorMixin):
             )
         image_ids = self._backbone.image_token_ids if self._backbone is not None else []
         self._controls = Controls(tokenizer, image_ids)
-        self._soft_token: int | None = None  # what a picture's features take the place of
+        self._soft_token: Any = None  # what a picture's features take the place of
         if self._backbone is not None:
             soft = getattr(tokenizer, "image_token", None) if backbone_processor_class in TYPE_IDS else None
             self._soft_token = tokenizer.convert_tokens_to_ids(soft or self._backbone.image_token)
@@ -105,10 +105,10 @@ class MllmMsrProcessor(ProcessorMixin):
         return super().check_argument_for_proper_class(argument_name, argument)
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, name_or_path, processor_dict=None, **kwargs):
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """The image processor by its PIL backend whatever is installed: others give slightly different pixels."""
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", name_or_path, **kwargs)
-        return [AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **kwargs), tokenizer]
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs), tokenizer]
 
     @classmethod
     def from_backbone(

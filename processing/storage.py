@@ -1,9 +1,11 @@
-"""Hashes, and writing so that a file or folder is seen whole or not at all."""
+"""Hashes, and writing so that a file or folder is seen whole or not at all, by however many processes."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,36 +19,83 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
+def file_digest(path: Path) -> str:
+    """A hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
 def folder_digest(folder: Path) -> str:
     """A hash of the names and contents of a folder's files: the revision of a local model."""
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(bytes.fromhex(file_digest(path)))
     return total.hexdigest()[:32]
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text``, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_bytes(path, text.encode())
 
 
 def write_parquet(frame: pl.DataFrame, path: Path) -> None:
     """Write ``frame``, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    frame.write_parquet(partial)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write ``content``, whole or not at all, even if the power fails; ``OSError`` (disk full, say) leaves no trace."""
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A fresh folder to fill that takes the place of ``target`` only once the block ends without an error."""
-    partial = target.with_name(f".{target.name}.partial")
+    sweep(target.parent)
+    partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    for attempt in range(10):
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            os.replace(partial, target)
+            return
+        except OSError:  # another process has just put its own there
+            if attempt == 9:
+                raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes of this machine, since killed, left half written in ``folder``."""
+    for left in folder.glob(f".*.{socket.gethostname()}.*.partial"):
+        if not is_alive(int(left.name.split(".")[-2])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where this process writes what shall become ``path``."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,11 +1,9 @@
 """Rows of the ``sft`` table to batches whose only supervised token is the answer."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from transformers import BatchFeature
 
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
@@ -44,10 +42,11 @@ class AnswerCollator:
     processor: MllmMsrProcessor
     items: ItemTable
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchFeature:
-        return self.processor(
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self.processor(
             preferences=[row["preference"] for row in rows],
             candidates=[self.items[row["item_id"]] for row in rows],
             labels=[row["label"] for row in rows],
             recent=[[{"summary": summary} for summary in row["recent"]] for row in rows],
         )
+        return dict(batch)

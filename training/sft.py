@@ -7,9 +7,9 @@
         --use_peft --lora_r 8 --learning_rate 2e-5 --num_train_epochs 10 \\
         --per_device_train_batch_size 1 --gradient_accumulation_steps 8
 
-``--dataset_name`` is a run directory, a folder laid out as the published data set, or its name on the Hub. All flags of
-TRL's ``SFTConfig`` and ``ModelConfig`` work; ``--config recipe.yaml`` reads them from the ``training`` section of a recipe.
-Run again after an interruption with the same ``--output_dir``, training goes on from the last whole checkpoint.
+``--dataset_name`` is a run directory, a folder laid out as the published data set, or its name on the Hub. All flags
+of TRL's ``SFTConfig`` and ``ModelConfig`` work; ``--config recipe.yaml`` reads them from the ``training`` section of a
+recipe. Run again after an interruption with the same ``--output_dir``, it goes on from the last whole checkpoint.
 """
 
 import json
@@ -50,6 +50,8 @@ class RecommenderArguments(ScriptArguments):
 
 def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
     # Model and processor
+    if not model_args.model_name_or_path or not script_args.dataset_name:
+        raise ValueError("give --model_name_or_path and --dataset_name, or a recipe that has them")
     name, revision = backbone_path(model_args.model_name_or_path), model_args.model_revision
     processor = MllmMsrProcessor.from_backbone(
         name,
@@ -79,7 +81,7 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
     items = ItemTable(load_table(script_args.dataset_name, "items", "train"))
 
     # Training: our collator does what SFTTrainer's preparation would, on raw rows
-    training_args.dataset_kwargs = {**(training_args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    training_args.dataset_kwargs = {"skip_prepare_dataset": True}
     training_args.remove_unused_columns = False
     training_args.max_length = None
     trainer = SFTTrainer(
@@ -91,7 +93,7 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
         processing_class=processor,
         peft_config=peft_config,
     )
-    checkpoint = training_args.resume_from_checkpoint or last_checkpoint(Path(training_args.output_dir))
+    checkpoint = training_args.resume_from_checkpoint or last_checkpoint(Path(trainer.args.output_dir or "."))
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Save
@@ -103,6 +105,7 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
 
 def save_recommender(trainer: SFTTrainer, folder: Path) -> None:
     """Write the trained model, LoRA weights merged, and its processor as one ``from_pretrained`` folder."""
+    processor: Any = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
@@ -110,7 +113,7 @@ def save_recommender(trainer: SFTTrainer, folder: Path) -> None:
     if Path(model.config.backbone_name_or_path or "").exists():
         model.config.backbone_name_or_path = None  # a path of this machine says nothing to others
     model.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def last_checkpoint(output_dir: Path) -> str | None:
@@ -126,7 +129,8 @@ def last_checkpoint(output_dir: Path) -> str | None:
 
 def parse(arguments: list[str], **flags: Any) -> tuple[RecommenderArguments, SFTConfig, ModelConfig]:
     """The command line, over ``flags``, over the ``training`` section of ``--config``."""
-    parser = TrlParser((RecommenderArguments, SFTConfig, ModelConfig))
+    kinds: Any = (RecommenderArguments, SFTConfig, ModelConfig)
+    parser = TrlParser(kinds)
     arguments = list(arguments)
     if "--config" in arguments:
         at = arguments.index("--config")

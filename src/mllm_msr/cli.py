@@ -8,6 +8,7 @@ EXAMPLES = """\
 examples:
   mllm-msr demo --output demo_output                       the whole method on an embedded data set, in minutes
   mllm-msr run recipes/movielens_100k.yaml --data DIR      the same on MovieLens-100k
+  mllm-msr prepare --interactions log.csv --items items.csv --column user_id=reviewer   own tables, no recipe
   mllm-msr rank demo_output --user u0003 --top-k 10        rank the catalogue for one user
   mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
 stages, each alone on a run directory; what is finished is skipped, what was interrupted goes on:
@@ -40,11 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("prepare", "read, clean and split raw data into ranking tasks"),
     ):
         sub = command(name, text)
-        sub.add_argument("recipe", type=Path, help="recipe file, see recipes/")
-        sub.add_argument("--data", type=Path, help="folder of the raw data (overrides source.folder of the recipe)")
+        sub.add_argument("recipe", type=Path, nargs="?", help="recipe file, see recipes/; not needed for own tables")
+        sub.add_argument("--data", metavar="DIR", help="folder of the raw data, or hf://datasets/OWNER/NAME")
         sub.add_argument("--output", type=Path, help="run directory (default: runs/<recipe's name>)")
         sub.add_argument("--limit-users", type=int, help="keep a seeded sample of users, to be done sooner")
         sub.add_argument("--backbone", help="model to fine-tune instead of the recipe's (Hub id, folder, or demo)")
+        add_data_options(sub)
 
     summarize = command("summarize", "write item summaries or user preferences")
     parts = summarize.add_subparsers(dest="part", required=True, metavar="items|users")
@@ -73,6 +75,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Own tables, and the data protocol; each overrides the recipe."""
+    own = parser.add_argument_group(
+        "own tables (CSV, TSV, JSON lines, Parquet, or a data set hf://datasets/OWNER/NAME)"
+    )
+    own.add_argument("--interactions", metavar="FILE", help="log: user_id, item_id, timestamp")
+    own.add_argument("--items", metavar="FILE", help="catalogue: item_id, title, text, image")
+    own.add_argument("--images", metavar="DIR", help="folder of the image files")
+    own.add_argument("--column", metavar="OURS=YOURS", action="append", type=mapping, help="e.g. user_id=reviewer")
+    data = parser.add_argument_group("data protocol (docs/data.md)")
+    data.add_argument("--protocol", choices=("strict", "paper", "global-cutoff"))
+    data.add_argument("--negatives", metavar="N|all", type=count_or_all, help="a held-out target; all: full catalogue")
+    data.add_argument("--negative-sampling", choices=("uniform", "popularity"))
+    data.add_argument("--folds", type=int, metavar="K", help="protocol paper: test 1/K of the users, K runs test all")
+    data.add_argument("--fold", type=int, metavar="k", help="which fold, 0 ... K-1")
+    data.add_argument("--on-bad-rows", choices=("error", "skip"), help="stop at the first, or count and leave out")
+    data.add_argument("--seed", type=int, help="of candidates, samples, training and evaluation")
+
+
+def mapping(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=YOURS, such as user_id=reviewer")
+    return text
+
+
+def count_or_all(text: str) -> str:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
+    return text
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     try:
@@ -90,14 +123,14 @@ def dispatch(options: argparse.Namespace) -> None:
 
         demo(options.output)
         return
-    from mllm_msr import stages
+    from mllm_msr import sources, stages
     from mllm_msr.run import Run
 
     match options.command:
         case "run":
-            stages.run_all(stages.open_recipe(options))
+            stages.run_all(sources.open_recipe(options))
         case "prepare":
-            stages.prepare(stages.open_recipe(options))
+            stages.prepare(sources.open_recipe(options))
         case "summarize":
             stage = stages.summarize_items if options.part == "items" else stages.summarize_users
             stage(Run.open(options.run))

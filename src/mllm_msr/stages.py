@@ -1,37 +1,17 @@
 """The stages of a run, from raw data to a Hub-ready folder. Each can be done alone; see :mod:`mllm_msr.run`."""
 
 import argparse
-import hashlib
 import json
 import shutil
-from dataclasses import asdict, replace
-from importlib import import_module
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import polars as pl
 
-from mllm_msr.processing.recipe import Recipe, backbone_path, load_recipe
+from mllm_msr.processing.recipe import Recipe, backbone_path
 from mllm_msr.processing.storage import whole_folder, write_parquet, write_text
 from mllm_msr.run import Run
-
-
-SOURCES = {
-    "demo": ("mllm_msr.demo.source", "read_demo"),
-    "movielens": ("mllm_msr.processing.movielens", "read_movielens"),
-}
-
-
-def open_recipe(options: argparse.Namespace) -> Run:
-    """A run directory from a recipe file and what the command line overrides."""
-    recipe = load_recipe(options.recipe)
-    if options.data:
-        recipe = replace(recipe, source={**recipe.source, "folder": str(options.data.resolve())})
-    if options.limit_users is not None:
-        recipe = replace(recipe, data={**recipe.data, "limit_users": options.limit_users})
-    if options.backbone:
-        recipe = replace(recipe, training={**recipe.training, "model_name_or_path": options.backbone})
-    return Run.create(options.output or Path("runs") / options.recipe.stem, recipe)
+from mllm_msr.sources import read_source, source_fingerprint
 
 
 def run_all(run: Run) -> None:
@@ -49,35 +29,10 @@ def prepare(run: Run) -> None:
 
     def work(key: str) -> None:
         with whole_folder(run.folder / "data") as folder:
-            report = write_data(read_source(run.recipe.source), folder, options, source=run.recipe.name)
+            report = write_data(read_source(run.recipe), folder, options, source=run.recipe.name)
         print(statistics_table(report))
 
     run.stage("prepare", [source_fingerprint(run.recipe.source), asdict(options)], run.folder / "data", work)
-
-
-def read_source(source: dict[str, Any]):
-    """Raw data of the recipe's ``source`` section."""
-    kind, options = source.get("type"), {name: value for name, value in source.items() if name != "type"}
-    if kind not in SOURCES:
-        raise ValueError(f"unknown source type {kind!r}; known are {', '.join(SOURCES)}")
-    if kind != "demo" and not options.get("folder"):
-        raise ValueError(f"source {kind!r} needs a folder: give --data DIR or `folder` in the recipe")
-    module, function = SOURCES[kind]
-    return getattr(import_module(module), function)(**options)
-
-
-def source_fingerprint(source: dict[str, Any]) -> list[Any]:
-    """The source's options and, of its files, names and sizes; of the tables among them the content as well."""
-    facts: list[Any] = [{name: value for name, value in source.items() if name != "folder"}]
-    folder = Path(source["folder"]) if source.get("folder") else None
-    if folder and not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist")
-    for path in sorted(folder.rglob("*")) if folder else []:
-        if path.is_file():
-            table = path.suffix in {".csv", ".tsv", ".parquet", ".jsonl", ".gz"}
-            content = hashlib.sha256(path.read_bytes()).hexdigest() if table else path.stat().st_size
-            facts.append([path.relative_to(folder).as_posix(), content])
-    return facts
 
 
 def build_engine(recipe: Recipe):

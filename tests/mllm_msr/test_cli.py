@@ -58,5 +58,5 @@ def test_data_that_is_not_there_is_named(tmp_path):
 
 def test_stages_out_of_order_say_what_is_missing(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\nsource: {type: demo}\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="stage 'summarize users' of .* has not been done yet"):
+    with pytest.raises(SystemExit, match=r"stage 'summarize users' of .* has not been done yet"):
         main(["train", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""A whole small run from the command line: what it leaves, that it resumes after kill -9, and that its model travels."""
+"""A whole small run from the command line: what it leaves, that it survives kill -9, that its model travels."""
 
 import json
 import os
@@ -155,7 +155,8 @@ def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.split("LOGITS")[1])
-    processor, model = AutoProcessor.from_pretrained(whole / "model"), AutoModel.from_pretrained(whole / "model").eval()
+    processor = AutoProcessor.from_pretrained(whole / "model")
+    model = AutoModel.from_pretrained(whole / "model").eval()
     image = Image.open(tmp_path / "picture.png").convert("RGB")
     candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
     ours = model.score(**processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)).logits.tolist()

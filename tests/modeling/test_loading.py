@@ -149,11 +149,9 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(backbone, tmp_p
 @pytest.mark.parametrize(
     "first",
     [
-        "import mllm_msr",
         "from transformers import AutoModel; import mllm_msr",
         "import mllm_msr, peft, trl; from transformers import Trainer, GenerationMixin",
-        "from mllm_msr import MllmMsrForRecommendation",
-        "from mllm_msr import MllmMsrProcessor",
+        "from mllm_msr import MllmMsrProcessor, MllmMsrForRecommendation",
     ],
 )
 def test_needs_no_trust_once_the_package_is_imported(backbone, tmp_path: Path, first: str) -> None:

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from mllm_msr.demo import world
+from mllm_msr.demo.school import PROMPTS
 from mllm_msr.processing.engines import ExtractiveEngine, TransformersEngine, dominant_colours
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.recipe import backbone_path
-from mllm_msr.demo.school import PROMPTS
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def test_an_unknown_key_is_named(tmp_path):
 def test_a_file_that_is_no_recipe_is_named(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="broken.yaml is not valid YAML"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
         load_recipe(path)
     path.write_text("- a", encoding="utf-8")
     with pytest.raises(ValueError, match="mapping"):

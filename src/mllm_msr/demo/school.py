@@ -1,4 +1,4 @@
-"""Make the demo's base model: ``python -m mllm_msr.demo.school --output src/mllm_msr/demo/base`` (about an hour, 2 cores).
+"""Make the demo's base model, in about an hour: ``python -m mllm_msr.demo.school --output src/mllm_msr/demo/base``.
 
 A stock Llava of a few million parameters with its own tokenizer is taught, from scratch and from text the generator
 writes, to caption drawn things, to condense a list of captions and an earlier preference, and to answer general
@@ -106,12 +106,12 @@ def build(vocab_size: int) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids(["<image>"])[0],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        initializer_range=INIT,
     )
+    config.initializer_range = INIT
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": IMAGE_EDGE}, crop_size={"height": IMAGE_EDGE, "width": IMAGE_EDGE}

@@ -44,9 +44,35 @@ TRAITS = {
     "topic": tuple(TOPICS),
 }
 MAKERS = (
-    "Alder Bexley Corvin Dunmore Elowen Farrow Gresham Hollis Ivers Jorvik Kestrel Lorne Marlow Norrell "
-    "Orwin Penrose Quill Rowan Selwyn Thorne Upton Verity Wexford Yarrow"
-).split()
+    *(
+        "Alder",
+        "Bexley",
+        "Corvin",
+        "Dunmore",
+        "Elowen",
+        "Farrow",
+        "Gresham",
+        "Hollis",
+        "Ivers",
+        "Jorvik",
+        "Kestrel",
+        "Lorne",
+    ),
+    *(
+        "Marlow",
+        "Norrell",
+        "Orwin",
+        "Penrose",
+        "Quill",
+        "Rowan",
+        "Selwyn",
+        "Thorne",
+        "Upton",
+        "Verity",
+        "Wexford",
+        "Yarrow",
+    ),
+)
 SIZE = 96  # pixels; drawn at four times the size and reduced, so that edges are smooth
 LIKED = {"colour": 2, "pattern": 1, "kind": 2, "badge": 1, "topic": 2}
 WEIGHT = {"colour": 4.4, "pattern": 3.0, "kind": 3.2, "badge": 2.0, "topic": 4.6}

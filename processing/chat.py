@@ -1,0 +1,36 @@
+"""A prompt template as the content of a chat message, for servers and for training with other tools."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jinja2 import Template
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mllm_msr.processing.safe_text import Field, mark, split
+
+
+@cache
+def _compiled(template: str) -> Template:
+    return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(template)
+
+
+def chat_parts(template: str, values: Mapping[str, Any], noun: str) -> list[Any]:
+    """The prompt as texts (str) and, between them, pictures (whatever ``values["image"]`` is), in reading order.
+
+    >>> chat_parts("{{ title }}{% if image %}: {{ image }}{% endif %}?", {"title": "Mug", "image": 7}, "item")
+    ['Mug: ', 7, '?']
+    """
+    image, fields = values.get("image"), list[Field]()
+    marked = mark({**values, "image": () if image is None else (image,)}, fields)
+    parts: list[Any] = []
+    for piece in split(_compiled(template).render(**marked, noun=noun).strip()):
+        if isinstance(piece, int) and fields[piece].name == "image":
+            parts += fields[piece].value
+            continue
+        text = fields[piece].value if isinstance(piece, int) else piece
+        if parts and isinstance(parts[-1], str):
+            parts[-1] += text
+        else:
+            parts.append(text)
+    return parts

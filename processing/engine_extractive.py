@@ -1,0 +1,93 @@
+"""The engine without a model: keywords and colours, deterministic, for machines without weights.
+
+It is also the honest row "is the language model worth it?".
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mllm_msr.processing.engines import Task, Text
+
+_COMMON = frozenset(
+    "about after also and are been before being between both but can could did does each ever first for from had has "
+    "have her here hers him his how into its just like made man more most much must new not now off one only other our "
+    "out over own she should some such than that the their them then there these they this those through too two under "
+    "until upon very was were what when where which while who whom whose why will with would you young your".split()
+)
+_COLOUR_NAMES = {
+    "black": (20, 20, 20),
+    "white": (240, 240, 240),
+    "grey": (128, 128, 128),
+    "red": (200, 40, 40),
+    "orange": (235, 140, 40),
+    "yellow": (240, 215, 60),
+    "green": (50, 150, 70),
+    "blue": (45, 95, 200),
+    "purple": (130, 70, 170),
+    "pink": (240, 140, 185),
+    "brown": (115, 75, 45),
+}
+
+
+class ExtractiveEngine:
+    """No model: an item's first telling words and dominant colours; a preference counts words, older ones fading."""
+
+    generator, revision, batch_size = "extractive", "1", 256
+
+    def __init__(self, item_words: int = 10, preference_words: int = 16) -> None:
+        self.item_words, self.preference_words = item_words, preference_words
+
+    def prompt_hash(self, task: Task) -> str:
+        return f"{task},{self.item_words},{self.preference_words}"
+
+    def settings(self, task: Task) -> str:
+        return ""
+
+    def generate(
+        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Text | Exception]:
+        write = {"preference": self._preference, "fusion": self._fusion}.get(task, self._item)
+        return [Text(write(one), True) for one in inputs]
+
+    def _fusion(self, item: Mapping[str, Any]) -> str:
+        return ", ".join(dict.fromkeys(_listed(item["text_summary"]) + _listed(item["image_summary"])))
+
+    def _item(self, item: Mapping[str, Any]) -> str:
+        words = list(dict.fromkeys(keywords(item.get("text") or "")))[: self.item_words]
+        if not words:
+            words = keywords(item.get("title") or "")
+        if item.get("image") is not None:
+            words += dominant_colours(item["image"])
+        return ", ".join(words)
+
+    def _preference(self, block: Mapping[str, Any]) -> str:
+        score: dict[str, float] = {}
+        for rank, word in enumerate(_listed(block.get("previous") or "")):
+            score[word] = 1.8 / (1 + 0.1 * rank)
+        for item in block["items"]:
+            for word in _listed(item["summary"]):
+                score[word] = score.get(word, 0.0) + 1.0
+        return ", ".join(sorted(score, key=lambda word: -score[word])[: self.preference_words])
+
+
+def keywords(text: str) -> list[str]:
+    """Lower-case words of three letters or more that are not among the commonest."""
+    return [word for word in re.findall(r"[^\W\d_]{3,}", text.lower()) if word not in _COMMON]
+
+
+def dominant_colours(image: Image.Image, count: int = 2) -> list[str]:
+    """Names of the ``count`` colours that cover most of the picture."""
+    names = list(_COLOUR_NAMES)
+    palette = torch.tensor(list(_COLOUR_NAMES.values()), dtype=torch.float32)
+    small = image.convert("RGB").resize((24, 24))
+    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).reshape(-1, 3).float()
+    counts = torch.bincount(torch.cdist(pixels, palette).argmin(1), minlength=len(names))
+    return [names[index] for index in counts.argsort(descending=True, stable=True)[:count].tolist()]
+
+
+def _listed(text: str) -> list[str]:
+    return [word for word in text.split(", ") if word]

@@ -1,0 +1,165 @@
+"""Texts from a model in this process: any image-text-to-text model, or for texts alone any causal language model."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BatchFeature,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from mllm_msr.processing.engines import MAX_NEW_TOKENS, Task, Text, prompt_digest
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.storage import folder_digest
+
+logger = logging.getLogger(__name__)
+AGAIN = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "room": 1.5}  # for a second answer
+
+
+class OwnSeeds(LogitsProcessor):
+    """Sampling by a seed of each row: the noise that makes the largest logit a draw from the softmax (Gumbel).
+
+    Row b's noise comes from its own generator alone, so whatever is in the batch beside it changes nothing.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores (B, V) -> (B, V) in float32."""
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log()
+
+
+class TransformersEngine:
+    """Batched generation, greedy or sampled.
+
+    The model is loaded when the first text is wanted. A batch of more than ``token_budget`` tokens is divided; one that
+    does not fit into memory is halved, and what then fits becomes the budget.
+
+    Args:
+        name_or_path: a model repository or folder.
+        processor: its prompts; built from ``name_or_path`` if absent.
+        label: what is written as the generator of a text, if not ``name_or_path``.
+        max_new_tokens: the longest text, in tokens, by task.
+        token_budget: rows times (longest prompt + longest text) of what is generated at once.
+        model_kwargs: for ``from_pretrained``: ``device_map``, ``quantization_config``, ``attn_implementation``. Without
+            ``device_map`` the model goes to this process's accelerator (``LOCAL_RANK``), if there is one.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        processor: MllmMsrProcessor | None = None,
+        *,
+        label: str | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 16,
+        token_budget: int | None = None,
+        max_new_tokens: Mapping[str, int] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        **model_kwargs: Any,
+    ) -> None:
+        self.name_or_path, self.generator = name_or_path, label or name_or_path
+        self.batch_size, self.token_budget = batch_size, token_budget
+        self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
+        self.temperature, self.top_p = temperature, top_p
+        self.dtype, self.model_kwargs = dtype, model_kwargs
+        self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
+        self.config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        local = Path(name_or_path)
+        self.revision: str = folder_digest(local) if local.is_dir() else self.config._commit_hash or revision or ""
+
+    @cached_property
+    def model(self) -> Any:
+        sees = self.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        where = {} if Path(self.name_or_path).is_dir() else {"revision": self.revision or None}
+        model = auto_class.from_pretrained(self.name_or_path, dtype=self.dtype, **where, **self.model_kwargs).eval()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator and model.device.type == "cpu" and "device_map" not in self.model_kwargs:
+            rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+            model = model.to(torch.device(accelerator.type, rank))
+        if model.device.type == "cpu" and self.dtype == "auto":
+            model = model.float()  # half precision is slow on most CPUs
+        return model
+
+    def prompt_hash(self, task: Task) -> str:
+        template = self.processor.chat_template or self.processor.tokenizer.chat_template
+        return prompt_digest(self.processor.prompts[task], self.processor.item_noun, template)
+
+    def settings(self, task: Task) -> str:
+        how = f"temperature {self.temperature}, top_p {self.top_p}" if self.temperature else "greedy"
+        quantised = self.model_kwargs.get("quantization_config")
+        more = [self.dtype, self.processor.max_length, str(quantised) if quantised else None]
+        return f"{how}, {self.max_new_tokens[task]}, {more}"
+
+    @torch.inference_mode()
+    def generate(
+        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Text | Exception]:
+        seeds = seeds or [0] * len(inputs)
+        batch = self._encode(task, inputs)
+        limit = int(self.max_new_tokens[task] * (AGAIN["room"] if again else 1))
+        rows, width = batch["input_ids"].shape
+        tokens = rows * (width + limit)
+        parts = 1 if self.token_budget is None else min(rows, -(-tokens // self.token_budget))
+        if parts == 1:
+            try:
+                return self._answer(batch, limit, seeds, again)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if rows == 1 or not _is_out_of_memory(error):
+                    raise
+            parts, self.token_budget = 2, tokens // 2  # outside the handler, whose traceback holds the tensors
+            logger.warning("out of memory with %d prompts of %d tokens: from now on smaller batches", rows, width)
+            del batch
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+        size = -(-rows // parts)
+        texts: list[Text | Exception] = []
+        for start in range(0, rows, size):
+            texts += self.generate(task, inputs[start : start + size], seeds[start : start + size], again)
+        return texts
+
+    def _encode(self, task: Task, inputs: Sequence[Mapping[str, Any]]) -> BatchFeature:
+        if task == "preference":
+            return self.processor.preference([one["items"] for one in inputs], [one["previous"] for one in inputs])
+        return self.processor.item_summary([dict(one) for one in inputs], task)
+
+    def _answer(self, batch: BatchFeature, limit: int, seeds: Sequence[int], again: bool) -> list[Text | Exception]:
+        batch = batch.to(self.model.device, self.model.dtype)
+        temperature = max(self.temperature, AGAIN["temperature"]) if again else self.temperature
+        steps: list[Any] = [RepetitionPenaltyLogitsProcessor(AGAIN["repetition_penalty"])] if again else []
+        if temperature:
+            top_p = min(self.top_p, AGAIN["top_p"]) if again else self.top_p
+            steps += [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), OwnSeeds(seeds, self.model.device)]
+        ids = self.model.generate(
+            **batch, max_new_tokens=limit, do_sample=False, logits_processor=LogitsProcessorList(steps)
+        )
+        new = ids[:, batch["input_ids"].shape[1] :].tolist()
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [Text(text.strip(), bool(ends.intersection(row))) for text, row in zip(texts, new, strict=True)]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "can't allocate memory" in words
