@@ -8,28 +8,34 @@ SOURCES := src modeling processing training hub_cards tests benchmarks
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
 # torch first and by its exact version: a looser request would fetch gigabytes of CUDA on a CPU machine.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %s" % sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+.venv/developing: .venv/installed
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed ## run the whole method on the embedded data set; results in demo_output/
 	$(BIN)/mllm-msr demo --output demo_output
 
-test: .venv/installed ## run the whole test suite
+test: .venv/developing ## run the whole test suite
 	$(BIN)/python -m pytest
 
 # Type checkers do not see the package-dir mapping, so they read an installed copy.
-check: .venv/installed ## lint, formatting and types
+check: .venv/developing ## lint, formatting and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	rm -rf build && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typecheck .
+	rm -rf build && $(PIP) --no-deps --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mllm_msr
 
-format: .venv/installed ## rewrite the sources in the house format
+format: .venv/developing ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 

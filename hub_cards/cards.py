@@ -21,6 +21,7 @@ from mllm_msr.hub_cards.results import (
     results_markdown,
     row_name,
 )
+from mllm_msr.hub_cards.terms import SOURCE_TERMS, backbone_license, conflicts
 
 TAGS = ["mllm-msr", "recommendation", "sequential-recommendation", "multimodal"]
 # fmt: off
@@ -69,7 +70,7 @@ def is_hub_id(name: str | None) -> bool:
     return bool(name and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not Path(name).exists())
 
 
-def license_fields(license: str | None) -> dict[str, Any]:
+def license_fields(license: str | None, source: str | None = None) -> dict[str, Any]:
     """Card fields for a licence: an id the Hub knows, or ``other`` with the name; nothing if unknown.
 
     >>> license_fields("mit"), license_fields("MovieLens terms"), license_fields(None)
@@ -77,6 +78,8 @@ def license_fields(license: str | None) -> dict[str, Any]:
     """
     if not license:
         return {}
+    if license.lower() == "other" and source in SOURCE_TERMS:
+        return {"license": "other", "license_name": f"{source}-terms", "license_link": SOURCE_TERMS[source]["link"]}
     if license.lower() in LICENSES:
         return {"license": license.lower()}
     return {"license": "other", "license_name": slug(license)}
@@ -100,6 +103,9 @@ def model_card(
     training = recipe.get("training") or {}
     backbone, revision = training.get("model_name_or_path"), training.get("model_revision")
     ours = metrics.get("rows", {}).get(OURS, {})
+    source = (recipe.get("source") or {}).get("type")
+    inherited = backbone_license(backbone)
+    variant = _variant(run, training)
     name = slug(metrics.get("dataset") or recipe.get("name") or "run")
     results = [
         EvalResult(
@@ -122,7 +128,8 @@ def model_card(
         if key in ours
     ]
     data = ModelCardData(
-        **license_fields(recipe.get("license")),
+        **license_fields(recipe.get("license"), source),
+        language="en",
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=TAGS,
@@ -132,15 +139,22 @@ def model_card(
         eval_results=results or None,
     )
     if is_hub_id(backbone):
-        data["base_model_relation"] = "adapter" if (run / "model/adapter").is_dir() else "finetune"
+        data["base_model_relation"] = "adapter" if variant == "adapter" else "finetune"
     losses = [entry["loss"] for entry in facts["log"] if "loss" in entry]
-    content = _render(
+    content = render(
         "model_card.md.j2",
         card_data=data.to_yaml(),
         title=data.model_name,
         backbone=_backbone_words(facts, backbone, revision),
         training={key: training[key] for key in TRAINING_FACTS if training.get(key) is not None},
         losses=losses,
+        variant=variant,
+        license=recipe.get("license"),
+        inherited=inherited,
+        conflicts=conflicts(recipe.get("license"), inherited, source),
+        prompts=facts["prompts"],
+        terms=SOURCE_TERMS,
+        stages=facts["provenance"].get("stages") or {},
         repo_id=repo_id,
         dataset_id=dataset_id,
         tag=tag,
@@ -150,19 +164,28 @@ def model_card(
 
 
 def dataset_card(
-    run: Path, tables: dict[str, dict[str, int]], repo_id: str | None = None, left_out: str = ""
+    run: Path,
+    tables: dict[str, dict[str, int]],
+    repo_id: str | None = None,
+    left_out: str = "",
+    tag: str | None = None,
+    info: list[dict[str, Any]] | None = None,
 ) -> DatasetCard:
     """The card of the derived data set.
 
     Args:
         tables: rows by config and split, as published: ``{"tasks": {"train": 800, "test": 400}, ...}``.
         left_out: a sentence on what the source's terms keep out of it.
+        tag: the release its examples pin.
+        info: ``dataset_info`` of the configs.
     """
     facts = read_facts(run)
     recipe = facts["recipe"]
     name = recipe.get("name") or facts["metrics"].get("dataset") or "run"
+    source = (recipe.get("source") or {}).get("type")
     data = DatasetCardData(
-        **license_fields(recipe.get("license")),
+        **license_fields(recipe.get("license"), source),
+        language="en",
         pretty_name=f"{name}: summaries, preferences and ranking tasks for MLLM-MSR",
         tags=TAGS,
         task_categories=["text-ranking", "image-text-to-text"],
@@ -176,7 +199,9 @@ def dataset_card(
             for table, splits in tables.items()
         ],
     )
-    content = _render(
+    if info:
+        data["dataset_info"] = info
+    content = render(
         "dataset_card.md.j2",
         card_data=data.to_yaml(),
         title=data.pretty_name,
@@ -185,6 +210,10 @@ def dataset_card(
         generators=_generators(run),
         repo_id=repo_id,
         left_out=left_out,
+        tag=tag,
+        terms=SOURCE_TERMS,
+        license=recipe.get("license"),
+        conflicts=conflicts(recipe.get("license"), None, source),
         **_shared(facts),
     )
     return DatasetCard(content)
@@ -229,7 +258,6 @@ def _shared(facts: dict[str, Any]) -> dict[str, Any]:
         "cleaning": data.get("cleaning") or [],
         "protocol": data.get("protocol") or {},
         "block_size": (recipe.get("summaries") or {}).get("block_size"),
-        "prompt": facts["prompts"].get("recommendation"),
         "versions": facts["provenance"].get("versions") or {},
     }
 
@@ -241,6 +269,13 @@ def _backbone_words(facts: dict[str, Any], backbone: str | None, revision: str |
     if backbone == "demo":
         return f"the tiny `{kind or 'llava'}` that ships inside the mllm-msr package"
     return f"a local `{kind}` checkpoint" if kind else ""
+
+
+def _variant(run: Path, training: dict[str, Any]) -> str:
+    """What the model folder holds: "adapter", "merged" (a LoRA in whole weights) or "full"."""
+    if (run / "model/adapter").is_dir():
+        return "adapter"
+    return "merged" if training.get("use_peft") else "full"
 
 
 def _generators(run: Path) -> list[dict[str, Any]]:
@@ -259,7 +294,8 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A template of this room; a fact it names and is not given is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,

@@ -52,10 +52,14 @@ def line_chart(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
     diagonal: bool = False,
+    x_names: Sequence[str] = (),
 ) -> Markup:
-    """A chart of ``lines``, the first on top, with axes, grid and a legend in HTML below it."""
+    """A chart of ``lines``, the first on top, with axes, grid and a legend in HTML below it.
+
+    ``x_names`` stand at x = 1, 2, ... instead of numbers.
+    """
     scale = _Scale(x_range, y_range)
-    parts = [_axes(scale, x_label, y_label)]
+    parts = [_axes(scale, x_label, y_label, x_names)]
     if diagonal:
         parts.append(_path(scale, x_range, y_range, "diagonal"))
     for line in reversed(lines):
@@ -78,7 +82,8 @@ def interval_chart(
     rows: Sequence[tuple[str, str, float, float, float]], *, title: str, description: str, x_label: str, chance: float
 ) -> Markup:
     """A dot with its interval for each of ``rows``: (name, style, value, low, high), values in percent."""
-    step, left = 30, 118
+    step, left = 30, max(118, 16 + round(6.6 * max(len(row[0]) for row in rows)))
+    width = WIDTH - 118 + left
     bottom = 12 + step * len(rows)
     low = min(chance, *(row[3] for row in rows))
     high = max(chance, *(row[4] for row in rows))
@@ -86,7 +91,7 @@ def interval_chart(
     low, high = max(0.0, low - margin), min(100.0, high + margin)
 
     def at(value: float) -> float:
-        return left + (value - low) / (high - low) * (WIDTH - left - 44)
+        return left + (value - low) / (high - low) * (width - left - 44)
 
     parts = []
     for tick in nice_ticks(low, high, 4):
@@ -103,9 +108,9 @@ def interval_chart(
         )
         parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(style, at(value), y))
         parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{:.1f}</text>').format(at(right_end) + 7, y + 4.5, value))
-    middle = left + (WIDTH - left - 44) / 2
+    middle = left + (width - left - 44) / 2
     parts.append(Markup('<text x="{:.1f}" y="{}" class="middle label">{}</text>').format(middle, bottom + 37, x_label))
-    return _figure(title, description, bottom + 44, parts, [])
+    return _figure(title, description, bottom + 44, parts, [], width)
 
 
 @dataclass(frozen=True)
@@ -127,17 +132,16 @@ def _path(scale: _Scale, x: Points, y: Points, style: str) -> Markup:
     return Markup('<path class="{}" d="M{}"/>').format(style, points)
 
 
-def _axes(scale: _Scale, x_label: str, y_label: str) -> Markup:
+def _axes(scale: _Scale, x_label: str, y_label: str, x_names: Sequence[str] = ()) -> Markup:
     parts = []
     for tick in nice_ticks(*scale.y_range):
         y = scale.y(tick)
         parts.append(Markup('<path class="grid" d="M{} {y:.1f}H{}"/>').format(LEFT, WIDTH - RIGHT, y=y))
         parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{:g}</text>').format(LEFT - 7, y + 4.5, tick))
-    for tick in nice_ticks(*scale.x_range):
+    ticks = [float(place) for place in range(1, len(x_names) + 1)] or nice_ticks(*scale.x_range)
+    for tick, name in zip(ticks, x_names or [f"{tick:g}" for tick in ticks], strict=True):
         parts.append(
-            Markup('<text x="{:.1f}" y="{}" class="middle">{:g}</text>').format(
-                scale.x(tick), HEIGHT - BOTTOM + 18, tick
-            )
+            Markup('<text x="{:.1f}" y="{}" class="middle">{}</text>').format(scale.x(tick), HEIGHT - BOTTOM + 18, name)
         )
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
     middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
@@ -151,7 +155,12 @@ def _axes(scale: _Scale, x_label: str, y_label: str) -> Markup:
 
 
 def _figure(
-    title: str, description: str, height: int, parts: Sequence[Markup], legend: Sequence[tuple[str, str]]
+    title: str,
+    description: str,
+    height: int,
+    parts: Sequence[Markup],
+    legend: Sequence[tuple[str, str]],
+    width: int = WIDTH,
 ) -> Markup:
     number = re.sub("[^a-z0-9]+", "-", title.lower())
     keys = Markup("").join(
@@ -166,7 +175,7 @@ def _figure(
         '<title id="title-{n}">{title}</title><desc id="text-{n}">{description}</desc>{parts}</svg>{legend}</figure>'
     ).format(
         title=title,
-        width=WIDTH,
+        width=width,
         height=height,
         n=number,
         description=description,

@@ -1,4 +1,4 @@
-"""A run as two Hub repositories: build their folders, show what would go, send each as one commit.
+"""A run as two folders, model and data set, exactly as they will lie on the Hub; ``release`` sends them.
 
 Nothing goes that is not on the allow-list. Users of real data appear under keyed hashes; the key stays in the run.
 """
@@ -9,18 +9,19 @@ import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import partial
+from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
 
 import polars as pl
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+import yaml
+from datasets.splits import SplitInfo
 
 from mllm_msr.hub_cards.cards import dataset_card, is_hub_id, model_card, read_facts, slug
+from mllm_msr.hub_cards.chat_table import write_chat_table
+from mllm_msr.hub_cards.shards import dataset_info, shard
+from mllm_msr.hub_cards.terms import RESTRICTED_SOURCES
 
 # fmt: off
 MODEL_FILES = (
@@ -38,91 +39,44 @@ DATASET_FILES = {  # config -> split -> file of the run; tasks are one file with
     "sft": {"train": "sft/train.parquet", "validation": "sft/validation.parquet"},
 }
 OWN_SOURCES = ("demo",)  # drawn by us: no person behind a user, no one else's rights in an item
-RESTRICTED_SOURCES = ("movielens", "microlens", "amazon")  # texts and pictures of others, not ours to pass on
 LEFT_OUT = (
     "The source's terms do not let its texts and pictures be passed on, so `text` and `image` of `items` are "
-    "empty here; prepare the source with mllm-msr to have them. User ids are keyed hashes."
+    "empty here and `sft` has no chat messages; `rebuild.py` adds them from the source. User ids are keyed hashes."
 )
-T = TypeVar("T")
 
 
-def build_hub(run: Path, namespace: str | None = None, tag: str | None = None) -> dict[str, Path]:
+def build_hub(
+    run: Path, namespace: str | None = None, tag: str | None = None, *, images: bool = True, anonymise: bool = False
+) -> dict[str, Path]:
     """Write ``run/hub/model`` and ``run/hub/dataset`` exactly as they would be pushed, and return both.
 
     Each folder takes the place of its predecessor only when it is whole. Repositories are named in the cards only if
-    ``namespace`` is given. Raises ``FileNotFoundError`` if the run has no model yet.
+    ``namespace`` is given. Without ``images`` no picture is embedded. Users of real data are always anonymised, drawn
+    ones if ``anonymise``. Raises ``FileNotFoundError`` if the run has no model yet.
     """
     run = Path(run)
     if not (run / "model/config.json").is_file():
         raise FileNotFoundError(f"{run / 'model/config.json'} is missing: run `mllm-msr train` on this run first")
     ids = repo_ids(run, namespace) if namespace else {"model": None, "dataset": None}
     return {
-        "model": _whole(run / "hub/model", lambda folder: _fill_model(run, folder, ids, tag)),
-        "dataset": _whole(run / "hub/dataset", lambda folder: _fill_dataset(run, folder, ids["dataset"])),
+        "model": whole(run / "hub/model", lambda folder: _fill_model(run, folder, ids, tag)),
+        "dataset": whole(
+            run / "hub/dataset", lambda folder: _fill_dataset(run, folder, ids["dataset"], tag, images, anonymise)
+        ),
     }
 
 
 def repo_ids(run: Path, namespace: str) -> dict[str, str]:
-    """``{"model": ..., "dataset": ...}``: the ids of the run's repositories below ``namespace``."""
+    """The ids of the run's repositories below ``namespace``: "model", "dataset", "metric" (any run's) and "space"."""
     facts = read_facts(run)
     name = slug(facts["recipe"].get("name") or facts["metrics"].get("dataset") or run.resolve().name)
-    return {"model": f"{namespace}/mllm-msr-{name}", "dataset": f"{namespace}/mllm-msr-{name}-data"}
-
-
-def plan(run: Path, namespace: str, tag: str | None = None) -> list[tuple[str, str, str, int]]:
-    """What a release would send: ``(repo_id, repo_type, path in the repository, bytes)`` of every file."""
-    ids = repo_ids(Path(run), namespace)
-    return [
-        (ids[kind], kind, path.relative_to(folder).as_posix(), path.stat().st_size)
-        for kind, folder in build_hub(run, namespace, tag).items()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
-
-
-def publish(
-    run: Path,
-    namespace: str,
-    dry_run: bool = True,
-    public: bool = False,
-    tag: str | None = None,
-    api: HfApi | None = None,
-    tries: int = 6,
-) -> dict[str, str]:
-    """Show what a release would send and, unless ``dry_run``, send it; return the commit of each repository.
-
-    One commit a repository, on top of the head that was read (a head that moves meanwhile is read again), and the
-    ``tag`` only once all commits are in: so whoever pins the tag sees a whole release. Unchanged files are not sent
-    again, files the release no longer has are deleted, and repeating after any failure is safe. Private unless
-    ``public``. Credentials come from the environment or the Hub login.
-
-    Raises ``RuntimeError`` with the remedy when the Hub refuses.
-    """
-    run = Path(run)
-    files = plan(run, namespace, tag)
-    ids = repo_ids(run, namespace)
-    for kind, repo_id in ids.items():
-        _show(kind, repo_id, run / "hub" / kind, [(path, size) for _, of, path, size in files if of == kind], public)
-    if dry_run:
-        print("dry run: nothing was sent")
-        return {}
-    api = api or HfApi()
-    commits = {}
-    try:
-        for kind in ("dataset", "model"):  # the model's card points to the data
-            commit_this = partial(_commit, api, ids[kind], kind, run / "hub" / kind, public, tag)
-            commits[kind] = _patiently(commit_this, tries)
-        for kind, commit in commits.items():
-            if tag:
-                _patiently(partial(_tag, api, ids[kind], kind, commit, tag), tries)
-            print(f"{ids[kind]} ({kind}): {commit}")
-    except LocalTokenNotFoundError as error:
-        raise RuntimeError("not logged in to the Hub: run `hf auth login` or set HF_TOKEN") from error
-    except HfHubHTTPError as error:
-        raise RuntimeError(_remedy(error, namespace)) from error
-    except HTTPError as error:  # of the connection
-        raise RuntimeError(f"the Hub at {api.endpoint} cannot be reached ({error}); try again, it is safe") from error
-    return commits
+    model = f"{namespace}/mllm-msr-{name}"
+    return {
+        "model": model,
+        "dataset": f"{model}-data",
+        "metric": f"{namespace}/ranking_metrics",
+        "space": f"{model}-app",
+    }
 
 
 def _fill_model(run: Path, folder: Path, ids: dict, tag: str | None) -> None:
@@ -153,35 +107,53 @@ def _without_paths(text: str) -> str:
     return json.dumps(clean(json.loads(text)), indent=2, ensure_ascii=False) + "\n"
 
 
-def _fill_dataset(run: Path, folder: Path, repo_id: str | None) -> None:
+def _fill_dataset(run: Path, folder: Path, repo_id: str | None, tag: str | None, images: bool, anonymise: bool) -> None:
     source = (read_facts(run)["recipe"].get("source") or {}).get("type")
-    key = None if source in OWN_SOURCES else _user_key(run)
+    key = None if source in OWN_SOURCES and not anonymise else _user_key(run)
     restricted = source in RESTRICTED_SOURCES
-    tables: dict[str, dict[str, int]] = {}
+    tables: dict[str, dict[str, SplitInfo]] = {}
     for table, splits in DATASET_FILES.items():
         for split, file in splits.items():
             if not (run / file).is_file():
                 continue
-            target = folder / table / f"{split}-00000-of-00001.parquet"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            frame = pl.scan_parquet(run / file)
-            if table == "tasks":
-                frame = frame.filter(pl.col("split") == split)
-            if table == "items" and not restricted:
+            target = folder / f"{table}.{split}"
+            if table == "items" and images and not restricted:
                 _link(run / file, target)  # as it is: its schema says that ``image`` holds pictures
             else:
+                frame = pl.scan_parquet(run / file)
+                if table == "tasks":
+                    frame = frame.filter(pl.col("split") == split)
                 if table == "items":
-                    image = frame.collect_schema()["image"]
-                    frame = frame.with_columns(pl.lit("").alias("text"), pl.lit(None, dtype=image).alias("image"))
-                _hash_users(frame.collect(), key).write_parquet(target)
-            rows = pl.scan_parquet(target).select(pl.len()).collect().item()
-            if not rows:
-                target.unlink()
-                continue
-            tables.setdefault(table, {})[split] = rows
-    (folder / "README.md").write_text(
-        str(dataset_card(run, tables, repo_id, LEFT_OUT if restricted else "")), encoding="utf-8"
-    )
+                    frame = frame.with_columns(pl.lit(None, dtype=frame.collect_schema()["image"]).alias("image"))
+                    frame = frame.with_columns(pl.lit("").alias("text")) if restricted else frame
+                if restricted:
+                    frame = frame.drop("prompt", "completion", strict=False)  # they quote the texts
+                hashed = _hash_users(frame.collect(), key)
+                if table == "sft" and "prompt" in hashed.columns:
+                    write_chat_table(hashed, run / DATASET_FILES["items"]["train"], target, images)
+                else:
+                    hashed.write_parquet(target)
+            if (info := shard(target, folder / table, split)) is not None:
+                tables.setdefault(table, {})[split] = info
+            target.unlink()
+    rows = {table: {split: info.num_examples for split, info in splits.items()} for table, splits in tables.items()}
+    card = dataset_card(run, rows, repo_id, LEFT_OUT if restricted else "", tag, dataset_info(folder, tables))
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(shared_recipe(run), encoding="utf-8")
+    if restricted:
+        shutil.copyfile(str(files("mllm_msr") / "rebuild.py"), folder / "rebuild.py")
+
+
+def shared_recipe(run: Path) -> str:
+    """What a reader needs to prepare the source again, as YAML: nothing that names a place on this machine."""
+    recipe = read_facts(run)["recipe"]
+    places = {"folder", "interactions", "items", "images", "covers", "cache", "base_url"}
+    kept = {
+        key: {name: one for name, one in value.items() if name not in places} if isinstance(value, dict) else value
+        for key, value in recipe.items()
+        if key not in ("training", "evaluation")
+    }
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def _user_key(run: Path) -> bytes:
@@ -209,7 +181,7 @@ def _hash_users(frame: pl.DataFrame, key: bytes | None) -> pl.DataFrame:
     return frame
 
 
-def _whole(target: Path, fill: Callable[[Path], None]) -> Path:
+def whole(target: Path, fill: Callable[[Path], None]) -> Path:
     """Fill a fresh folder, then put it in the place of ``target``."""
     fresh = target.with_name(f".{target.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -226,74 +198,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _show(kind: str, repo_id: str, folder: Path, files: list[tuple[str, int]], public: bool) -> None:
-    total = sum(size for _, size in files)
-    print(f"\n{kind} {repo_id} ({'public' if public else 'private'}): {len(files)} files, {_size(total)}")
-    for path, size in files:
-        print(f"  {_size(size):>10}  {path}")
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    body = text.split("\n---\n", 1)[-1].strip().splitlines()
-    print("  card:", *(f"    | {line}" for line in body[:8]), sep="\n")
-
-
-def _size(count: float) -> str:
-    """
-    >>> _size(512), _size(2_500_000)
-    ('512 B', '2.5 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _patiently(work: Callable[[], T], tries: int) -> T:
-    """Do ``work``, again after a stale head, a 5xx or a lost reply; it must be safe to repeat."""
-    for attempt in range(tries):
-        try:
-            return work()
-        except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
-            if attempt == tries - 1 or (status < 500 and status not in (408, 412, 429)):
-                raise
-            time.sleep(min(2**attempt, 8))
-    raise AssertionError("unreachable")
-
-
-def _commit(api: HfApi, repo_id: str, kind: str, folder: Path, public: bool, tag: str | None) -> str:
-    """One commit that makes the repository equal to ``folder``.
-
-    Reads the head anew and sends only what differs from it, so a commit whose reply was lost is not made twice.
-    """
-    api.create_repo(repo_id, repo_type=kind, private=not public, exist_ok=True)
-    head = api.repo_info(repo_id, repo_type=kind).sha
-    local = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    there = set(api.list_repo_files(repo_id, repo_type=kind, revision=head)) - {".gitattributes"}
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    operations += [CommitOperationAdd(name, str(path)) for name, path in sorted(local.items())]
-    operations += [CommitOperationDelete(name) for name in sorted(there - set(local))]
-    message = f"Release {tag}" if tag else "Release"
-    return api.create_commit(repo_id, operations, commit_message=message, repo_type=kind, parent_commit=head).oid
-
-
-def _tag(api: HfApi, repo_id: str, kind: str, commit: str, tag: str) -> None:
-    known = {one.name: one.target_commit for one in api.list_repo_refs(repo_id, repo_type=kind).tags}
-    if known.get(tag, commit) != commit:
-        raise RuntimeError(f"{repo_id}: tag {tag!r} already names the earlier {known[tag][:8]}: choose a new tag")
-    if tag not in known:
-        api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)
-
-
-def _remedy(error: HfHubHTTPError, namespace: str) -> str:
-    status = error.response.status_code
-    remedies = {
-        401: "the Hub does not accept the token: run `hf auth login` or set HF_TOKEN",
-        403: f"this login may not write to {namespace!r}: use a token with write access, or another --namespace",
-        409: "the name is taken by a repository this login cannot write to",
-        413: "the Hub refuses the size: check the storage quota of the account",
-        429: "the Hub asks to slow down: try again later, it is safe",
-    }
-    return f"{remedies.get(status, 'the Hub refused; repeating is safe')} ({status}: {error.server_message or error})"

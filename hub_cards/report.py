@@ -14,6 +14,7 @@ import polars as pl
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mllm_msr.hub_cards import evidence
 from mllm_msr.hub_cards.charts import Line, interval_chart, line_chart
 from mllm_msr.hub_cards.results import (
     METRIC_NAMES,
@@ -73,10 +74,16 @@ def write_report(run: Path) -> Path:
         meanings=ROW_MEANINGS,
         best={key: best_rows(metrics, key) for key in metric_keys(metrics)},
         ours=OURS,
-        style=_style,
+        style=evidence.style,
         subtitle=_subtitle(metrics),
         headline=headline(metrics),
         findings=findings(metrics),
+        sampled=(metrics.get("n_candidates") or 0) < (catalogue(run) or 0),
+        against=evidence.against(metrics),
+        compared=[METRIC_NAMES[key] for key in evidence.COMPARED],
+        checks=evidence.checks(metrics),
+        slices=evidence.slice_tables(metrics),
+        evidence_charts=evidence.charts(metrics),
         charts=[chart for chart in (_values_chart(metrics), *_score_charts(scores)) if chart],
         loss_chart=_loss_chart(run / "model/log_history.json"),
         summaries=summary_examples(run),
@@ -106,6 +113,11 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def catalogue(run: Path) -> int | None:
+    """How many items the run's catalogue has, if that is known."""
+    return read_json(run / "data/report.json").get("statistics", {}).get("items")
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(3.21), duration(250), duration(7300)
@@ -115,10 +127,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _style(row: str) -> str:
-    return f"row-{row}" if row in ROW_MEANINGS else "row-other"
 
 
 def _subtitle(metrics: dict) -> str:
@@ -167,7 +175,7 @@ def _values_chart(metrics: dict):
     values = []
     for row in rows:
         result = metrics["rows"][row]["auc"]
-        values.append((row_name(row), _style(row), *(100 * v for v in (result["value"], *result["ci95"]))))
+        values.append((row_name(row), evidence.style(row), *(100 * v for v in (result["value"], *result["ci95"]))))
     said = "; ".join(f"{name} {value:.1f} ({low:.1f} to {high:.1f})" for name, _, value, low, high in values)
     return interval_chart(
         values,
@@ -187,9 +195,9 @@ def _score_charts(scores: pl.DataFrame | None) -> list:
     for row in names:
         own = scores.filter(pl.col("row") == row)
         hits = _hit_curve(own)
-        curves.append(Line(row_name(row), np.arange(1, len(hits) + 1), 100 * hits, _style(row)))
+        curves.append(Line(row_name(row), np.arange(1, len(hits) + 1), 100 * hits, evidence.style(row)))
         x, y = _roc(own["label"].to_numpy(), own["logit"].to_numpy())
-        rocs.append(Line(row_name(row), x, y, _style(row)))
+        rocs.append(Line(row_name(row), x, y, evidence.style(row)))
     longest = max(len(line.x) for line in curves)
     at_five = "; ".join(f"{line.name} {line.y[min(4, len(line.y) - 1)]:.0f}" for line in curves)
     charts = [

@@ -74,8 +74,13 @@ def summary_examples(run: Path) -> dict:
 
 def _cards(run: Path, item_ids: set[str]) -> dict[str, dict]:
     """Title and thumbnail of every item of ``item_ids``; only their rows are read."""
-    items = pl.scan_parquet(run / "data/items.parquet").filter(pl.col("item_id").is_in(list(item_ids))).collect()
-    rows = {row["item_id"]: row for row in items.iter_rows(named=True)}
+    chosen = pl.col("item_id").is_in(list(item_ids))
+    items = pl.scan_parquet(run / "data/items.parquet").filter(chosen)
+    if (run / "data/thumbnails.parquet").is_file():  # made once, when the data was prepared
+        small = pl.scan_parquet(run / "data/thumbnails.parquet").filter(chosen)
+        image = pl.struct(bytes="thumbnail", path=pl.lit(None, pl.String)).alias("image")
+        items = items.select("item_id", "title").join(small, on="item_id", how="left").with_columns(image)
+    rows = {row["item_id"]: row for row in items.collect().iter_rows(named=True)}
     return {item: _card(item, rows.get(item, {})) for item in item_ids}
 
 

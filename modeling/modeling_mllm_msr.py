@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .configuration_mllm_msr import MllmMsrConfig
+from .families import FAMILIES
 from .lora import adapter_layers, merge_adapter, save_adapter
-
-ONE_TENSOR = frozenset({"gemma3", "idefics3", "internvl", "smolvlm"})  # they want pictures in one tensor, not in a list
 
 ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
@@ -62,6 +62,11 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
                 f"{config.vlm_config.model_type!r} is not an image-text-to-text model, so it cannot see the "
                 "candidates; choose a backbone that AutoModelForImageTextToText knows"
             )
+        if config.vlm_config.is_encoder_decoder:
+            raise ValueError(
+                f"{config.vlm_config.model_type!r} is an encoder-decoder, but user, candidate and answer are one "
+                "sequence (interaction='joint'); choose a decoder-only backbone"
+            )
         self.backbone = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.post_init()
 
@@ -83,8 +88,12 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             processor: the backbone's [`MllmMsrProcessor`], which knows the answers' tokens.
             kwargs: as in `from_pretrained` (`device_map`, ...).
         """
+        hub = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+        if not os.path.isdir(id_or_path):  # pinned to the commit that this revision is today
+            config_file = cached_file(id_or_path, "config.json", revision=revision, **hub)
+            revision = extract_commit_hash(config_file, None) or revision
         where = {"revision": revision} if revision else {}
-        vlm_config = AutoConfig.from_pretrained(id_or_path, **where)
+        vlm_config = AutoConfig.from_pretrained(id_or_path, **where, **hub)
         config = cls.config_class(
             vlm_config=vlm_config,
             answer_token_ids=processor.answer_token_ids if processor is not None else None,
@@ -171,10 +180,14 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
 
     def _picture_features(self, image_features: list[torch.Tensor]) -> PictureFeatures:
         """The backbone's form of what `image_features` returned."""
+        family = FAMILIES.get(self.config.vlm_config.model_type)
+        if family is None:
+            raise ValueError(
+                f"it is not known how {self.config.vlm_config.model_type} takes features; give pixel_values"
+            )
         depth = image_features[0].shape[-1] // self.config.get_text_config().hidden_size
         pooled, *deep = zip(*(features.chunk(depth, -1) for features in image_features), strict=True)
-        one_tensor = self.config.vlm_config.model_type in ONE_TENSOR
-        return PictureFeatures(torch.cat(pooled) if one_tensor else pooled, deep or None)
+        return PictureFeatures(torch.cat(pooled) if family.one_tensor else pooled, deep or None)
 
     def answer_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., V) logits at the answer's position to (...) float32: logsumexp over Yes less logsumexp over No."""
@@ -210,7 +223,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         )
         if known.adapter is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        own = {name: kwargs.pop(name) for name in ("revision", "subfolder", "code_revision") if name in kwargs}
+        mine = ("revision", "subfolder", "code_revision", "adapter_kwargs")  # of this repository, not of the backbone's
+        own = {name: kwargs.pop(name) for name in mine if name in kwargs}
         where = {"revision": known.backbone_revision} if known.backbone_revision else {}
         loaded = super().from_pretrained(known.backbone_name_or_path, *model_args, config=known, **where, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -231,6 +245,9 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         os.makedirs(save_directory, exist_ok=True)
         config: Any = copy.deepcopy(self.config)
         config.adapter = ADAPTER
+        quantizer: Any = getattr(self, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.pre_quantized:
+            del config.quantization_config  # the backbone's own weights are not; whoever loads decides anew
         config.architectures = [type(self).__name__]
         custom_object_save(self, save_directory, config=config)
         config.save_pretrained(save_directory)
@@ -253,6 +270,9 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """Save the backbone alone, as a stock checkpoint that any tool for it can serve."""
         if any(adapter_layers(self)):
             raise ValueError("merge() the adapter before exporting the backbone")
+        if getattr(self, "hf_quantizer", None) is not None:  # it knows how its weights are written
+            self.backbone.hf_quantizer = self.hf_quantizer
+            self.backbone.config.quantization_config = self.config.quantization_config
         self.backbone.save_pretrained(path)
 
 

@@ -1,13 +1,15 @@
 """`pipeline("sequential-recommendation", model=...)`: a user and candidates in, the candidates ranked out."""
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from transformers import BatchFeature, Pipeline
 
 from .lora import without_adapter
-from .ranking import Recommender
+from .ranking import Recommender, in_order
 
 TASK = "sequential-recommendation"
 CUSTOM_PIPELINES = {
@@ -22,7 +24,8 @@ class SequentialRecommendationPipeline(Pipeline):
     the user has chosen, oldest first, from which the backbone writes one as in the paper: each item described (unless
     it has a `summary`), then block after block condensed. Items are `{"title", "text", "image"}`, of which only the
     title is needed. Items chosen after the preference was written can be given as `recent`. The answer has the
-    candidates, best first, with `logit` and `score` added; several requests give a list of answers.
+    candidates, best first, with `logit` and `score` added; several requests give a list of answers, and `batch_size`
+    of them share their forward passes.
 
     Example:
 
@@ -36,6 +39,7 @@ class SequentialRecommendationPipeline(Pipeline):
         top_k: how many candidates to return, all by default.
         block_size: items of the history condensed at a time (paper: 3).
         max_new_tokens: of each text written from a history (128).
+        write_batch_size: how many texts are written at a time (8).
     """
 
     model: Any  # MllmMsrForRecommendation
@@ -52,30 +56,65 @@ class SequentialRecommendationPipeline(Pipeline):
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
         if ("preference" in input_) == ("history" in input_) or not input_.get("candidates"):
             raise ValueError("a request has `candidates` and either a `preference` or a `history`")
-        return {"request": input_}
+        return {"requests": [input_]}
+
+    def get_iterator(
+        self,
+        inputs: Iterable[Any],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[Any]:
+        """Answers in the order of the requests, `batch_size` at a time: they are no tensors to be collated."""
+        waiting = iter(inputs)
+        while some := list(islice(waiting, batch_size)):
+            requests = [self.preprocess(request, **preprocess_params)["requests"][0] for request in some]
+            yield from self.forward({"requests": requests}, **forward_params)
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
-        request, options = input_tensors["request"], {"block_size": 3, "max_new_tokens": 128} | forward_parameters
-        preference = request.get("preference")
-        if preference is None:
-            with without_adapter(self.model):
-                preference = self._condense(request["history"], options["block_size"], options["max_new_tokens"])
-        user = {"preference": preference, "recent": request.get("recent", [])}
-        candidates = [{"text": "", "image": None, **candidate} for candidate in request["candidates"]]
-        return Recommender(self.model, self.processor).rank([user], candidates, options.get("top_k"))[0]
+        requests = input_tensors["requests"]
+        options = {"block_size": 3, "max_new_tokens": 128, "write_batch_size": 8} | forward_parameters
+        top_k = options.pop("top_k", None)
+        with without_adapter(self.model):
+            written = iter(self._condense([one["history"] for one in requests if "history" in one], **options))
+        users = [
+            {"preference": next(written) if "history" in one else one["preference"], "recent": one.get("recent", [])}
+            for one in requests
+        ]
+        shown = [[{"text": "", "image": None, **candidate} for candidate in one["candidates"]] for one in requests]
+        catalogue = {f"{number} {place}": one for number, row in enumerate(shown) for place, one in enumerate(row)}
+        names = [[f"{number} {place}" for place in range(len(row))] for number, row in enumerate(shown)]
+        logits = Recommender(self.model, self.processor).score(users, names, catalogue)
+        return [in_order(items, row, top_k) for items, row in zip(shown, logits, strict=True)]
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> Any:
-        return model_outputs
+        return model_outputs[0]
 
-    def _condense(self, history: list[dict[str, Any]], block_size: int, max_new_tokens: int) -> str:
-        new = [item for item in history if not item.get("summary")]
-        written = iter(self._write(self.processor.item_summary(new), max_new_tokens) if new else [])
-        items = [{"title": item["title"], "summary": item.get("summary") or next(written)} for item in history]
-        preference = ""
-        for start in range(0, len(items), block_size):
-            block = self.processor.preference([items[start : start + block_size]], [preference])
-            preference = self._write(block, max_new_tokens)[0]
-        return preference
+    def _condense(
+        self, histories: list[list[dict[str, Any]]], block_size: int, max_new_tokens: int, write_batch_size: int
+    ) -> list[str]:
+        """A preference for each history; step k of all of them before step k + 1."""
+
+        def write(prompts: Callable[[list[Any]], BatchFeature], rows: list[Any]) -> Iterator[str]:
+            for start in range(0, len(rows), write_batch_size):
+                yield from self._write(prompts(rows[start : start + write_batch_size]), max_new_tokens)
+
+        new = [item for history in histories for item in history if not item.get("summary")]
+        written = write(self.processor.item_summary, new)
+        described = [
+            [{"title": item.get("title", ""), "summary": item.get("summary") or next(written)} for item in history]
+            for history in histories
+        ]
+        preferences = [""] * len(histories)
+        for start in range(0, max(map(len, histories), default=0), block_size):
+            going = [number for number, history in enumerate(histories) if start < len(history)]
+            rows = [(described[number][start : start + block_size], preferences[number]) for number in going]
+            texts = write(lambda some: self.processor.preference(*map(list, zip(*some, strict=True))), rows)
+            for number, text in zip(going, texts, strict=True):
+                preferences[number] = text
+        return preferences
 
     def _write(self, batch: BatchFeature, max_new_tokens: int) -> list[str]:
         batch = batch.to(self.model.device)

@@ -19,21 +19,21 @@ META: dict[str, Any] = {
 }
 
 
-def read_amazon(root: Path | str, category: str, on_bad_rows: OnBadRows = "error") -> RawData:
+def read_amazon(folder: Path | str, category: str, on_bad_rows: OnBadRows = "error") -> RawData:
     """Read one category, e.g. ``read_amazon("hf://datasets/McAuley-Lab/Amazon-Reviews-2023", "Video_Games")``.
 
-    ``root`` is a folder with the two files (directly, or under ``raw/…_categories`` as on the Hub) or a data set on the
-    Hub. Reviews join metadata on ``parent_asin``; every review is an interaction. An item's text is its categories,
+    ``folder`` has the two files (directly, or under ``raw/…_categories`` as on the Hub) or is a data set on the Hub.
+    Reviews join metadata on ``parent_asin``; every review is an interaction. An item's text is its categories,
     features and description, its picture the URL of the main one; ratings and review texts are not used.
     """
     bad = BadRows(on_bad_rows)
-    reviews = _find(root, "review_categories", category)
-    log = interactions_from(read_jsonl(reviews, REVIEWS, bad), reviews, COLUMNS, bad)
-    path = _find(root, "meta_categories", f"meta_{category}")
-    meta = read_jsonl(path, META, bad)
-    meta = bad.drop(meta, pl.col("parent_asin").is_null(), "no parent_asin", path)
-    meta = meta.rename({"parent_asin": "item_id"}).join(log.select("item_id").unique(), on="item_id", how="semi")
-    meta = bad.unique_items(meta.sort("row"), path)
+    reviews = _find(folder, "review_categories", category)
+    log, ticks = interactions_from(read_jsonl(reviews, REVIEWS, bad), reviews, COLUMNS, bad)
+    path = _find(folder, "meta_categories", f"meta_{category}")
+    table = bad.drop(read_jsonl(path, META, bad), {"no parent_asin": pl.col("parent_asin").is_null()}, path)
+    met = log.select(pl.col("item_id").unique()).collect(engine="streaming")
+    table = table.rename({"parent_asin": "item_id"}).join(met.lazy(), on="item_id", how="semi")
+    meta = bad.unique_items(table.collect(engine="streaming").sort("row"), path)
     main = pl.col("images").list.eval(
         pl.element().sort_by(pl.element().struct.field("variant") != "MAIN", maintain_order=True, nulls_last=True)
     )
@@ -51,9 +51,9 @@ def read_amazon(root: Path | str, category: str, on_bad_rows: OnBadRows = "error
             pl.coalesce(urls).alias("image_path"),
         )
     )
-    absent = log.select(pl.col("item_id").unique(maintain_order=True)).join(items, on="item_id", how="anti")["item_id"]
+    absent = met.join(items, on="item_id", how="anti")["item_id"].sort()
     bad.note(f"{path.name}: reviewed items without metadata", len(absent), absent.to_list())
-    return RawData(log, items, bad.skipped)
+    return RawData(log, items, bad.skipped, ticks)
 
 
 def _find(root: Path | str, folder: str, name: str) -> Path:

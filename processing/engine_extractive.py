@@ -12,11 +12,17 @@ from PIL import Image
 
 from mllm_msr.processing.engines import Task, Text
 
-_COMMON = frozenset(
-    "about after also and are been before being between both but can could did does each ever first for from had has "
-    "have her here hers him his how into its just like made man more most much must new not now off one only other our "
-    "out over own she should some such than that the their them then there these they this those through too two under "
-    "until upon very was were what when where which while who whom whose why will with would you young your".split()
+_COMMON = set(
+    re.findall(
+        r"\w+",
+        """
+    about after also and are been before being between both but can could did does each ever first for from had
+    has have her here hers him his how into its just like made man more most much must new not now off one only
+    other our out over own she should some such than that the their them then there these they this those through
+    too two under until upon very was were what when where which while who whom whose why will with would you
+    young your
+    """,
+    )
 )
 _COLOUR_NAMES = {
     "black": (20, 20, 20),

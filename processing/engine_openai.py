@@ -41,8 +41,8 @@ class OpenAIEngine:
     """Chat completions, ``concurrency`` at a time.
 
     A request that fails on the way (connection, timeout, 5xx, 429, an answer cut short) is tried again after a pause
-    that doubles, or as long as the server asks. An input the server refuses, or fails on while it serves others, is that
-    input's failure; when it serves none, or knows no such model or key, the engine is unavailable, and no further
+    that doubles, or as long as the server asks. An input the server refuses, or fails on while it serves others, has
+    failed alone; when the server serves none, or knows no such model or key, the engine is unavailable, and no further
     input is tried.
 
     Args:
@@ -73,7 +73,9 @@ class OpenAIEngine:
     ) -> None:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         if not (base_url or "").startswith(("http://", "https://")):
-            raise ValueError(f"no server: set summaries.base_url or OPENAI_BASE_URL to http(s)://.../v1, not {base_url!r}")
+            raise ValueError(
+                f"no server: set summaries.base_url or OPENAI_BASE_URL to http(s)://.../v1, not {base_url!r}"
+            )
         self.url = f"{str(base_url).rstrip('/')}/chat/completions"
         self.generator, self.revision, self.prompts, self.noun = model, "", prompts, noun
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
@@ -95,7 +97,9 @@ class OpenAIEngine:
         """Failures come in place of texts, so that what a dying server still answered is kept."""
         self._lost_in_a_row = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda one, seed: self._one(task, one, seed, again), inputs, seeds or [0] * len(inputs)))
+            return list(
+                pool.map(lambda one, seed: self._one(task, one, seed, again), inputs, seeds or [0] * len(inputs))
+            )
 
     def _one(self, task: Task, values: Mapping[str, Any], seed: int, again: bool) -> Text | Exception:
         content = [_part(part) for part in chat_parts(self.prompts[task], _harmless(values), self.noun)]
@@ -154,7 +158,11 @@ class OpenAIEngine:
 
     def _unavailable(self, code: int, said: str) -> EngineUnavailable:
         self._lost_in_a_row = GIVE_UP_AFTER  # no use for the others either
-        remedies = {401: "set OPENAI_API_KEY", 403: "this key may not use it", 404: "check summaries.base_url and model"}
+        remedies = {
+            401: "set OPENAI_API_KEY",
+            403: "this key may not use it",
+            404: "check summaries.base_url and model",
+        }
         remedy = remedies.get(code, "check summaries.base_url")
         return EngineUnavailable(f"{self.url} answered {code} for model {self.generator!r}: {remedy} ({said})")
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mllm_msr.processing.engines import MAX_NEW_TOKENS, Task, Text, prompt_digest
+from mllm_msr.processing.engines import MAX_NEW_TOKENS, EngineUnavailable, Task, Text, prompt_digest
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.storage import folder_digest
 
@@ -92,7 +92,10 @@ class TransformersEngine:
         sees = self.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         where = {} if Path(self.name_or_path).is_dir() else {"revision": self.revision or None}
-        model = auto_class.from_pretrained(self.name_or_path, dtype=self.dtype, **where, **self.model_kwargs).eval()
+        try:
+            model = auto_class.from_pretrained(self.name_or_path, dtype=self.dtype, **where, **self.model_kwargs).eval()
+        except Exception as error:
+            raise EngineUnavailable(f"{self.generator} cannot be loaded: {error}") from error
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if accelerator and model.device.type == "cpu" and "device_map" not in self.model_kwargs:
             rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
@@ -124,7 +127,9 @@ class TransformersEngine:
         if parts == 1:
             try:
                 return self._answer(batch, limit, seeds, again)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
+                if "CUDA error" in str(error):  # after which the accelerator does nothing more in this process
+                    raise EngineUnavailable(f"the accelerator has failed: {error}; run again to go on") from error
                 if rows == 1 or not _is_out_of_memory(error):
                     raise
             parts, self.token_budget = 2, tokens // 2  # outside the handler, whose traceback holds the tensors

@@ -116,7 +116,10 @@ class SummaryOptions:
     cache: str | None = None  # folder of all texts by content, to be shared by runs (default: the run's own)
 
     def __post_init__(self) -> None:
-        for name, known in (("engine", ("transformers", "openai", "extractive")), ("item_prompts", ("single", "paper"))):
+        for name, known in (
+            ("engine", ("transformers", "openai", "extractive")),
+            ("item_prompts", ("single", "paper")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"summaries.{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
         if not self.model and self.engine != "extractive":

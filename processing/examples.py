@@ -2,6 +2,12 @@
 
 import polars as pl
 
+from mllm_msr.processing.chat import chat_parts
+
+MESSAGES = pl.List(
+    pl.Struct({"role": pl.String, "content": pl.List(pl.Struct({"type": pl.String, "text": pl.String}))})
+)
+
 
 def task_contexts(
     tasks: pl.DataFrame, preferences: pl.DataFrame, summaries: pl.DataFrame, block_size: int
@@ -36,12 +42,46 @@ def task_contexts(
     )
 
 
-def training_examples(contexts: pl.DataFrame, titles: pl.DataFrame) -> pl.DataFrame:
-    """One row a candidate: ``task_id``, ``user_id``, ``item_id``, ``label``, ``preference``, ``recent``, ``title``."""
-    return (
+def training_examples(contexts: pl.DataFrame, items: pl.DataFrame, prompt: str, noun: str = "item") -> pl.DataFrame:
+    """One row a candidate: the facts of the example, and the same as a chat that any trainer understands.
+
+    Args:
+        contexts: tasks with ``preference`` and ``recent``, see :func:`task_contexts`.
+        items: ``item_id``, ``title``, ``text``, ``image``.
+        prompt: the template of the recommendation.
+
+    Returns:
+        ``task_id``, ``user_id``, ``item_id``, ``label``, ``preference``, ``recent``, ``title``, and ``prompt`` and
+        ``completion``: lists of one message, whose content is a list of ``{"type": "text", "text": ...}`` and, where
+        the candidate's picture stands, ``{"type": "image", "text": null}``.
+    """
+    rows = (
         contexts.select("task_id", "user_id", pl.col("candidates").alias("item_id"), "labels", "preference", "recent")
         .explode("item_id", "labels")
         .rename({"labels": "label"})
-        .join(titles.select("item_id", "title"), on="item_id", how="left", maintain_order="left")
-        .select("task_id", "user_id", "item_id", "label", "preference", "recent", "title")
+        .join(
+            items.select(
+                "item_id", "title", "text", pl.col("image").struct.field("bytes").is_not_null().alias("image")
+            ),
+            on="item_id",
+            how="left",
+            maintain_order="left",
+        )
     )
+    asked, answered = [], []
+    for row in rows.iter_rows(named=True):
+        recent = [{"summary": summary} for summary in row["recent"]]
+        values = {**row, "recent": recent, "image": True if row["image"] else None}
+        parts = chat_parts(prompt, values, noun)
+        content = [_part("text", part) if isinstance(part, str) else _part("image") for part in parts]
+        asked.append([{"role": "user", "content": content}])
+        answered.append([{"role": "assistant", "content": [_part("text", "Yes" if row["label"] else "No")]}])
+    return (
+        rows.drop("text", "image")
+        .with_columns(pl.Series("prompt", asked, MESSAGES), pl.Series("completion", answered, MESSAGES))
+        .select("task_id", "user_id", "item_id", "label", "preference", "recent", "title", "prompt", "completion")
+    )
+
+
+def _part(kind: str, text: str | None = None) -> dict[str, str | None]:
+    return {"type": kind, "text": text}

@@ -11,6 +11,7 @@ MAX_PIXELS = 50_000_000  # about what a full-frame camera makes; more is a mista
 MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of this kind
 MIN_EDGE = 32  # two patches of 14 or 16 pixels; some image processors fail below that
 MAX_ASPECT = 8  # wider than this is padded: processors that keep the aspect ratio reject or explode on ribbons
+THUMBNAIL = 96  # longer edge of the pictures in a report
 SMALL = 128  # pictures up to this edge are stored lossless
 
 
@@ -47,6 +48,17 @@ def normalise(data: bytes, max_pixels: int = MAX_PIXELS, max_edge: int = MAX_EDG
         if plain and original.size == image.size and _orientation(original) == 1:
             return data
     return encode(image)
+
+
+def thumbnail(data: bytes) -> bytes:
+    """A small JPEG of a stored picture, for reports; made once, in preparation."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()
 
 
 @cache

@@ -16,15 +16,17 @@ def check_leakage(
     popularity: pl.DataFrame | None = None,
     preferences: pl.DataFrame | None = None,
     seen: pl.DataFrame | None = None,
+    protocol: str | None = None,
 ) -> None:
     """Check tasks against the log they came from; raises :class:`LeakageError` with the offending rows.
 
     Always: exactly one target a task, no candidate twice, the target not in its history, history only of items that
     the user met up to the cutoff and as long as it says, negatives never met by the user (``seen``: further user_id,
-    item_id pairs). With ``popularity`` (item_id, count): nothing held out is counted, and the tasks' counts are these.
-    With ``preferences`` (user_id, step, read_item_ids, last_timestamp): each step has read only items of the history
-    before the user's last target, none later than it says, and all that the step before had read. ``tasks`` may be a
-    part of all tasks, if it has all of some users and ``interactions`` has those users; pass ``popularity`` and
+    item_id pairs). With ``protocol`` "paper": a user is trained on or held out, never both. With ``popularity``
+    (item_id, count): nothing held out is counted, and the tasks' counts are these. With ``preferences`` (user_id, step,
+    read_item_ids, last_timestamp): each step has read only items of the history before the user's last target (of the
+    log, if there is none), none later than it says, and all that the step before had read. Ids may be numbers
+    throughout. ``tasks`` may be those of some users if ``interactions`` has all of those users; pass ``popularity`` and
     ``preferences`` only with all tasks.
     """
     tasks = tasks.with_columns(TARGET)
@@ -35,10 +37,8 @@ def check_leakage(
     _none(tasks.filter(pl.col("history").list.contains(pl.col("target"))), "targets in their own history")
     _none(tasks.filter(pl.col("history").list.len() != pl.col("history_length")), "history_length is wrong")
 
-    users = pl.Enum(interactions["user_id"].unique())
-    items = pl.Enum(interactions["item_id"].unique())
-    pair = pl.col("user_id").cast(users, strict=False).to_physical().cast(pl.Int64) * len(items.categories)
-    pair = (pair + pl.col("item_id").cast(items, strict=False).to_physical()).alias("pair")  # null: not in the log
+    user, item = (_number(pl.col(name), interactions[name]) for name in ("user_id", "item_id"))
+    pair = (user * (1 << 32) + item).alias("pair")  # null: not in the log
     met = interactions.select(pair, "timestamp").group_by("pair").agg(pl.col("timestamp").min().alias("met_at"))
 
     def explode(column: str, *others: str) -> pl.DataFrame:
@@ -56,31 +56,52 @@ def check_leakage(
     _none(negatives.filter(is_met), "negatives that the user has met")
     if seen is not None and len(seen):
         _none(negatives.join(seen, on=["user_id", "item_id"], how="semi"), "negatives that the user has met")
+    if protocol == "paper":
+        trained = tasks.filter(split="train").select("user_id")
+        both = tasks.filter(pl.col("split") != "train").join(trained, on="user_id", how="semi")
+        _none(both, "held-out users that are trained on")
 
     if popularity is not None:
-        check_popularity(targets_of(tasks), interactions, popularity)
+        check_popularity(countable(tasks, interactions, protocol), popularity)
+        check_shown_counts(tasks, popularity)
     if preferences is not None:
         _check_preferences(tasks, interactions, preferences)
 
 
-def targets_of(tasks: pl.DataFrame) -> pl.DataFrame:
-    """What :func:`check_popularity` needs of tasks, small enough to collect over all chunks."""
-    return tasks.select("task_id", "split", "user_id", "cutoff", TARGET, "target_train_count")
+def _number(column: pl.Expr, ids: pl.Series) -> pl.Expr:
+    """Ids as whole numbers, the same number the same id; null if it is none of ``ids``."""
+    if ids.dtype.is_integer():
+        return column.cast(pl.Int64)
+    return column.cast(pl.Enum(ids.unique()), strict=False).to_physical().cast(pl.Int64)
 
 
-def check_popularity(targets: pl.DataFrame, interactions: pl.DataFrame, popularity: pl.DataFrame) -> None:
-    """No count exceeds what users did before their first held-out target, and tasks show these counts; or raise.
+def countable(tasks: pl.DataFrame, interactions: pl.DataFrame, protocol: str | None = None) -> pl.DataFrame:
+    """item_id, countable: how often each item may at most count as popular, by what these users did.
 
-    ``targets``: :func:`targets_of` all tasks.
+    That is all that they did up to their first held-out target, without the held-out targets; under the protocol
+    "paper" nothing at all of a user who is held out. Sums over parts of the users are those of the whole.
     """
-    held_out = targets.filter(pl.col("split") != "train")
-    countable = interactions.join(held_out, left_on=["user_id", "item_id"], right_on=["user_id", "target"], how="anti")
-    countable = countable.join(held_out.group_by("user_id").agg(pl.col("cutoff").min()), on="user_id", how="left")
-    countable = countable.filter(pl.col("timestamp") <= pl.col("cutoff").fill_null(pl.col("timestamp")))
-    counts = popularity.join(countable.group_by("item_id").agg(countable=pl.len()), on="item_id", how="left")
+    held_out = tasks.filter(pl.col("split") != "train").select("user_id", "cutoff", TARGET)
+    if protocol == "paper":
+        rest = interactions.join(held_out, on="user_id", how="anti")
+    else:
+        rest = interactions.join(held_out, left_on=["user_id", "item_id"], right_on=["user_id", "target"], how="anti")
+        rest = rest.join(held_out.group_by("user_id").agg(pl.col("cutoff").min()), on="user_id", how="left")
+        rest = rest.filter(pl.col("timestamp") <= pl.col("cutoff").fill_null(pl.col("timestamp")))
+    return rest.group_by("item_id").agg(countable=pl.len())
+
+
+def check_popularity(countable: pl.DataFrame, popularity: pl.DataFrame) -> None:
+    """No item counts for more than it may (:func:`countable`); or raise."""
+    counts = popularity.join(countable, on="item_id", how="left")
     too_many = pl.col("count") > pl.col("countable").fill_null(0)
     _none(counts.filter(too_many), "popularity that counts held-out interactions")
-    shown = targets.join(popularity, left_on="target", right_on="item_id", how="left")
+
+
+def check_shown_counts(tasks: pl.DataFrame, popularity: pl.DataFrame) -> None:
+    """The training count that a task shows of its target is the popularity; or raise."""
+    shown = tasks.select("task_id", TARGET, "target_train_count")
+    shown = shown.join(popularity, left_on="target", right_on="item_id", how="left")
     wrong = pl.col("count").ne_missing(pl.col("target_train_count"))
     _none(shown.filter(wrong), "target_train_count that is not the popularity")
 
@@ -105,8 +126,12 @@ def _check_preferences(tasks: pl.DataFrame, interactions: pl.DataFrame, preferen
     columns = ["user_id", "step", "read_item_ids", "last_timestamp"]
     steps = preferences.select(columns).sort("user_id", "step")
     longest = tasks.sort("history_length").group_by("user_id").agg(pl.col("history", "cutoff").last())
+    whole = interactions.group_by("user_id").agg(met="item_id", last=pl.col("timestamp").max())
     steps = steps.join(longest, on="user_id", how="left", maintain_order="left")
-    _none(steps.filter(pl.col("history").is_null()).select(columns), "preferences of users without a task")
+    steps = steps.join(whole, on="user_id", how="left", maintain_order="left").select(
+        *columns, pl.coalesce("history", "met").alias("history"), pl.coalesce("cutoff", "last").alias("cutoff")
+    )  # no task reads the preference of a user who has none: all of the log may be in it
+    _none(steps.filter(pl.col("history").is_null()).select(columns), "preferences of users who are not in the log")
     beyond = pl.col("read_item_ids").list.set_difference("history")
     _none(
         steps.with_columns(beyond.alias("beyond")).filter(pl.col("beyond").list.len() > 0).select(*columns, "beyond"),

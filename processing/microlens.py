@@ -5,7 +5,17 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.processing.raw import BadRows, OnBadRows, RawData, image_files, interactions_from, read_csv, read_text
+from mllm_msr.processing.raw import (
+    BadRows,
+    OnBadRows,
+    RawData,
+    batches,
+    image_files,
+    interactions_from,
+    open_text,
+    read_csv,
+    spool,
+)
 
 COLUMNS = {"user_id": "user", "item_id": "item", "timestamp": "timestamp"}
 
@@ -19,9 +29,9 @@ def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadR
     folder = Path(folder)
     bad = BadRows(on_bad_rows)
     if pairs := _only(folder, "*pairs.csv"):
-        log = interactions_from(read_csv(pairs, bad), pairs, COLUMNS, bad)
+        log, ticks = interactions_from(read_csv(pairs, bad), pairs, COLUMNS, bad)
     elif pairs := _only(folder, "*pairs.tsv"):
-        log = _sequences(pairs, bad)
+        log, ticks = _sequences(pairs, bad), 1
     else:
         raise FileNotFoundError(f"{folder}: neither *_pairs.csv nor *_pairs.tsv is there")
     if titles := _only(folder, "*title*.csv"):
@@ -33,13 +43,14 @@ def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadR
             (path for path in sorted(folder.iterdir()) if path.is_dir() and "cover" in path.name.lower()), None
         )
     images = image_files(covers)
-    ids = pl.concat([items["item_id"], log["item_id"]]).unique(maintain_order=True)
+    met = log.select(pl.col("item_id").unique(maintain_order=True)).collect(engine="streaming")["item_id"]
+    ids = pl.concat([items["item_id"], met]).unique(maintain_order=True)
     items = pl.DataFrame({"item_id": ids}).join(items, on="item_id", how="left", maintain_order="left")
     items = items.with_columns(text=pl.lit(""), image_path=pl.col("item_id").replace_strict(images, default=None))
     for what, column in (("without a title", "title"), ("without a cover", "image_path")):
         lacking = items.filter(pl.col(column).is_null())["item_id"]
         bad.note(f"items {what}", len(lacking), lacking.to_list())
-    return RawData(log, items, bad.skipped)
+    return RawData(log, items, bad.skipped, ticks)
 
 
 def _only(folder: Path, pattern: str) -> Path | None:
@@ -50,8 +61,10 @@ def _only(folder: Path, pattern: str) -> Path | None:
     return found[0] if found else None
 
 
-def _sequences(path: Path, bad: BadRows) -> pl.DataFrame:
-    table = pl.DataFrame({"line": read_text(path, bad).splitlines()}).with_row_index("row", offset=1)
+def _sequences(path: Path, bad: BadRows) -> pl.LazyFrame:
+    with open_text(path, bad) as text:
+        chunks = batches(line.rstrip("\r\n") for line in text)
+        table = spool(pl.DataFrame({"line": chunk}) for chunk in chunks).with_row_index("row", offset=1)
     table = table.filter(pl.col("line").str.strip_chars() != "")
     parts = pl.col("line").str.split_exact("\t", 1)
     table = table.with_columns(
@@ -59,18 +72,18 @@ def _sequences(path: Path, bad: BadRows) -> pl.DataFrame:
         item_id=parts.struct.field("field_1").str.strip_chars(),
     )
     wrong = pl.any_horizontal(pl.col("user_id", "item_id").fill_null("") == "")
-    table = bad.drop(table, wrong, "not user<TAB>item item …", path)
+    table = bad.drop(table, {"not user<TAB>item item …": wrong}, path)
     table = table.with_columns(pl.col("item_id").str.extract_all(r"\S+"))
-    bad.note(f"{path.name}: no times; the place in the sequence stands for the time", len(table), [])
+    users = table.select(pl.len()).collect(engine="streaming").item()
+    bad.note(f"{path.name}: no times; the place in the sequence stands for the time", users, [])
     places = pl.int_ranges(pl.col("item_id").list.len()).alias("timestamp")
     return table.select("user_id", "item_id", places).explode("item_id", "timestamp")
 
 
 def _titles(path: Path, bad: BadRows) -> pl.DataFrame:
     """item_id, title; commas in a title need not be quoted."""
-    rows = [
-        (n, row) for n, row in enumerate(csv.reader(read_text(path, bad).splitlines(keepends=True)), start=1) if row
-    ]
+    with open_text(path, bad) as text:
+        rows = [(n, row) for n, row in enumerate(csv.reader(text), start=1) if row]
     if rows and [cell.strip().lower() for cell in rows[0][1]] == ["item", "title"]:
         rows = rows[1:]
     table = pl.DataFrame(
@@ -78,4 +91,4 @@ def _titles(path: Path, bad: BadRows) -> pl.DataFrame:
         | {"title": [",".join(row[1:]).strip() or None for _, row in rows]},
         schema={"row": pl.Int64, "item_id": pl.String, "title": pl.String},
     )
-    return bad.drop(table, pl.col("item_id") == "", "no item", path).drop("row")
+    return bad.drop(table, {"no item": pl.col("item_id") == ""}, path).drop("row")

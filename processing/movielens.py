@@ -23,13 +23,13 @@ def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:
     folder = Path(folder)
     bad = BadRows(on_bad_rows)
     ratings = folder / "ratings.csv"
-    log = interactions_from(read_csv(ratings, bad), ratings, COLUMNS, bad)
+    log, ticks = interactions_from(read_csv(ratings, bad), ratings, COLUMNS, bad)
 
     path = folder / "items.csv"
-    items = read_csv(path, bad)
+    items = read_csv(path, bad).collect()
     if missing := {"movie_id", "title", "overview", *GENRES} - set(items.columns):
         raise ValueError(f"{path}: no column {min(missing)!r}; MovieLens with overviews has movie_id,title,…,overview")
-    items = bad.drop(items, pl.col("movie_id").is_null(), "no movie_id", path)
+    items = bad.drop(items, {"no movie_id": pl.col("movie_id").is_null()}, path)
     items = bad.unique_items(items.rename({"movie_id": "item_id"}), path)
     posters = image_files(folder / "posters")
     unknown = pl.col("title").fill_null("").str.to_lowercase().is_in(["", "unknown"])
@@ -56,4 +56,4 @@ def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:
     items = items.select(
         "item_id", "title", join_text(pl.col("genres"), pl.col("overview")).alias("text"), "image_path"
     )
-    return RawData(log, items, bad.skipped)
+    return RawData(log, items, bad.skipped, ticks)

@@ -25,7 +25,7 @@ class PrepareOptions:
     n_negatives: int = 20  # a validation or test target
     n_train_negatives: int = 1  # a training target
     max_train_targets: int | None = 5  # a user's most recent; "paper" has one a user
-    min_history: int = 1  # items before a target
+    min_history: int = 1  # items before a target; 0 asks users of whom nothing is known as well
     folds: int = 10  # protocol "paper": 1/folds of the users are tested
     fold: int = 0  # which of them
     seed: int = 0
@@ -40,10 +40,13 @@ class PrepareOptions:
             if choices and value not in choices:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
             if not choices and not (value is None and type(None) in get_args(kind)):
-                least = {"seed": None, "fold": 0, "k_core_users": 0, "k_core_items": 0, "folds": 3}.get(name, 1)
+                may_be_zero = ("fold", "min_history", "k_core_users", "k_core_items")
+                least = {"seed": None, "folds": 3, **dict.fromkeys(may_be_zero, 0)}.get(name, 1)
                 if not isinstance(value, int) or isinstance(value, bool):
                     raise ValueError(f"{name}={value!r}: must be a whole number")
                 if least is not None and value < least:
                     raise ValueError(f"{name}={value}: must be at least {least}")
         if self.fold >= self.folds:
             raise ValueError(f"fold={self.fold}: there are {self.folds} folds, counted from 0")
+        if (self.folds, self.fold) != (10, 0) and self.protocol != "paper":
+            raise ValueError(f"folds={self.folds}, fold={self.fold}: only protocol='paper' splits by user")

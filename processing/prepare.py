@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,12 +18,13 @@ from datasets import Features, Image, Value
 from tqdm import tqdm
 
 from mllm_msr.processing.cleaning import CleanData, clean
+from mllm_msr.processing.coded import Array, CodedLog, user_starts
 from mllm_msr.processing.downloads import Downloads
-from mllm_msr.processing.images import BrokenImage, normalise
-from mllm_msr.processing.leakage import check_leakage, check_popularity, targets_of
+from mllm_msr.processing.images import BrokenImage, normalise, thumbnail
+from mllm_msr.processing.leakage import LeakageError, check_leakage, check_popularity, check_shown_counts, countable
 from mllm_msr.processing.options import PrepareOptions
 from mllm_msr.processing.raw import EXAMPLES, RawData
-from mllm_msr.processing.tasks import TaskPlan, update_hash
+from mllm_msr.processing.tasks import SPLITS, TaskPlan, hash_lines
 
 __all__ = ["PrepareOptions", "popularity_figures", "prepare", "print_statistics", "statistics_table"]
 
@@ -55,6 +57,7 @@ TASK_SCHEMA = pa.schema(
     }
 )
 LOG_SCHEMA = pa.schema({"user_id": pa.string(), "item_id": pa.string(), "timestamp": pa.int64()})
+THUMBNAIL_SCHEMA = pa.schema({"item_id": pa.string(), "thumbnail": pa.binary()})
 POPULARITY_SCHEMA = pa.schema({"item_id": pa.string(), "count": pa.int64()})
 ITEM_FEATURES = Features(
     {"item_id": Value("string"), "title": Value("string"), "text": Value("string"), "image": Image()}
@@ -73,28 +76,32 @@ def prepare(
     pictures or tasks. Raises ValueError when nothing is left, LeakageError when the tasks are not sound.
     """
     output.mkdir(parents=True, exist_ok=True)
-    data = clean(raw, config)
-    dropping = config.missing_images == "drop"  # then broken pictures must be known before cleaning drops
-    every = clean(raw, _keeping(config)).items if dropping else data.items
-    if every["image_path"].str.contains(URL).any():
-        raw, every = _download(raw, every, image_cache or output.parent / "image_cache")
-        data = clean(raw, config)
-    if dropping:
-        raw = _without_broken(raw, every, config)
-        data = clean(raw, config)
+    data = clean(raw, config, output)
+    every = data.items
+    if config.missing_images == "drop":  # then pictures must be known before cleaning drops
+        every = clean(raw, _keeping(config), output).items
+    files, lost = _download(every, image_cache or output.parent / "image_cache")
+    raw.items, data.items, every = (_local(table, files) for table in (raw.items, data.items, every))
+    if config.missing_images == "drop":
+        unusable, broken = _broken(every, config)
+        lost += broken
+        data.log.close()
+        data = clean(replace(raw, items=_without_pictures(raw.items, unusable)), config, output)
     with _writer(output / "interactions.parquet", LOG_SCHEMA) as write:
-        write(data.interactions)
-    broken: dict[str, list[str]] = {}
-    n_images = _write_items(output / "items.parquet", data.items, config, broken)
-    protocol = _write_tasks(output, data, config)
+        for rows in data.log.parts():
+            write(data.log.frame(rows))
+    broken_ids: dict[str, list[str]] = {}
+    n_images = _write_items(output, data.items, config, broken_ids)
+    protocol = _write_tasks(output, data.log, config)
     report = {
         "source": source,
         "options": asdict(config),
         "cleaning": data.table,
-        "skipped": raw.skipped + _noted("broken image", broken),
+        "skipped": raw.skipped + lost + _noted("broken image", broken_ids),
         "statistics": _statistics(data, n_images),
         "protocol": protocol,
     }
+    data.log.close()
     (output / "README.md").write_text(README, encoding="utf-8")
     (output / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
@@ -107,51 +114,57 @@ def _noted(what: str, by_reason: dict[str, list[str]]) -> list[dict[str, Any]]:
     ]
 
 
-def _download(raw: RawData, items: pl.DataFrame, cache: Path) -> tuple[RawData, pl.DataFrame]:
-    """Fetch the pictures of ``items``; their URLs become files, or null with the reason noted. Both tables follow."""
+def _download(items: pl.DataFrame, cache: Path) -> tuple[dict[str, str | None], list[dict[str, Any]]]:
+    """Fetch the pictures of ``items``: url -> file, or None with the reason noted."""
     wanted = items.filter(pl.col("image_path").str.contains(URL)).select("item_id", "image_path")
-    found = Downloads(cache).fetch(wanted["image_path"])
+    found = Downloads(cache).fetch(wanted["image_path"]) if len(wanted) else {}
     failed: dict[str, list[str]] = {}
     for item_id, url in wanted.iter_rows():
         if isinstance(reason := found[url], str):
             failed.setdefault(reason, []).append(item_id)
     files = {url: str(path) if isinstance(path, Path) else None for url, path in found.items()}
-    fetched = pl.DataFrame(
-        {"url": list(files), "file": list(files.values())}, schema={"url": pl.String, "file": pl.String}
-    )
+    return files, _noted("not downloaded", failed)
 
-    def local(table: pl.DataFrame) -> pl.DataFrame:
-        table = table.join(fetched, left_on="image_path", right_on="url", how="left", maintain_order="left")
-        is_url = pl.col("image_path").str.contains(URL)
-        return table.with_columns(image_path=pl.when(is_url).then("file").otherwise("image_path")).drop("file")
 
-    return RawData(raw.interactions, local(raw.items), raw.skipped + _noted("not downloaded", failed)), local(items)
+def _local(items: pl.DataFrame, files: dict[str, str | None]) -> pl.DataFrame:
+    """The same items with files in the place of URLs."""
+    if not files:
+        return items
+    urls = pl.DataFrame({"image_path": list(files), "file": list(files.values())}, schema_overrides={"file": pl.String})
+    items = items.join(urls, on="image_path", how="left", maintain_order="left")
+    is_url = pl.col("image_path").str.contains(URL)
+    return items.with_columns(image_path=pl.when(is_url).then("file").otherwise("image_path")).drop("file")
 
 
 def _keeping(config: PrepareOptions) -> PrepareOptions:
-    return PrepareOptions(**{**asdict(config), "missing_images": "keep", "limit_users": None, "max_history": None})
+    return replace(config, missing_images="keep", limit_users=None, max_history=None)
 
 
-def _without_broken(raw: RawData, items: pl.DataFrame, config: PrepareOptions) -> RawData:
-    """Forget the pictures that cannot be decoded, so that cleaning counts their items as without image."""
+def _broken(items: pl.DataFrame, config: PrepareOptions) -> tuple[list[str], list[dict[str, Any]]]:
+    """The items whose pictures cannot be decoded, and the reasons."""
     broken: dict[str, list[str]] = {}
     for _ in _pictures(items, config, broken):
         pass
-    lost = pl.col("item_id").is_in([item for ids in broken.values() for item in ids])
-    kept = [pl.when(~lost).then(name).alias(name) for name in ("image_path", "image_bytes")]
-    return RawData(
-        raw.interactions, raw.items.with_columns(kept), raw.skipped + _noted("broken image, item dropped", broken)
-    )
+    return [item for ids in broken.values() for item in ids], _noted("broken image, item dropped", broken)
+
+
+def _without_pictures(items: pl.DataFrame, unusable: list[str]) -> pl.DataFrame:
+    """Forget these pictures, so that cleaning counts their items as without image."""
+    lost = pl.col("item_id").is_in(unusable)
+    return items.with_columns(pl.when(~lost).then(name).alias(name) for name in ("image_path", "image_bytes"))
 
 
 def _pictures(items: pl.DataFrame, config: PrepareOptions, broken: dict[str, list[str]]) -> Iterator[pl.DataFrame]:
     """Batches of the catalogue with ``image``: bytes fit to store, or null; ``broken``: reason -> item ids, filled."""
 
-    def picture(path: str | None, data: bytes | None) -> bytes | BrokenImage | None:
+    def picture(path: str | None, data: bytes | None) -> tuple[bytes, bytes] | BrokenImage | None:
         try:
             if data is None and path is not None:
                 data = Path(path).read_bytes()
-            return data and normalise(data, config.max_image_pixels, config.max_image_edge)
+            if data is None:
+                return None
+            data = normalise(data, config.max_image_pixels, config.max_image_edge)
+            return data, thumbnail(data)
         except OSError as error:
             return BrokenImage(f"unreadable file ({error.strerror or error})")
         except BrokenImage as error:
@@ -159,55 +172,81 @@ def _pictures(items: pl.DataFrame, config: PrepareOptions, broken: dict[str, lis
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(items), desc="images", unit="item") as bar:
         for batch in items.iter_slices(IMAGE_ROWS):
-            made: list[bytes | None] = []
+            made: list[tuple[bytes | None, bytes | None]] = []
             for item_id, result in zip(
                 batch["item_id"], pool.map(picture, batch["image_path"], batch["image_bytes"]), strict=True
             ):
                 if isinstance(result, BrokenImage):
                     broken.setdefault(str(result), []).append(item_id)
-                made.append(result if isinstance(result, bytes) and result else None)
+                made.append(result if isinstance(result, tuple) else (None, None))
             bar.update(len(batch))
-            yield batch.select("item_id", "title", "text", pl.Series("image", made, dtype=pl.Binary))
+            columns = {"image": [image for image, _ in made], "thumbnail": [small for _, small in made]}
+            yield batch.select(
+                "item_id", "title", "text", *(pl.Series(name, column, pl.Binary) for name, column in columns.items())
+            )
 
 
-def _write_items(path: Path, items: pl.DataFrame, config: PrepareOptions, broken: dict[str, list[str]]) -> int:
+def _write_items(output: Path, items: pl.DataFrame, config: PrepareOptions, broken: dict[str, list[str]]) -> int:
+    """Write items.parquet and thumbnails.parquet; returns how many items have a picture."""
     n_images = 0
     schema = ITEM_FEATURES.arrow_schema
-    with pq.ParquetWriter(path, schema) as writer:
+    with (
+        pq.ParquetWriter(output / "items.parquet", schema) as writer,
+        _writer(output / "thumbnails.parquet", THUMBNAIL_SCHEMA) as write_thumbnails,
+    ):
         for batch in _pictures(items, config, broken):
             images = [None if data is None else {"bytes": data, "path": None} for data in batch["image"]]
             n_images += len(images) - images.count(None)
             columns = [batch[name].to_list() for name in ("item_id", "title", "text")]
             arrays = [pa.array(values, field.type) for values, field in zip([*columns, images], schema, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            write_thumbnails(batch.drop_nulls("thumbnail"))
     return n_images
 
 
-def _write_tasks(output: Path, data: CleanData, config: PrepareOptions) -> dict[str, Any]:
+def _write_tasks(output: Path, log: CodedLog, config: PrepareOptions) -> dict[str, Any]:
     """Write tasks chunk by chunk, each checked for leakage; returns the protocol part of the report."""
-    plan = TaskPlan.of(data.interactions, config, data.seen)
-    total = sum(plan.report[f"{split}_tasks"] for split in ("train", "validation", "test"))
+    plan = TaskPlan.of_log(log, config)
+    total = sum(plan.report[f"{split}_tasks"] for split in SPLITS)
     whole = hashlib.sha256()
-    by_split = {split: hashlib.sha256() for split in ("train", "validation", "test")}
+    by_split = {split: hashlib.sha256() for split in SPLITS}
     figures = {split: Counter[str]() for split in ("validation", "test")}
-    targets = []
+    items = pa.array(log.items.to_list(), pa.string())
+    counts = pl.DataFrame({"item_id": pl.Series(range(len(log.items)), dtype=pl.UInt32), "count": plan.counts})
+    allowed = np.zeros(len(log.items), dtype=np.int64)
+    schema = pa.schema([_dictionary(field) for field in TASK_SCHEMA])
     with (
-        _writer(output / "tasks.parquet", TASK_SCHEMA) as write,
+        # ids go in as a dictionary and come out as text: the schema as Arrow sees it is not stored
+        pq.ParquetWriter(
+            output / "tasks.parquet",
+            schema,
+            store_schema=False,
+            use_dictionary=["split", *(f"{name}.list.element" for name in ("history", "candidates", "labels"))],
+            dictionary_pagesize_limit=1 << 26,
+            write_statistics=False,
+        ) as writer,
         tqdm(total=total, desc="tasks", unit="task") as bar,
     ):
-        for tasks in plan.chunks():
-            check_leakage(
-                tasks, _of_users(data.interactions, tasks["user_id"]), seen=_of_users(data.seen, tasks["user_id"])
-            )
-            targets.append(targets_of(tasks))
-            update_hash(whole, tasks)
+        for tasks, rows, seen in plan.coded_chunks():
+            _prove(plan, tasks, rows, seen, counts)
+            ours = countable(tasks, _coded(rows), config.protocol)
+            allowed[ours["item_id"].to_numpy()] += ours["countable"].to_numpy()
+            readable = plan.decode(tasks)
+            lines = hash_lines(readable)
+            whole.update(lines.str.join("").item().encode())
             for split, digest in by_split.items():
-                update_hash(digest, tasks.filter(split=split))
+                digest.update(lines.filter(tasks["split"] == split).str.join("").item().encode())
             for split, sums in figures.items():
-                sums.update(_popularity_sums(tasks.filter(split=split), plan.popularity))
-            write(tasks)
+                sums.update(_popularity_sums(tasks.filter(split=split), plan.counts))
+            table = readable.select(pl.exclude("history", "candidates")).to_arrow(compat_level=pl.CompatLevel.oldest())
+            for name in ("history", "candidates"):
+                table = table.append_column(name, _as_dictionary(tasks[name], items))
+            writer.write_table(table.select(schema.names).cast(schema))
             bar.update(len(tasks))
-    check_popularity(pl.concat(targets), data.interactions, plan.popularity)
+    check_popularity(
+        pl.DataFrame({"item_id": counts["item_id"], "countable": allowed}),
+        counts,
+    )
     with _writer(output / "popularity.parquet", POPULARITY_SCHEMA) as write:
         write(plan.popularity)
     return {
@@ -222,11 +261,32 @@ def _write_tasks(output: Path, data: CleanData, config: PrepareOptions) -> dict[
     }
 
 
-def _of_users(table: pl.DataFrame, users: pl.Series) -> pl.DataFrame:
-    """The rows between the first and the last of ``users``; both are in the order of user_id."""
-    column = table["user_id"]
-    start, end = column.search_sorted(users[0], "left"), column.search_sorted(users[-1], "right")
-    return table[start:end]
+def _coded(rows: Array) -> pl.DataFrame:
+    return pl.DataFrame({"user_id": rows["user"], "item_id": rows["item"], "timestamp": rows["time"]})
+
+
+def _prove(plan: TaskPlan, tasks: pl.DataFrame, rows: Array, seen: Array, counts: pl.DataFrame) -> None:
+    """The proof against leakage on numbers, which is fast; if it fails, again on ids, which a person can look up."""
+    try:
+        check_leakage(tasks, _coded(rows), seen=_coded(seen), protocol=plan.options.protocol)
+        check_shown_counts(tasks, counts)
+    except LeakageError:
+        log, readable = plan.log, plan.decode(tasks)
+        check_leakage(readable, log.frame(rows), seen=log.frame(seen), protocol=plan.options.protocol)
+        check_shown_counts(readable, plan.popularity)
+        raise
+
+
+def _dictionary(field: pa.Field) -> pa.Field:
+    is_ids = field.name in ("history", "candidates")
+    return pa.field(field.name, pa.list_(pa.dictionary(pa.int32(), pa.string()))) if is_ids else field
+
+
+def _as_dictionary(codes: pl.Series, ids: pa.Array) -> pa.Array:
+    """Lists of numbers -> Arrow lists of ids, stored once each."""
+    offsets = np.concatenate([[0], np.cumsum(codes.list.len())]).astype(np.int32)
+    values = codes.explode(empty_as_null=False).to_numpy().astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.DictionaryArray.from_arrays(pa.array(values), ids))
 
 
 @contextmanager
@@ -246,34 +306,27 @@ def popularity_figures(tasks: pl.DataFrame, popularity: pl.DataFrame) -> dict[st
 
     Ties count as their expectation under random order, so an all-tied list is no hit.
     """
-    return _means(Counter(_popularity_sums(tasks, popularity)))
+    numbers = pl.col("candidates").cast(pl.List(pl.Enum(popularity["item_id"])))
+    codes = tasks.select(numbers.list.eval(pl.element().to_physical()), "labels")
+    return _means(Counter(_popularity_sums(codes, popularity["count"].to_numpy())))
 
 
-def _popularity_sums(tasks: pl.DataFrame, popularity: pl.DataFrame) -> dict[str, float]:
-    codes = pl.col("candidates").cast(pl.Enum(popularity["item_id"])).to_physical()
-    pairs = tasks.select("candidates", "labels").with_row_index("task").explode("candidates", "labels")
-    pairs = pairs.with_columns(popularity["count"].gather(pairs.select(codes).to_series()))
-    pairs = pairs.join(pairs.filter(labels=1).select("task", target="count"), on="task")
-    ranks = (
-        pairs.filter(labels=0)
-        .group_by("task")
-        .agg(
-            (pl.col("count") > pl.col("target")).sum().cast(pl.Int64).alias("above"),
-            (pl.col("count") == pl.col("target")).sum().cast(pl.Int64).alias("tied"),
-            pl.len().alias("n"),
-        )
-    )
-    above, tied = pl.col("above"), pl.col("tied")
+def _popularity_sums(tasks: pl.DataFrame, counts: Array) -> dict[str, float]:
+    if tasks.is_empty():
+        return {}
+    width = tasks["candidates"].list.len().to_numpy().astype(np.int64)
+    starts = np.cumsum(width) - width
+    count = counts[tasks["candidates"].explode().to_numpy()]
+    target = np.repeat(count[tasks["labels"].explode().to_numpy() == 1], width)
+    above = np.add.reduceat(count > target, starts, dtype=np.int64)
+    tied = np.add.reduceat(count == target, starts, dtype=np.int64) - 1
     place = 1 / (tied + 1)  # each of the places above + 1 ... above + tied + 1 is equally likely
-    hits = {f"hr@{k}": ((k - above).clip(0) * place).clip(0, 1) for k in (1, 5, 10)}
-    mrr = pl.sum_horizontal(
-        pl.when((above < rank) & (rank <= above + tied + 1)).then(place / rank).otherwise(0.0) for rank in range(1, 6)
+    sums = {f"hr@{k}": np.clip(np.maximum(k - above, 0) * place, 0, 1).sum() for k in (1, 5, 10)}
+    sums["mrr@5"] = sum(
+        np.where((above < rank) & (rank <= above + tied + 1), place / rank, 0).sum() for rank in range(1, 6)
     )
-    figures = ranks.select(
-        **{name: hit.sum() for name, hit in hits.items()},
-        **{"mrr@5": mrr.sum(), "auc_user": (1 - (above + tied / 2) / pl.col("n")).sum(), "tasks": pl.len()},
-    )
-    return figures.to_dicts()[0]
+    sums["auc_user"] = (1 - (above + tied / 2) / (width - 1)).sum()
+    return {**{name: float(value) for name, value in sums.items()}, "tasks": len(tasks)}
 
 
 def _means(sums: Counter[str]) -> dict[str, float]:
@@ -281,23 +334,33 @@ def _means(sums: Counter[str]) -> dict[str, float]:
 
 
 def _statistics(data: CleanData, n_images: int) -> dict[str, Any]:
-    log = data.interactions
-    users, items = log["user_id"].n_unique(), len(data.items)
-    lengths = log.group_by("user_id").len()["len"]
-    tied = int(log.select(pl.struct("user_id", "timestamp").is_duplicated().sum()).item())
+    lengths: list[Array] = []
+    tied = pairs = 0
+    first, last = [], []
+    for rows in data.log.parts():
+        if len(rows):
+            lengths.append(np.diff(user_starts(rows["user"])))
+            moments = np.diff(rows["time"]).astype(bool) | np.diff(rows["user"]).astype(bool)
+            alone = np.concatenate([[True], moments]) & np.concatenate([moments, [True]])
+            tied += int(len(rows) - alone.sum())
+            pairs += len(np.unique(rows["user"].astype(np.int64) * len(data.items) + rows["item"]))
+            first.append(rows["time"].min())
+            last.append(rows["time"].max())
+    length = np.concatenate(lengths)
+    users, items, interactions = len(length), len(data.items), int(length.sum())
     return {
         "users": users,
         "items": items,
-        "interactions": len(log),
-        "mean_length": round(len(log) / users, 2),
-        "median_length": lengths.median(),
-        "longest": lengths.max(),
-        "sparsity": round(1 - log.select("user_id", "item_id").n_unique() / (users * items), 5),
-        "share_tied_times": round(tied / len(log), 4),
+        "interactions": interactions,
+        "mean_length": round(interactions / users, 2),
+        "median_length": float(np.median(length)),
+        "longest": int(length.max()),
+        "sparsity": round(1 - pairs / (users * items), 5),
+        "share_tied_times": round(tied / interactions, 4),
         "share_without_image": round(1 - n_images / items, 4),
         "share_without_text": round((data.items["text"] == "").sum() / items, 4),
-        "first_timestamp": log["timestamp"].min(),
-        "last_timestamp": log["timestamp"].max(),
+        "first_timestamp": int(min(first)),
+        "last_timestamp": int(max(last)),
     }
 
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class MllmMsrProcessor(ProcessorMixin):
         if unknown:
             raise ValueError(f"unknown prompts {sorted(unknown)}; there are {sorted(PROMPTS)}")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if image_processor is None:  # there is nothing of it to save
+            vars(self)["get_attributes"] = partial(list, ("tokenizer",))
         if self.chat_template is None and tokenizer.chat_template is None:
             raise ValueError("the backbone has no chat template; give one as chat_template=...")
         self.backbone_processor_class = backbone_processor_class
@@ -108,6 +111,8 @@ class MllmMsrProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """The image processor by its PIL backend whatever is installed: others give slightly different pixels."""
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        if (processor_dict or {}).get("backbone_processor_class") is None:
+            return [None, tokenizer]
         return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs), tokenizer]
 
     @classmethod
@@ -252,7 +257,7 @@ class MllmMsrProcessor(ProcessorMixin):
         marked = mark({**values, "image": images}, fields)
         key = json.dumps([prompt, marked], sort_keys=True)
         if key not in self._skeletons:
-            text = self._jinja.from_string(self.prompts[prompt]).render(**marked, noun=self.item_noun).strip()
+            text = self._jinja.from_string(self.prompts[prompt]).render({**marked, "noun": self.item_noun}).strip()
             self._skeletons[key] = split(self._chat(text))
         pieces = self._skeletons[key]
         numbers = [piece for piece in pieces if isinstance(piece, int)]

@@ -2,19 +2,27 @@
 
 A source (``movielens.py``, ``microlens.py``, ``amazon.py``, ``tables.py``) returns :class:`RawData`: a log and a
 catalogue as they are in the files, and a list of everything that was left out or looked odd. Cleaning comes later.
+A log may be far larger than memory: it is scanned, never collected.
 """
 
+import codecs
 import csv
 import gzip
+import io
 import json
 import re
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import polars as pl
 from huggingface_hub import hf_hub_download
 
+Table = TypeVar("Table", pl.DataFrame, pl.LazyFrame)
 OnBadRows = Literal["error", "skip"]
 INTERACTION_SCHEMA: dict[str, pl.DataType] = {
     "user_id": pl.String(),
@@ -29,39 +37,47 @@ ITEM_SCHEMA: dict[str, pl.DataType] = {
     "image_bytes": pl.Binary(),
 }
 EXAMPLES = 5  # how many cases of one oddity a report shows
+CHUNK = 200_000  # rows held at a time where a file must be read slowly
 
 
 @dataclass
 class RawData:
     """A log and its catalogue, before cleaning.
 
-    ``interactions``: user_id str, item_id str, timestamp int64 (seconds); the order of rows breaks ties in time.
-    ``items``: item_id str (unique), title str, text str, image_path str or null (a file or a URL), image_bytes binary
-    or null; a missing column is filled with "" or null. ``skipped``: ``{"what", "count", "examples"}`` an oddity.
+    ``interactions`` (a DataFrame is taken too): user_id str, item_id str, timestamp int64; the order of rows breaks
+    ties in time. ``items``: item_id str (unique), title str, text str, image_path str or null (a file or a URL),
+    image_bytes binary or null; a missing column is filled with "" or null. ``skipped``: ``{"what", "count",
+    "examples"}`` an oddity. ``ticks``: what ``timestamp`` counts, so many a second; cleaning brings it to seconds.
     """
 
-    interactions: pl.DataFrame
+    interactions: pl.LazyFrame
     items: pl.DataFrame
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    ticks: int = 1
 
     def __post_init__(self) -> None:
-        self.interactions = _conform(self.interactions, INTERACTION_SCHEMA, "interactions")
+        in_memory = isinstance(self.interactions, pl.DataFrame)
+        self.interactions = _conform(self.interactions.lazy(), INTERACTION_SCHEMA, "interactions")
         optional = [pl.lit(None, ITEM_SCHEMA[c]).alias(c) for c in ITEM_SCHEMA if c not in self.items.columns]
-        self.items = _conform(self.items.with_columns(optional), ITEM_SCHEMA, "items").with_columns(
-            pl.col("title", "text").fill_null("").str.strip_chars()
-        )
-        if self.interactions.is_empty():
-            raise ValueError("no interactions: the log is empty, or every row of it was bad")
-        for table, columns in ((self.interactions, list(INTERACTION_SCHEMA)), (self.items, ["item_id"])):
-            if (nulls := table.select(pl.any_horizontal(pl.col(columns).is_null()).sum()).item()) > 0:
-                raise ValueError(f"{nulls} rows lack one of {columns}; drop them first")
+        items = _conform(self.items.lazy().with_columns(optional), ITEM_SCHEMA, "items").collect()
+        self.items = items.with_columns(pl.col("title", "text").fill_null("").str.strip_chars())
+        for table, columns in (
+            (
+                self.interactions.collect() if in_memory else None,
+                list(INTERACTION_SCHEMA),
+            ),  # readers check what they scan
+            (self.items, ["item_id"]),
+        ):
+            if table is not None and any(nulls := table.select(columns).null_count().row(0)):
+                raise ValueError(f"{max(nulls)} rows lack one of {columns}; drop them first")
         if self.items["item_id"].is_duplicated().any():
             raise ValueError("items: item_id must be unique; keep one row an item (see BadRows.unique_items)")
 
 
-def _conform(table: pl.DataFrame, schema: dict[str, pl.DataType], what: str) -> pl.DataFrame:
-    if missing := [name for name in schema if name not in table.columns]:
-        raise ValueError(f"{what}: no column {missing[0]!r}, only {table.columns}")
+def _conform(table: pl.LazyFrame, schema: dict[str, pl.DataType], what: str) -> pl.LazyFrame:
+    have = table.collect_schema().names()
+    if missing := [name for name in schema if name not in have]:
+        raise ValueError(f"{what}: no column {missing[0]!r}, only {have}")
     return table.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
 
 
@@ -87,13 +103,17 @@ class BadRows:
             )
         self.note(f"{Path(path).name}: {what}", count, examples)
 
-    def drop(self, table: pl.DataFrame, bad: pl.Expr, what: str, path: Path | str) -> pl.DataFrame:
-        """Drop the rows where ``bad`` holds; ``table`` has their numbers in the file in a column ``row``."""
-        rows = table.filter(bad)
-        if rows.is_empty():
-            return table
-        self.reject(path, rows["row"][0], what, len(rows), rows.head(EXAMPLES).to_dicts())
-        return table.filter(~bad)
+    def drop(self, table: Table, bad: dict[str, pl.Expr], path: Path | str) -> Table:
+        """Drop the rows where one of ``bad`` (reason -> condition) holds; ``table`` has their numbers in the file in a
+        column ``row``. Of a scan only the bad rows' examples are collected."""
+        conditions = {what: condition.fill_null(False) for what, condition in bad.items()}
+        sums = [condition.sum().alias(what) for what, condition in conditions.items()]
+        counts = table.lazy().select(sums).collect(engine="streaming").to_dicts()[0]
+        for what, condition in conditions.items():
+            if counts[what]:
+                rows = table.lazy().filter(condition).head(EXAMPLES).collect(engine="streaming")
+                self.reject(path, rows["row"][0], what, counts[what], rows.to_dicts())
+        return table.filter(~pl.any_horizontal(conditions.values())) if any(counts.values()) else table
 
     def unique_items(self, items: pl.DataFrame, path: Path | str) -> pl.DataFrame:
         """Keep the first row of every item_id; surplus rows are counted, not an error (real catalogues have them)."""
@@ -118,7 +138,31 @@ def local_file(path: Path | str) -> Path:
     return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
 
 
-def read_csv(path: Path, bad: BadRows, separator: str = ",") -> pl.DataFrame:
+def batches(rows: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:
+    """Lists of at most ``size`` of ``rows``."""
+    rows = iter(rows)
+    return iter(lambda: list(islice(rows, size)), [])
+
+
+@cache
+def _spools() -> tuple[tempfile.TemporaryDirectory, Iterator[int]]:
+    return tempfile.TemporaryDirectory(prefix="mllm_msr_"), count()  # removed when the process ends
+
+
+def spool(tables: pl.LazyFrame | Iterable[pl.DataFrame]) -> pl.LazyFrame:
+    """A scan of what was parsed once into Parquet, in the system's folder for temporary files (``TMPDIR``)."""
+    root, numbers = _spools()
+    folder = Path(root.name) / str(next(numbers))
+    folder.mkdir()
+    if isinstance(tables, pl.LazyFrame):
+        tables.sink_parquet(folder / "all.parquet", compression="lz4")
+    else:
+        for number, table in enumerate(tables):
+            table.write_parquet(folder / f"{number:06d}.parquet", compression="lz4")
+    return pl.scan_parquet(sorted(folder.glob("*.parquet")))
+
+
+def read_csv(path: Path, bad: BadRows, separator: str = ",") -> pl.LazyFrame:
     """Read a delimited file (gzipped or not) with a header as strings; empty fields are null.
 
     Adds ``row``, the number of the row in the file with the header as row 1. A file that is not UTF-8 is read as
@@ -127,45 +171,73 @@ def read_csv(path: Path, bad: BadRows, separator: str = ",") -> pl.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        table = pl.read_csv(path, separator=separator, infer_schema=False)
+        table = spool(
+            pl.scan_csv(path, separator=separator, infer_schema=False, row_index_name="row", row_index_offset=2)
+        )
     except pl.exceptions.NoDataError as error:
         raise ValueError(f"{path}: the file is empty; a header row is needed") from error
     except pl.exceptions.PolarsError:  # ragged, badly quoted or not UTF-8: read it slowly, naming the rows
-        table = _read_csv_slowly(path, bad, separator)
-    else:
-        table = table.with_row_index("row", offset=2)
+        table = spool(_read_csv_slowly(path, bad, separator))
     return table.rename(str.strip)
 
 
-def _read_csv_slowly(path: Path, bad: BadRows, separator: str) -> pl.DataFrame:
-    rows = csv.reader(read_text(path, bad).splitlines(keepends=True), delimiter=separator)
-    header = next(rows)
-    good, wrong = [], []
-    for number, row in enumerate(rows, start=2):
-        if len(row) <= len(header):
-            good.append([str(number), *(value or None for value in row), *[None] * (len(header) - len(row))])
-        else:
-            wrong.append((number, row))
-    if wrong:
-        what = f"more than the header's {len(header)} fields"
-        bad.reject(path, wrong[0][0], what, len(wrong), [row for _, row in wrong])
-    schema = {name: pl.String for name in ["row", *header]}
-    return pl.DataFrame(good, schema=schema, orient="row").with_columns(pl.col("row").cast(pl.UInt32))
+def _read_csv_slowly(path: Path, bad: BadRows, separator: str) -> Iterator[pl.DataFrame]:
+    wrong = Wrong()
+    with open_text(path, bad) as text:
+        rows = csv.reader(text, delimiter=separator)
+        header = next(rows)
+        schema = {"row": pl.UInt32, **dict.fromkeys(header, pl.String)}
+        yield pl.DataFrame(schema=schema)
+        for chunk in batches(enumerate(rows, start=2)):
+            good = []
+            for number, row in chunk:
+                if len(row) <= len(header):
+                    good.append([number, *(value or None for value in row), *[None] * (len(header) - len(row))])
+                else:
+                    wrong.add(number, row)
+            yield pl.DataFrame(good, schema=schema, orient="row")
+    wrong.report(bad, path, f"more than the header's {len(header)} fields")
 
 
-def read_text(path: Path, bad: BadRows) -> str:
+@dataclass
+class Wrong:
+    """Rows that could not be read, counted while the rest goes on."""
+
+    count: int = 0
+    row: int = 0
+    examples: list[Any] = field(default_factory=list)
+
+    def add(self, row: int, example: Any) -> None:
+        self.row = self.row or row
+        self.count += 1
+        self.examples += [example] * (self.count <= EXAMPLES)
+
+    def report(self, bad: BadRows, path: Path, what: str) -> None:
+        if self.count:
+            bad.reject(path, self.row, what, self.count, self.examples)
+
+
+def open_text(path: Path, bad: BadRows) -> io.TextIOWrapper:
     """A text file as UTF-8 (with or without a mark), else as Windows-1252, which is noted; gzipped or not."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+
+    def opened() -> Any:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        return gzip.open(path) if zipped else path.open("rb")
+
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        return data.decode("utf-8-sig")
+        with opened() as file:
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         bad.note(f"{path.name}: not UTF-8, read as Windows-1252", 1, [str(error)])
-        return data.decode("cp1252", errors="replace")
+        return io.TextIOWrapper(opened(), "cp1252", errors="replace", newline="")
+    return io.TextIOWrapper(opened(), "utf-8-sig", newline="")
 
 
-def read_jsonl(path: Path, schema: dict[str, Any], bad: BadRows) -> pl.DataFrame:
+def read_jsonl(path: Path, schema: dict[str, Any], bad: BadRows) -> pl.LazyFrame:
     """Read the fields of ``schema`` (name -> Polars type) from a JSON-lines file, gzipped or not; plus ``row``.
 
     Fields that are absent are null; lines that are no JSON object are bad rows; a value of another type than declared
@@ -174,32 +246,32 @@ def read_jsonl(path: Path, schema: dict[str, Any], bad: BadRows) -> pl.DataFrame
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return pl.scan_ndjson(path, schema=schema).with_row_index("row", offset=1).collect()
+        return spool(pl.scan_ndjson(path, schema=schema).with_row_index("row", offset=1))
     except pl.exceptions.PolarsError:  # one bad line is enough: read slowly, naming the rows
-        return _read_jsonl_slowly(path, schema, bad)
+        return spool(_read_jsonl_slowly(path, schema, bad))
 
 
-def _read_jsonl_slowly(path: Path, schema: dict[str, Any], bad: BadRows) -> pl.DataFrame:
-    columns: dict[str, list[Any]] = {"row": [], **{name: [] for name in schema}}
-    wrong = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except ValueError:
-                record = line
-            if isinstance(record, dict):
-                columns["row"].append(number)
-                for name in schema:
-                    columns[name].append(record.get(name))
-            elif record is not None:
-                wrong.append((number, line.strip()))
-    if wrong:
-        bad.reject(path, wrong[0][0], "not a JSON object", len(wrong), [line for _, line in wrong])
-    return pl.DataFrame(
-        [pl.Series("row", columns["row"], dtype=pl.UInt32)]
-        + [_lenient(name, columns[name], dtype) for name, dtype in schema.items()]
-    )
+def _read_jsonl_slowly(path: Path, schema: dict[str, Any], bad: BadRows) -> Iterator[pl.DataFrame]:
+    wrong = Wrong()
+    with open_text(path, bad) as lines:
+        for chunk in batches(enumerate(lines, start=1)):
+            columns: dict[str, list[Any]] = {"row": [], **{name: [] for name in schema}}
+            for number, line in chunk:
+                try:
+                    record = json.loads(line) if line.strip() else None
+                except ValueError:
+                    record = line
+                if isinstance(record, dict):
+                    columns["row"].append(number)
+                    for name in schema:
+                        columns[name].append(record.get(name))
+                elif record is not None:
+                    wrong.add(number, line.strip())
+            yield pl.DataFrame(
+                [pl.Series("row", columns["row"], dtype=pl.UInt32)]
+                + [_lenient(name, columns[name], dtype) for name, dtype in schema.items()]
+            )
+    wrong.report(bad, path, "not a JSON object")
 
 
 def _lenient(name: str, values: list[Any], dtype: Any) -> pl.Series:
@@ -211,8 +283,13 @@ def _lenient(name: str, values: list[Any], dtype: Any) -> pl.Series:
     return pl.Series(name, values, dtype=dtype, strict=False)
 
 
-def parse_time(column: str) -> pl.Expr:
-    """Text, number or date -> int64 in the column's own unit (dates: seconds); null where it cannot be read."""
+def parse_time(column: str, dtype: pl.DataType) -> pl.Expr:
+    """Number, date or text of either -> int64 in the column's own unit (dates: microseconds, in text seconds); null
+    where it cannot be read."""
+    if dtype.is_integer():
+        return pl.col(column).cast(pl.Int64, strict=False)
+    if isinstance(dtype, pl.Datetime | pl.Date):
+        return pl.col(column).dt.epoch("us")
     text = pl.col(column).cast(pl.String).str.strip_chars()
     number = text.cast(pl.Int64, strict=False)
     number = number.fill_null(text.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
@@ -224,32 +301,33 @@ def parse_time(column: str) -> pl.Expr:
     return number.alias(column)
 
 
-def to_seconds(log: pl.DataFrame) -> pl.DataFrame:
-    """Bring ``timestamp`` to seconds; milli- and microseconds are recognised by their size (later than 1973 each).
-
-    Rounding down can make ties, so the finer order is first made the order of rows.
-    """
-    middle = log["timestamp"].median()
-    size = abs(middle) if isinstance(middle, int | float) else 0.0
-    for limit, divisor in ((1e17, 10**9), (1e14, 10**6), (1e11, 10**3)):
-        if size >= limit:
-            log = log.sort("timestamp", maintain_order=True)
-            return log.with_columns(pl.col("timestamp") // divisor)
-    return log
+def ticks_a_second(log: pl.LazyFrame) -> int:
+    """The unit of ``timestamp``: milli-, micro- and nanoseconds show by the size of most (later than 1973)."""
+    limits = {10**9: 1e17, 10**6: 1e14, 10**3: 1e11}
+    size = pl.col("timestamp").abs()
+    shares = log.select((size >= limit).mean().alias(str(ticks)) for ticks, limit in limits.items())
+    row = shares.collect(engine="streaming").to_dicts()[0]
+    return next((ticks for ticks in limits if (row[str(ticks)] or 0) >= 0.5), 1)
 
 
-def interactions_from(table: pl.DataFrame, path: Path | str, columns: dict[str, str], bad: BadRows) -> pl.DataFrame:
-    """The log in ``table``, whose columns are named by ``columns`` (user_id, item_id, timestamp -> their names)."""
-    if missing := [name for name in columns.values() if name not in table.columns]:
-        have = [name for name in table.columns if name != "row"]
-        raise ValueError(f"{path}: no column {missing[0]!r}; it has {have}. Name yours by a column mapping.")
+def interactions_from(
+    table: pl.LazyFrame, path: Path | str, columns: dict[str, str], bad: BadRows
+) -> tuple[pl.LazyFrame, int]:
+    """The log in ``table``, whose columns are named by ``columns`` (user_id, item_id, timestamp -> their names), and
+    how many of its time units are a second."""
+    have = table.collect_schema()
+    if missing := [name for name in columns.values() if name not in have]:
+        names = [name for name in have if name != "row"]
+        raise ValueError(f"{path}: no column {missing[0]!r}; it has {names}. Name yours by a column mapping.")
     log = table.select("row", *(pl.col(name).alias(ours) for ours, name in columns.items()))
-    log = log.with_columns(pl.col("user_id", "item_id").cast(pl.String).str.strip_chars())
-    for name in ("user_id", "item_id"):
-        log = bad.drop(log, pl.col(name).is_null() | (pl.col(name) == ""), f"no {name}", path)
-    log = log.with_columns(parse_time("timestamp").alias("time"))
-    log = bad.drop(log, pl.col("time").is_null(), "timestamp is no number or date", path)
-    return to_seconds(log.select("user_id", "item_id", timestamp="time"))
+    log = log.with_columns(
+        pl.col("user_id", "item_id").cast(pl.String).str.strip_chars(),
+        parse_time("timestamp", have[columns["timestamp"]]).alias("time"),
+    )
+    checks = {f"no {name}": pl.col(name).is_null() | (pl.col(name) == "") for name in ("user_id", "item_id")}
+    log = bad.drop(log, {**checks, "timestamp is no number or date": pl.col("time").is_null()}, path)
+    log = log.select("user_id", "item_id", timestamp="time")
+    return log, ticks_a_second(log)
 
 
 def join_text(*parts: pl.Expr) -> pl.Expr:

@@ -1,7 +1,7 @@
 """Recipes: one YAML file says everything a run depends on."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ class Recipe:
         source: ``type`` (demo, movielens, microlens, amazon, tables) and that source's own options.
         item_noun: what an item is called in prompts.
         data: fields of ``PrepareOptions``.
-        summaries: ``engine``, ``model``, ``block_size``, ``batch_size``, ``max_new_tokens``.
+        summaries: fields of ``SummaryOptions``.
         prompts: templates that replace the default ones.
         training: flags of training/sft.py.
         evaluation: ``split``, ``rows``, ``token_budget``, ``n_bootstrap``.
@@ -65,3 +65,14 @@ def load_recipe(path: Path) -> Recipe:
 def backbone_path(name: str) -> str:
     """``demo`` is the tiny model inside the package; any other name stays a Hub id or a folder."""
     return str(files("mllm_msr") / "demo" / "base") if name == "demo" else name
+
+
+def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """``recipe`` with ``{"section.name": value}`` in place; an unknown section is a ValueError."""
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if not name or not isinstance(getattr(recipe, section, None), dict):
+            raise ValueError(f"{key!r} is not a section and a name, such as summaries.block_size")
+        changed: dict[str, Any] = {section: {**getattr(recipe, section), name: value}}
+        recipe = replace(recipe, **changed)
+    return recipe

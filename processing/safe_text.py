@@ -28,8 +28,8 @@ def anchor(index: int) -> str:
 
 
 def clean(text: str) -> str:
-    """A field's text without sentinels and outer white space."""
-    return text.replace(OPEN, "").replace(CLOSE, "").strip()
+    """A field's text without sentinels, halves of surrogate pairs (no tokenizer takes them) and outer white space."""
+    return text.encode(errors="ignore").decode().replace(OPEN, "").replace(CLOSE, "").strip()
 
 
 def mark(value: Any, fields: list["Field"], name: str = "") -> Any:

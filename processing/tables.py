@@ -1,9 +1,14 @@
-"""Own data: a log and a catalogue as CSV, TSV, Parquet or JSON lines, with any column names."""
+"""Own data: a log and a catalogue as CSV, TSV, Parquet, JSON lines or a data set of the Hub, with any column names."""
 
+import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
 
 import polars as pl
+from datasets import DatasetDict, load_dataset
 
 from mllm_msr.processing.raw import (
     BadRows,
@@ -12,28 +17,35 @@ from mllm_msr.processing.raw import (
     image_files,
     interactions_from,
     local_file,
+    open_text,
     read_csv,
-    read_text,
+    read_jsonl,
+    spool,
 )
 
 LOG_COLUMNS = ("user_id", "item_id", "timestamp")
 ITEM_COLUMNS = ("item_id", "title", "text", "image")
+SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 
 
 def read_tables(
     interactions: Path | str,
     items: Path | str | None = None,
     columns: Mapping[str, str] | None = None,
-    images: Path | None = None,
+    images: Path | str | None = None,
+    folder: Path | str = ".",
     on_bad_rows: OnBadRows = "error",
 ) -> RawData:
-    """Read a log (user_id, item_id, timestamp) and, if given, a catalogue (item_id, title, text, image);
-    either may be ``hf://datasets/<owner>/<name>/<file>``.
+    """Read a log (user_id, item_id, timestamp) and, if given, a catalogue (item_id, title, text, image).
+
+    Each is a file (.csv, .tsv, .jsonl, .ndjson, also .gz; .parquet), relative to ``folder``, or a file of a data set of
+    the Hub, ``hf://datasets/<owner>/<name>[@<revision>]/<file>``, or a data set that ``load_dataset`` reads, on the Hub
+    or in a folder: ``hf://datasets/<owner>/<name>[?name=<config>&split=<split>&revision=<revision>]``.
 
     ``columns`` maps our names to the files' names; "items.item_id" names the catalogue's id column where it differs
     from the log's. ``title``, ``text`` and ``image`` may be absent unless they are mapped. An image is a path (relative
     to ``images``, else to the catalogue's folder), a URL, bytes, or a Hugging Face image ``{bytes, path}``; without an
-    image column, ``images/<item_id>.<suffix>``. Times are seconds, milliseconds or ISO dates.
+    image column, ``images/<item_id>.<suffix>``. Times are seconds or finer, or ISO dates.
     """
     bad = BadRows(on_bad_rows)
     columns = dict(columns or {})
@@ -41,64 +53,93 @@ def read_tables(
         raise ValueError(
             f"column mapping: unknown name {min(strange)!r}; known are {[*LOG_COLUMNS, *ITEM_COLUMNS[1:]]}"
         )
-    interactions = local_file(interactions)
+    folder = Path(folder)
     mapping = {name: columns.get(name, name) for name in LOG_COLUMNS}
-    log = interactions_from(read_table(interactions, bad), interactions, mapping, bad)
+    table = scan_table(str(interactions), folder, bad, list(mapping.values()))
+    log, ticks = interactions_from(table, interactions, mapping, bad)
     if items is None:
-        catalogue = log.select(pl.col("item_id").unique(maintain_order=True))
-        root = Path(".")
+        catalogue = log.select(pl.col("item_id").unique()).collect(engine="streaming").sort("item_id")
     else:
-        items = local_file(items)
-        catalogue = bad.unique_items(_catalogue(items, columns, bad), items)
-        root = Path(images) if images else items.parent
+        catalogue = bad.unique_items(_catalogue(str(items), folder, columns, bad), items)
     if "image" in catalogue.columns:
-        catalogue = _images(catalogue, root, bad)
+        catalogue = _images(catalogue, folder / images if images else (folder / (items or "")).parent, bad)
     elif images is not None:
-        found = image_files(Path(images))
+        found = image_files(folder / images)
         catalogue = catalogue.with_columns(image_path=pl.col("item_id").replace_strict(found, default=None))
-    for name in ("title", "image_path", "image_bytes"):
-        if name not in catalogue.columns:
-            catalogue = catalogue.with_columns(
-                pl.lit(None, pl.Binary if name == "image_bytes" else pl.String).alias(name)
-            )
-    return RawData(log, catalogue, bad.skipped)
+    if "title" not in catalogue.columns:
+        catalogue = catalogue.with_columns(title=pl.lit(None, pl.String))
+    return RawData(log, catalogue, bad.skipped, ticks)
 
 
-def read_table(path: Path, bad: BadRows) -> pl.DataFrame:
-    """One table by its suffix (.csv, .tsv, .parquet, .jsonl, .ndjson; text also .gz), with ``row`` numbers added."""
-    name = path.name.lower().removesuffix(".gz")
+def scan_table(place: str, folder: Path, bad: BadRows, columns: list[str] | None = None) -> pl.LazyFrame:
+    """One table by its suffix, with ``row`` numbers added; of JSON lines only ``columns``, as text, if given."""
+    name = place.lower().removesuffix(".gz")
+    if not name.endswith(SUFFIXES):
+        return _data_set(place, folder)
+    path = local_file(place) if place.startswith("hf:") else folder / place
     if name.endswith((".csv", ".tsv")):
         return read_csv(path, bad, "\t" if name.endswith(".tsv") else ",")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if name.endswith((".jsonl", ".ndjson")):
-        return _jsonl(path, bad)
     if name.endswith(".parquet"):
-        return pl.read_parquet(path).with_row_index("row", offset=1)
-    raise ValueError(f"{path}: unknown kind of table; use .csv, .tsv, .parquet or .jsonl")
+        return pl.scan_parquet(path, row_index_name="row", row_index_offset=1)
+    return _jsonl(path, bad, columns)
 
 
-def _jsonl(path: Path, bad: BadRows) -> pl.DataFrame:
+def _data_set(place: str, folder: Path) -> pl.LazyFrame:
+    name, _, query = place.removeprefix("hf://datasets/").partition("?")
+    options = dict(parse_qsl(query))
+    if name == place.partition("?")[0] and not (folder / name).is_dir():
+        raise ValueError(
+            f"{place}: neither a file ({', '.join(SUFFIXES)}) nor a folder of a data set; a data set of the Hub is "
+            "written hf://datasets/<owner>/<name>"
+        )
+    if unknown := options.keys() - {"name", "split", "revision"}:
+        raise ValueError(f"{place}: unknown {min(unknown)!r} after '?'; known are name, split, revision")
+    if not place.startswith("hf:"):
+        name = str(folder / name)
+    name, _, revision = name.partition("@") if place.startswith("hf:") else (name, "", "")
+    data = load_dataset(name, **({"revision": revision} if revision else {}), **options)
+    if isinstance(data, DatasetDict):
+        if len(data) > 1:
+            raise ValueError(f"{place}: has the splits {', '.join(data)}; say which: ?split=...")
+        (data,) = data.values()
+    parts = data.with_format("arrow").iter(batch_size=10_000)
+    return spool(pl.DataFrame(pl.from_arrow(part)) for part in parts).with_row_index("row", offset=1)
+
+
+def _jsonl(path: Path, bad: BadRows, columns: list[str] | None) -> pl.LazyFrame:
+    if columns is not None:
+        keys: dict[str, Any] = {}
+        with open_text(path, bad) as lines:
+            for line in islice(lines, 100):
+                try:
+                    keys |= json.loads(line)
+                except (TypeError, ValueError):  # a bad line; the reader below names it
+                    continue
+        if absent := [name for name in columns if name not in keys]:
+            raise ValueError(f"{path}: no column {absent[0]!r}; it has {list(keys)}. Name yours by a column mapping.")
+        return read_jsonl(path, dict.fromkeys(columns, pl.String), bad)
     try:
-        return pl.read_ndjson(path, infer_schema_length=None).with_row_index("row", offset=1)
+        return pl.read_ndjson(path, infer_schema_length=None).lazy().with_row_index("row", offset=1)
     except pl.exceptions.PolarsError as error:
-        lines = [line for line in read_text(path, bad).splitlines() if line.strip()]
-        raise ValueError(f"{path}: not a table of {len(lines)} JSON objects of one shape ({error})") from error
+        raise ValueError(f"{path}: not a table of JSON objects of one shape ({error})") from error
 
 
-def _catalogue(path: Path, columns: dict[str, str], bad: BadRows) -> pl.DataFrame:
-    table = read_table(path, bad)
+def _catalogue(place: str, folder: Path, columns: dict[str, str], bad: BadRows) -> pl.DataFrame:
+    table = scan_table(place, folder, bad)
+    have = table.collect_schema().names()
     names = {name: columns.get(name, name) for name in ITEM_COLUMNS}
     names["item_id"] = columns.get("items.item_id", names["item_id"])
     for ours, theirs in list(names.items()):
-        if theirs not in table.columns:
+        if theirs not in have:
             if ours == "item_id" or ours in columns:
-                have = [name for name in table.columns if name != "row"]
-                raise ValueError(f"{path}: no column {theirs!r}; it has {have}. Name yours by a column mapping.")
+                have.remove("row")
+                raise ValueError(f"{place}: no column {theirs!r}; it has {have}. Name yours by a column mapping.")
             del names[ours]
-    table = table.select("row", *(pl.col(theirs).alias(ours) for ours, theirs in names.items()))
-    table = table.with_columns(pl.col("item_id").cast(pl.String).str.strip_chars())
-    return bad.drop(table, pl.col("item_id").is_null() | (pl.col("item_id") == ""), "no item_id", path).drop("row")
+    catalogue = table.select("row", *(pl.col(theirs).alias(ours) for ours, theirs in names.items())).collect()
+    catalogue = catalogue.with_columns(pl.col("item_id").cast(pl.String).str.strip_chars())
+    return bad.drop(catalogue, {"no item_id": pl.col("item_id").is_null() | (pl.col("item_id") == "")}, place)
 
 
 def _images(items: pl.DataFrame, root: Path, bad: BadRows) -> pl.DataFrame:

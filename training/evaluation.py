@@ -28,6 +28,38 @@ def with_blank_image(candidate: dict[str, Any]) -> dict[str, Any]:
     return {**candidate, "image": None if image is None else Image.new("RGB", image.size, (128, 128, 128))}
 
 
+class ShuffledImages:
+    """Row ``shuffled_images``: every item that has a picture is shown with another item's; no two with the same.
+
+    Args:
+        items: the catalogue.
+        seed: of who gets whose.
+    """
+
+    def __init__(self, items: ItemTable, seed: int) -> None:
+        self.items = items
+        pictured = [item for item, image in zip(items.index, items.items.data["image"], strict=True) if image.is_valid]
+        order = [pictured[place] for place in np.random.default_rng(seed).permutation(len(pictured))]
+        self.lender = dict(zip(order, order[1:] + order[:1], strict=True))
+
+    def __getitem__(self, item_id: str) -> dict[str, Any]:
+        own = self.items[item_id]
+        return {**own, "image": self.items[self.lender[item_id]]["image"]} if item_id in self.lender else own
+
+
+def without_preference(contexts: pl.DataFrame) -> pl.DataFrame:
+    """Row ``no_preference``: nothing is said about the user, only the candidate is shown."""
+    return contexts.with_columns(pl.lit("").alias("preference"), recent=pl.col("recent").list.head(0))
+
+
+def of_another_user(contexts: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """Row ``other_user``: each task is asked under another task's preference and recent items."""
+    order = np.random.default_rng(seed).permutation(contexts.height)
+    lender = np.empty_like(order)
+    lender[order] = np.roll(order, 1)
+    return contexts.with_columns(contexts.select("preference", "recent")[lender].get_columns())
+
+
 def pairs(contexts: pl.DataFrame) -> pl.DataFrame:
     """One row a candidate, in the order the model scores them: ``user_id``, ``item_id``, ``label``."""
     exploded = contexts.select("user_id", pl.col("candidates").alias("item_id"), pl.col("labels").alias("label"))

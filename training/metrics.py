@@ -10,12 +10,13 @@ sort serves all metrics. Letters: N rows (user-candidate pairs), U users, P posi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import polars as pl
 
 Values = Sequence | np.ndarray | pl.Series
-METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5")
+METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "map")
 NORMAL_FROM = 100_000  # users; from here on a bootstrapped mean is normal to more digits than anyone prints
 
 
@@ -50,17 +51,43 @@ def ranking_metrics(
     >>> result["hr@1"]["ci95"]
     [0.5, 1.0]
     """
-    rows = _Rows.read(user_ids, labels, logits)
-    pooled, influence = _pooled_auc(rows)
-    columns = {"auc": pooled + influence * len(influence), **_per_user(rows)}
+    columns = user_columns(user_ids, labels, logits)
     for name, column in columns.items():
         if np.isnan(column).all():
             raise ValueError(f"{name} is undefined for every user: each needs a positive (and, for AUC, a negative)")
     values = np.stack(list(columns.values()), axis=1)
-    low, high = np.clip(_bootstrap(values, n_bootstrap, seed), 0.0, 1.0)
+    low, high = np.clip(np.nanquantile(resampled_means(values, n_bootstrap, seed), [0.025, 0.975], axis=0), 0.0, 1.0)
     return {
         name: {"value": float(value), "ci95": [float(low[i]), float(high[i])]}
         for i, (name, value) in enumerate(zip(columns, np.nanmean(values, axis=0), strict=True))
+    }
+
+
+def paired_differences(
+    user_ids: Values, labels: Values, logits: Values, others: Values, n_bootstrap: int = 2000, seed: int = 0
+) -> dict[str, dict]:
+    """Every metric under ``logits`` less that under ``others``, on the same rows: a paired bootstrap over users.
+
+    Arguments and errors as for :func:`ranking_metrics`; ``others`` (N,) are a second ranker's scores of the same rows.
+
+    Returns ``{metric: {"difference": float, "ci95": [low, high], "p": float}}``. Each resample draws users once and
+    takes both rankers' means over them. ``p`` is two-sided: twice the share of resamples in which the difference does
+    not have its sign, (count + 1) / (n_bootstrap + 1), so never 0 and at most 1. It is not corrected for the number of
+    rankers that are compared.
+
+    >>> users, labels = ["a", "a", "b", "b"], [1, 0, 1, 0]
+    >>> paired_differences(users, labels, [1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0])["hr@1"]["difference"]
+    1.0
+    """
+    ours, theirs = (user_columns(user_ids, labels, scores) for scores in (logits, others))
+    values = np.stack([ours[name] - theirs[name] for name in METRICS], axis=1)
+    means = resampled_means(values, n_bootstrap, seed)
+    observed, (low, high) = np.nanmean(values, axis=0), np.nanquantile(means, [0.025, 0.975], axis=0)
+    below, above = ((sign * means <= 1e-12).sum(axis=0) for sign in (1, -1))
+    p = np.minimum(1.0, 2 * (np.minimum(below, above) + 1) / (len(means) + 1))
+    return {
+        name: {"difference": float(observed[i]), "ci95": [float(low[i]), float(high[i])], "p": float(p[i])}
+        for i, name in enumerate(METRICS)
     }
 
 
@@ -124,6 +151,20 @@ def ndcg(labels: Values, scores: Values, k: int) -> float:
     0.63093
     """
     return float(_ndcg(_Groups.of(_one_list(labels, scores)), k)[0])
+
+
+def average_precision(labels: Values, scores: Values) -> float:
+    """AP of one list: the mean over its positives of the share of positives among those ranked down to it; MAP's term.
+
+    A positive at the j-th place of its group has, of ``n`` with ``p`` positives and ``q`` above the group, an expected
+    ``q + 1 + (j - 1)(p - 1) / (n - 1)`` positives down to it, itself included; so a group gives
+    ``p / n * sum over j = 1 .. n of (q + 1 + (j - 1)(p - 1) / (n - 1)) / (a + j)``, and the sum over groups is divided
+    by P. The whole list counts, without a cut-off; with one positive it is the reciprocal rank. NaN without positives.
+
+    >>> round(average_precision([0, 1, 1], [3.0, 2.0, 1.0]), 5)  # (1/2 + 2/3) / 2
+    0.58333
+    """
+    return float(_average_precision(_Groups.of(_one_list(labels, scores)))[0])
 
 
 @dataclass(frozen=True)
@@ -213,6 +254,17 @@ class _Groups:
         return np.concatenate(([True], self.user[1:] != self.user[:-1]))[: len(self.user)]
 
 
+def user_columns(user_ids: Values, labels: Values, logits: Values) -> dict[str, np.ndarray]:
+    """``{metric: (U,)}``, users sorted by id: values whose mean over users is the metric, NaN where undefined.
+
+    The mean over resampled users is the resampled metric; for the pooled AUC to first order, see
+    :func:`ranking_metrics`. So columns of several rankers of the same users may be subtracted or averaged first.
+    """
+    rows = _Rows.read(user_ids, labels, logits)
+    pooled, influence = _pooled_auc(rows)
+    return {"auc": pooled + influence * len(influence), **_per_user(rows)}
+
+
 def _per_user(rows: _Rows) -> dict[str, np.ndarray]:
     groups = _Groups.of(rows)
     return {
@@ -222,6 +274,7 @@ def _per_user(rows: _Rows) -> dict[str, np.ndarray]:
         "hr@10": _hit_rate(groups, 10),
         "mrr@5": _reciprocal_rank(groups, 5),
         "ndcg@5": _ndcg(groups, 5),
+        "map": _average_precision(groups),
     }
 
 
@@ -259,6 +312,15 @@ def _ndcg(groups: _Groups, k: int) -> np.ndarray:
     return groups.sum(groups.p / groups.n * covered) / np.where(ideal > 0, ideal, 1.0)
 
 
+def _average_precision(groups: _Groups) -> np.ndarray:
+    a, n, p = groups.a, groups.n, groups.p
+    harmonic = np.concatenate(([0.0], np.cumsum(1.0 / np.arange(1, groups.candidates.max() + 1))))
+    inverse = harmonic[a + n] - harmonic[a]  # sum of 1 / (a + j); and (j - 1) / (a + j) = 1 - (a + 1) / (a + j)
+    before = n - (a + 1) * inverse
+    gained = (groups.positives_above + 1) * inverse + (p - 1) / np.maximum(n - 1, 1) * before
+    return groups.sum(p / n * gained) / np.where(groups.positives > 0, groups.positives, 1.0)
+
+
 def _pooled_auc(rows: _Rows) -> tuple[float, np.ndarray]:
     """The pooled AUC and every user's influence on it, (U,), which sums to zero."""
     n_levels = int(rows.level.max()) + 1
@@ -276,13 +338,13 @@ def _pooled_auc(rows: _Rows) -> tuple[float, np.ndarray]:
     return value, np.bincount(rows.user, weights=weights, minlength=len(rows.users))
 
 
-def _bootstrap(values: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
-    """``(2, M)``: the 2.5 % and 97.5 % points of the means of ``values`` (U, M) over resampled users, NaN left out."""
+def resampled_means(values: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
+    """``(n_bootstrap, M)``: the means of ``values`` (U, M) over resampled users, NaN left out."""
     defined = np.isfinite(values)
     n_users = len(values)
-    if n_users >= NORMAL_FROM:
-        reach = 1.959964 * np.nanstd(values, axis=0) / np.sqrt(defined.sum(axis=0))
-        return np.nanmean(values, axis=0) + np.stack([-reach, reach])
+    if n_users >= NORMAL_FROM:  # the quantiles of the normal limit stand in for resamples
+        reach = np.nanstd(values, axis=0) / np.sqrt(defined.sum(axis=0))
+        return np.nanmean(values, axis=0) + reach * _normal_scores(n_bootstrap)[:, None]
     rng = np.random.default_rng(seed)
     filled, weight = np.where(defined, values, 0.0), defined.astype(np.float64)
     means = np.empty((n_bootstrap, values.shape[1]))
@@ -290,4 +352,10 @@ def _bootstrap(values: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
         drawn = np.bincount(rng.integers(0, n_users, n_users), minlength=n_users).astype(np.float64)
         count = drawn @ weight
         means[b] = np.divide(drawn @ filled, count, out=np.full_like(count, np.nan), where=count > 0)
-    return np.nanquantile(means, [0.025, 0.975], axis=0)
+    return means
+
+
+def _normal_scores(n: int) -> np.ndarray:
+    """``(n,)``: the standard normal's quantiles at n evenly spaced probabilities, ends included in the tails."""
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / n) for i in range(n)])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -39,6 +40,8 @@ class RecommenderArguments(ScriptArguments):
         prompts: JSON object of prompt templates that replace the default ones.
         max_eval_samples: evaluate on the first so many rows of the split.
         prompt_max_length: longest prompt in tokens; history text is shortened to fit.
+        merge_adapter: save whole weights instead of the adapter; always so if the backbone is a folder, to which
+            others could not be referred.
     """
 
     dataset_test_split: str = field(default="validation", metadata={"help": "Split evaluated during training."})
@@ -46,9 +49,20 @@ class RecommenderArguments(ScriptArguments):
     prompts: str | None = field(default=None, metadata={"help": "JSON object of templates that replace the default."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows only."})
     prompt_max_length: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
+    merge_adapter: bool = field(default=False, metadata={"help": "Save whole weights instead of the adapter."})
 
 
-def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
+def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    push, training_args.push_to_hub = training_args.push_to_hub, False  # once, at the end, and only what is loadable
+    trainer = train(script_args, training_args, model_args)
+    output_dir = Path(trainer.args.output_dir or ".")
+    if trainer.accelerator.is_main_process:
+        save_recommender(trainer, output_dir, script_args.merge_adapter)
+        if push:
+            push_recommender(trainer, output_dir)
+
+
+def train(script_args: RecommenderArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
     # Model and processor
     if not model_args.model_name_or_path or not script_args.dataset_name:
         raise ValueError("give --model_name_or_path and --dataset_name, or a recipe that has them")
@@ -73,7 +87,7 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
         peft_config.target_modules = language_model_lora_targets(model)  # never the vision tower by accident
 
     # Data
-    train = load_table(script_args.dataset_name, "sft", script_args.dataset_train_split)
+    examples = load_table(script_args.dataset_name, "sft", script_args.dataset_train_split)
     evaluates = training_args.eval_strategy != "no"
     validation = load_table(script_args.dataset_name, "sft", script_args.dataset_test_split) if evaluates else None
     if validation is not None and script_args.max_eval_samples is not None:
@@ -87,7 +101,7 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
     trainer = SFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=train,
+        train_dataset=examples,
         eval_dataset=validation,
         data_collator=AnswerCollator(processor, items),
         processing_class=processor,
@@ -95,25 +109,35 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
     )
     checkpoint = training_args.resume_from_checkpoint or last_checkpoint(Path(trainer.args.output_dir or "."))
     trainer.train(resume_from_checkpoint=checkpoint)
-
-    # Save
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
     return trainer
 
 
-def save_recommender(trainer: SFTTrainer, folder: Path) -> None:
-    """Write the trained model, LoRA weights merged, and its processor as one ``from_pretrained`` folder."""
+def save_recommender(trainer: SFTTrainer, folder: Path, merge: bool = False) -> None:
+    """Write what was trained and its processor as one ``from_pretrained`` folder, for a single process.
+
+    A LoRA adapter of a backbone on the Hub is saved as such, with the backbone's name and revision; if ``merge``, or if
+    the backbone is a folder, it is merged into whole weights.
+    """
     processor: Any = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
+    local = Path(model.config.backbone_name_or_path or "").exists()
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = model.merge_and_unload() if merge or local else model.get_base_model()
     model.config.use_cache = True  # the trainer switched it off for its own sake
-    if Path(model.config.backbone_name_or_path or "").exists():
+    if local:
         model.config.backbone_name_or_path = None  # a path of this machine says nothing to others
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def push_recommender(trainer: SFTTrainer, folder: Path) -> None:
+    """Send the saved folder, without checkpoints, to ``--hub_model_id`` as one commit; private by default."""
+    arguments = trainer.args
+    api = HfApi(token=arguments.hub_token)
+    private = arguments.hub_private_repo is not False
+    repo = api.create_repo(arguments.hub_model_id or folder.resolve().name, private=private, exist_ok=True)
+    outside = ["checkpoint-*", "checkpoint-*/**", "runs/**", "*.bin", "*.pt", ".*"]
+    api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=outside)
 
 
 def last_checkpoint(output_dir: Path) -> str | None:

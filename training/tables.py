@@ -26,8 +26,13 @@ def load_table(source: str, config: str, split: str) -> Dataset:
     """
     run = Path(source)
     if not (run / "config.yaml").is_file():
-        return load_dataset(source, config, split=split)
+        return _facts(load_dataset(source, config, split=split))
     path = run / RUN_FILES[config].format(split=split)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the earlier stages on {run} first (see mllm-msr run --help)")
-    return Dataset.from_parquet(str(path), keep_in_memory=True)
+    return _facts(Dataset.from_parquet(str(path), keep_in_memory=True))
+
+
+def _facts(table: Dataset) -> Dataset:
+    """Without the chat that ``sft`` also holds for other trainers: its pictures would be decoded row by row."""
+    return table.remove_columns([name for name in ("prompt", "completion", "images") if name in table.column_names])

@@ -10,6 +10,7 @@ examples:
   mllm-msr run recipes/movielens_100k.yaml --data DIR      the same on MovieLens-100k
   mllm-msr prepare --interactions log.csv --items items.csv --column user_id=reviewer   own tables, no recipe
   mllm-msr rank demo_output --user u0003 --top-k 10        rank the catalogue for one user
+  mllm-msr show user u0003 demo_output                     what was read and written of one user, step by step
   mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
 stages, each alone on a run directory; what is finished is skipped, what was interrupted goes on:
   mllm-msr prepare recipes/movielens_100k.yaml --data DIR --output RUN
@@ -18,6 +19,10 @@ stages, each alone on a run directory; what is finished is skipped, what was int
   mllm-msr train RUN
   mllm-msr evaluate RUN
   mllm-msr report RUN
+evidence:
+  mllm-msr evaluate RUN --baselines knn,tfidf,svd,sasrec,gru4rec   further rows on exactly the same candidates
+  mllm-msr study recipes/studies/ablations_demo.yaml               what each part of the method is worth, on the demo
+  mllm-msr compare RUN RUN                                 runs side by side
 """
 
 
@@ -35,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = command("demo", "run the whole method on the embedded data set")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="run directory (default: demo_output)")
+    demo.add_argument("--serve", action="store_true", help="then show it in the browser (needs the extra [demo])")
+    demo.add_argument("--port", type=int, default=7860, help="of --serve (default: 7860)")
 
     for name, text in (
         ("run", "do every stage of a recipe, from raw data to report and Hub folder"),
@@ -58,7 +65,21 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", "score the frozen tasks with every row of the table and compute the metrics"),
         ("report", "write report.html and results.md"),
     ):
-        command(name, text).add_argument("run", type=Path, help="run directory")
+        sub = command(name, text)
+        sub.add_argument("run", type=Path, help="run directory")
+        if name == "evaluate":
+            known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
+            sub.add_argument("--baselines", metavar="A,B", help=f"further rows on the same tasks, of {known}")
+            sub.add_argument("--model", metavar="RUN|REPO", help="rank with the model of another run, or of the Hub")
+
+    study = command("study", "run one recipe under many settings; one table and plot of them all")
+    study.add_argument("study", type=Path, help="study file, see recipes/studies/ablations_demo.yaml")
+    study.add_argument("--output", type=Path, help="folder of the study (default: runs/<study's name>)")
+    study.add_argument("--data", metavar="DIR", help="folder of the raw data of every cell")
+    study.add_argument("--only", metavar="CELL", action="append", default=[], help="run this cell; may be repeated")
+
+    compare = command("compare", "put the rows of several runs side by side")
+    compare.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
 
     rank = command("rank", "rank the catalogue, or some of it, for one user of a run")
     rank.add_argument("run", type=Path, help="run directory with a trained model")
@@ -68,10 +89,28 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--items", help="comma-separated candidate item ids (default: all the user has not seen)")
     rank.add_argument("--top-k", type=int, default=10, help="how many to show (default: 10)")
 
-    publish = command("publish", "show what a release would push to the Hub")
+    publish = command("publish", "release a run on the Hub: model, data set, metric, demo Space")
     publish.add_argument("run", type=Path, help="run directory with a report")
     publish.add_argument("--namespace", required=True, help="user or organisation on the Hub")
+    for flag, text in (
+        ("model", "model, processor, code and card"),
+        ("datasets", "the derived data set"),
+        ("metric", "the metric Space, for evaluate.load"),
+        ("space", "the demo Space"),
+    ):
+        publish.add_argument(f"--{flag}", action="store_true", help=f"only what is named: {text}")
+    publish.add_argument("--collection", action="store_true", help="also gather them in a collection")
+    publish.add_argument("--public", action="store_true", help="for everyone to see, once all is there")
+    publish.add_argument("--create-pr", action="store_true", help="propose pull requests instead of committing")
+    publish.add_argument("--tag", help="of the release (default: v and the version of mllm-msr)")
     publish.add_argument("--dry-run", action="store_true", help="show the files and cards; nothing leaves this machine")
+    publish.add_argument("--without-images", action="store_true", help="embed no pictures in the data set")
+    publish.add_argument("--anonymise", action="store_true", help="hash drawn users too; real ones always are")
+
+    show = command("show", "print a user's history with the preference after each block")
+    user = command("user", "print one user's history", show.add_subparsers(dest="part", required=True, metavar="user"))
+    user.add_argument("id", help="user id")
+    user.add_argument("run", type=Path, nargs="?", default=Path("demo_output"), help="run directory (demo_output)")
     return parser
 
 
@@ -92,11 +131,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--fold", type=int, metavar="k", help="which fold, 0 ... K-1")
     data.add_argument("--on-bad-rows", choices=("error", "skip"), help="stop at the first, or count and leave out")
     data.add_argument("--seed", type=int, help="of candidates, samples, training and evaluation")
+    further = "any other value of the recipe, e.g. data.k_core_users=7"
+    data.add_argument("--set", metavar="KEY=VALUE", action="append", type=mapping, help=further)
 
 
 def mapping(text: str) -> str:
     if "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=YOURS, such as user_id=reviewer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return text
 
 
@@ -122,9 +163,15 @@ def dispatch(options: argparse.Namespace) -> None:
         from mllm_msr.demo.main import demo
 
         demo(options.output)
+        if options.serve:
+            from mllm_msr.stages import serve
+
+            serve(options.output, options.port)
         return
     from mllm_msr import sources, stages
     from mllm_msr.run import Run
+    from mllm_msr.scoring import with_baselines
+    from mllm_msr.transfer import with_model_of
 
     match options.command:
         case "run":
@@ -134,10 +181,26 @@ def dispatch(options: argparse.Namespace) -> None:
         case "summarize":
             stage = stages.summarize_items if options.part == "items" else stages.summarize_users
             stage(Run.open(options.run))
+        case "evaluate":
+            run = with_baselines(Run.open(options.run), options.baselines)
+            stages.evaluate(with_model_of(run, options.model) if options.model else run)
+        case "study":
+            from mllm_msr.study import run_study
+
+            output = options.output or Path("runs") / options.study.stem
+            run_study(options.study, output, options.only, options.data)
+        case "compare":
+            from mllm_msr.hub_cards.results_page import compare
+
+            print(compare(options.runs))
         case "rank":
             stages.rank(options)
         case "publish":
             stages.publish(options)
+        case "show":
+            from mllm_msr.processing.histories import show_user
+
+            show_user(Run.open(options.run).folder, options.id)
         case name:
             getattr(stages, name)(Run.open(options.run))
 

@@ -7,7 +7,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from mllm_msr.processing.recipe import Recipe, load_recipe
+import yaml
+
+from mllm_msr.processing.recipe import Recipe, load_recipe, with_settings
 from mllm_msr.processing.storage import file_digest
 from mllm_msr.run import Run
 
@@ -61,7 +63,9 @@ def override(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         training["seed"] = evaluation["seed"] = options.seed
     if options.backbone:
         training["model_name_or_path"] = options.backbone
-    return replace(recipe, source=source, data=data, training=training, evaluation=evaluation)
+    recipe = replace(recipe, source=source, data=data, training=training, evaluation=evaluation)
+    settings = dict(pair.split("=", 1) for pair in options.set or ())
+    return with_settings(recipe, {key: yaml.safe_load(value) for key, value in settings.items()})
 
 
 def _absolute(place: str) -> str:

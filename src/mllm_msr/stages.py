@@ -4,13 +4,17 @@ import argparse
 import json
 import shutil
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from mllm_msr.processing.recipe import Recipe, backbone_path
-from mllm_msr.processing.storage import whole_folder, write_parquet, write_text
+from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.processing.storage import file_digest, folder_digest, whole_folder, write_parquet, write_text
+from mllm_msr.proof import prove
 from mllm_msr.run import Run
+from mllm_msr.scoring import evaluate, item_table, recommender
 from mllm_msr.sources import read_source, source_fingerprint
 
 
@@ -35,52 +39,46 @@ def prepare(run: Run) -> None:
     run.stage("prepare", [source_fingerprint(run.recipe.source), asdict(options)], run.folder / "data", work)
 
 
-def build_engine(recipe: Recipe):
-    """The engine of the recipe's ``summaries`` section."""
-    from mllm_msr.processing.engines import ExtractiveEngine, TransformersEngine
-    from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+def summary_options(run: Run):
+    """The recipe's ``summaries`` section."""
+    from mllm_msr.processing.engines import SummaryOptions
 
-    options = recipe.summaries
-    kind = options.get("engine", "transformers")
-    if kind == "extractive":
-        return ExtractiveEngine()
-    if kind != "transformers":
-        raise ValueError(f"unknown engine {kind!r}; known are transformers, extractive")
-    name = backbone_path(options["model"])
-    processor = MllmMsrProcessor.from_backbone(
-        name, revision=options.get("revision"), prompts=recipe.prompts or None, item_noun=recipe.item_noun
-    )
-    return TransformersEngine(
-        name,
-        processor,
-        label=options["model"],
-        revision=options.get("revision"),
-        batch_size=options.get("batch_size", 16),
-        max_new_tokens=options.get("max_new_tokens"),
-    )
+    return SummaryOptions.from_recipe(run.recipe.summaries)
+
+
+def summary_tools(run: Run, name: str):
+    """Options, engine and store for the texts called ``name``."""
+    from mllm_msr.processing.engines import build_engine
+    from mllm_msr.processing.text_store import TextStore
+
+    options = summary_options(run)
+    store = TextStore(Path(options.cache or run.folder / "cache") / name)
+    return build_engine(options, run.recipe.prompts, run.recipe.item_noun), store, options
 
 
 def summarize_items(run: Run) -> None:
     """Stage 1: a short text for each item's picture and words."""
     from mllm_msr.processing import summaries
 
-    def work(key: str) -> None:
-        store = summaries.TextStore(run.folder / "cache/item_summary")
-        frame = summaries.summarize_items(run.items(), build_engine(run.recipe), store)
-        (run.folder / "summaries").mkdir(exist_ok=True)
-        write_parquet(frame, run.folder / "summaries/items.parquet")
-        print_status(frame)
+    output = run.folder / "summaries/items.parquet"
 
-    run.stage(
-        "summarize items", [run.key("prepare"), *summary_facts(run)], run.folder / "summaries/items.parquet", work
-    )
+    def work(key: str) -> None:
+        frame = summaries.summarize_items(run.items(), *summary_tools(run, "item_summary"))
+        output.parent.mkdir(exist_ok=True)
+        write_parquet(frame, output)
+        print_status(frame, "item_id")
+
+    forget_failures(output)
+    run.stage("summarize items", [run.key("prepare"), *summary_facts(run)], output, work)
 
 
 def summarize_users(run: Run) -> None:
     """Stage 2: each user's preference, updated block by block; and the training examples that rest on it."""
     from mllm_msr.processing import summaries
     from mllm_msr.processing.examples import training_examples
-    from mllm_msr.processing.leakage import check_leakage
+    from mllm_msr.processing.prompts import PROMPTS
+
+    output = run.folder / "summaries/preferences.parquet"
 
     def work(key: str) -> None:
         items, tasks = run.items(), run.tasks("train", "validation", "test")
@@ -90,20 +88,20 @@ def summarize_users(run: Run) -> None:
             before_targets(interactions, tasks),
             dict(items.select("item_id", "title").iter_rows()),
             dict(texts.select("item_id", "summary").iter_rows()),
-            build_engine(run.recipe),
-            summaries.TextStore(run.folder / "cache/preference"),
-            run.block_size,
+            *summary_tools(run, "preference"),
         )
-        write_parquet(frame, run.folder / "summaries/preferences.parquet")
-        check_leakage(tasks, interactions, preferences=frame)
-        print_status(frame)
+        write_parquet(frame, output)
+        prove(run)
+        print_status(frame, "user_id", "step")
+        prompt = {**PROMPTS, **run.recipe.prompts}["recommendation"]
         with whole_folder(run.folder / "sft") as folder:
             for split in ("train", "validation"):
-                write_parquet(training_examples(run.contexts(split), items), folder / f"{split}.parquet")
+                examples = training_examples(run.contexts(split), items, prompt, run.recipe.item_noun)
+                write_parquet(examples, folder / f"{split}.parquet")
 
-    run.stage(
-        "summarize users", [run.key("summarize items"), *summary_facts(run)], run.folder / "sft/train.parquet", work
-    )
+    forget_failures(output, run.folder / "sft/train.parquet")
+    read = [run.key("summarize items"), file_digest(run.folder / "summaries/items.parquet")]
+    run.stage("summarize users", [*read, *summary_facts(run)], run.folder / "sft/train.parquet", work)
 
 
 def before_targets(interactions: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFrame:
@@ -117,12 +115,31 @@ def before_targets(interactions: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFr
 
 
 def summary_facts(run: Run) -> list[Any]:
-    return [run.recipe.summaries, run.recipe.prompts, run.recipe.item_noun]
+    """All that the texts depend on, the content of a local model included."""
+    options = summary_options(run)
+    model = Path(backbone_path(options.model))
+    local = folder_digest(model) if options.model and model.is_dir() else None
+    return [options.facts(), local, run.recipe.prompts, run.recipe.item_noun]
 
 
-def print_status(frame: pl.DataFrame) -> None:
+def forget_failures(output: Path, *followers: Path) -> None:
+    """A stage some of whose texts have failed is not finished: what it wrote goes, so that they are tried again."""
+    if output.is_file() and pl.read_parquet(output, columns=["status"])["status"].str.starts_with("failed").any():
+        for path in (output, *followers):
+            path.unlink(missing_ok=True)
+
+
+def print_status(frame: pl.DataFrame, *ids: str) -> None:
+    """How many texts have which status, and which are not ok."""
     counts = frame["status"].str.replace(":.*", "").value_counts(sort=True).iter_rows()
     print("  " + ", ".join(f"{count} {status}" for status, count in counts))
+    bad = frame.filter(pl.col("status") != "ok").select(*ids, "status").rows()
+    for *names, status in bad[:20]:
+        print(f"    {' '.join(map(str, names))}: {status}")
+    if bad[20:]:
+        print(f"    and {len(bad) - 20} more, see the column `status`")
+    if any(status.startswith("failed") for *_, status in bad):
+        print("  run the same command again to try the failed ones again")
 
 
 def train(run: Run) -> None:
@@ -136,120 +153,27 @@ def train(run: Run) -> None:
             "dataset_name": str(run.folder),
             "output_dir": str(checkpoints),
         }
-        trainer = sft.main(*sft.parse([], **flags))
+        arguments = sft.parse([], **flags)
+        trainer = sft.train(*arguments)
         with whole_folder(run.folder / "model") as folder:
-            sft.save_recommender(trainer, folder)
+            sft.save_recommender(trainer, folder, arguments[0].merge_adapter)
             write_text(folder / "log_history.json", json.dumps(trainer.state.log_history, indent=1))
         for stale in (run.folder / "training").iterdir():
             shutil.rmtree(stale)
 
-    run.stage("train", [run.key("summarize users"), run.recipe.training_flags()], run.folder / "model", work)
-
-
-def recommender(run: Run, fine_tuned: bool = True):
-    """The run's model ready to rank; without fine-tuning, its backbone under the same prompts."""
-    from transformers import AutoModel, AutoProcessor
-
-    from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
-    from mllm_msr.modeling.ranking import Recommender
-
-    folder = str(run.folder / "model")
-    processor = AutoProcessor.from_pretrained(folder)
-    if fine_tuned:
-        model = AutoModel.from_pretrained(folder)
-    else:
-        name = run.recipe.training["model_name_or_path"]
-        model = MllmMsrForRecommendation.from_backbone(
-            backbone_path(name),
-            revision=run.recipe.training.get("model_revision"),
-            processor=processor,
-            dtype=run.recipe.training.get("dtype"),
-        )
-    return Recommender(model, processor, **{k: v for k, v in run.recipe.evaluation.items() if k == "token_budget"})
-
-
-def item_table(run: Run):
-    from mllm_msr.training.collator import ItemTable
-    from mllm_msr.training.tables import load_table
-
-    return ItemTable(load_table(str(run.folder), "items", "train"))
-
-
-def evaluate(run: Run) -> None:
-    """Stage 4: score the frozen tasks with every row of the table, and compute the metrics."""
-    from mllm_msr.hub_cards.results import results_table
-    from mllm_msr.training import evaluation
-    from mllm_msr.training.metrics import ranking_metrics
-
-    options = run.recipe.evaluation
-    split, seed = options.get("split", "test"), options.get("seed", 0)
-    rows = options.get("rows", ["mllm_msr", "popularity", "random", "text_only", "blank_images", "no_sft"])
-    views = {
-        "mllm_msr": evaluation.as_it_is,
-        "text_only": evaluation.without_image,
-        "blank_images": evaluation.with_blank_image,
-        "no_sft": evaluation.as_it_is,
-    }
-
-    def score(row: str) -> pl.DataFrame:
-        contexts = run.contexts(split)
-        if row in views:
-            return evaluation.score_with_model(
-                recommender(run, fine_tuned=row != "no_sft"), contexts, item_table(run), views[row], row
-            )
-        if row == "popularity":
-            counts = pl.read_parquet(run.folder / "data/popularity.parquet")
-            return evaluation.score_with_values(contexts, evaluation.popularity_values(contexts, counts))
-        if row == "random":
-            return evaluation.score_with_values(contexts, evaluation.random_values(contexts, seed))
-        if row == "oracle" and run.recipe.source["type"] == "demo":
-            from mllm_msr.demo.source import true_utilities
-
-            values = true_utilities(run.recipe.source, evaluation.pairs(contexts))
-            return evaluation.score_with_values(contexts, values)
-        raise ValueError(
-            f"unknown row {row!r} in evaluation.rows; known are {[*views, 'popularity', 'random', 'oracle']}"
-        )
-
-    def work(key: str) -> None:
-        folder = run.folder / "scores" / key
-        folder.mkdir(parents=True, exist_ok=True)
-        frames = []
-        for row in rows:
-            if not (folder / f"{row}.parquet").is_file():
-                write_parquet(score(row), folder / f"{row}.parquet")
-            frames.append(pl.read_parquet(folder / f"{row}.parquet").select(pl.lit(row).alias("row"), pl.all()))
-        write_parquet(pl.concat(frames), run.folder / "scores.parquet")
-        protocol = json.loads((run.folder / "data/report.json").read_text(encoding="utf-8"))["protocol"]
-        metrics = {
-            "dataset": run.recipe.name,
-            "protocol": protocol["name"],
-            "split": split,
-            "n_users": frames[0]["user_id"].n_unique(),
-            "n_candidates": max(run.tasks(split)["candidates"].list.len()),
-            "seed": protocol["seed"],
-            "candidate_hash": protocol["candidate_hash"],
-            "rows": {
-                row: ranking_metrics(frame["user_id"].to_numpy(), frame["label"].to_numpy(), frame["logit"].to_numpy())
-                for row, frame in zip(rows, frames, strict=True)
-            },
-        }
-        write_text(run.folder / "metrics.json", json.dumps(metrics, indent=2))
-        for stale in (run.folder / "scores").iterdir():
-            if stale != folder:
-                shutil.rmtree(stale)
-
-    run.stage("evaluate", [run.key("train"), options], run.folder / "metrics.json", work)
-    print(results_table(json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))))
+    read = [run.key("summarize users"), *map(file_digest, sorted((run.folder / "sft").glob("*.parquet")))]
+    run.stage("train", [*read, run.recipe.training_flags()], run.folder / "model", work)
 
 
 def report(run: Run) -> None:
     """Stage 5: the report a person reads, and the folders the Hub would get."""
     from mllm_msr.hub_cards.publishing import build_hub
     from mllm_msr.hub_cards.report import write_report
+    from mllm_msr.hub_cards.results_page import write_results
 
     def work(key: str) -> None:
         build_hub(run.folder)
+        write_results(run.folder)
         write_report(run.folder)
 
     run.stage("report", [run.key("evaluate"), run.provenance()["stages"]["evaluate"]], run.folder / "report.html", work)
@@ -285,8 +209,37 @@ def rank(options: argparse.Namespace) -> None:
 
 
 def publish(options: argparse.Namespace) -> None:
-    """Show what a release would push."""
-    from mllm_msr.hub_cards import publishing
+    """Release the run on the Hub, or show what a release would send."""
+    from mllm_msr.hub_cards import release
 
-    Run.open(options.run).key("report")
-    publishing.publish(options.run, options.namespace, dry_run=options.dry_run)
+    run = Run.open(options.run)
+    run.key("report")
+    prove(run)
+    flags = {"model": "model", "datasets": "dataset", "metric": "metric", "space": "space"}
+    release.publish(
+        options.run,
+        options.namespace,
+        dry_run=options.dry_run,
+        parts=tuple(part for flag, part in flags.items() if getattr(options, flag)),
+        collection=options.collection,
+        public=options.public,
+        create_pr=options.create_pr,
+        tag=options.tag or f"v{version('mllm-msr')}",
+        images=not options.without_images,
+        anonymise=options.anonymise,
+    )
+
+
+def serve(folder: Path, port: int) -> None:
+    """The demo Space on this machine, with the model and the data set of a run."""
+    from mllm_msr.hub_cards.publishing import build_hub
+
+    try:
+        from mllm_msr.hub_cards import space_app
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error.name} is not installed: `pip install 'mllm-msr[demo]'`") from error
+    run = Run.open(folder)
+    built = build_hub(folder)
+    space_app.serve(
+        str(built["model"]), str(built["dataset"]), None, run.recipe.item_noun, run.block_size, server_port=port
+    )

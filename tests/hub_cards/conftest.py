@@ -1,7 +1,9 @@
 """A small, coherent run directory, fabricated from the drawn world: what the stages would have left behind."""
 
+import importlib.util
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,12 @@ from datasets import Dataset, Features, Image, Value
 
 from mllm_msr.demo.world import condense, describe, draw, make_world, preference_text
 from mllm_msr.training.metrics import ranking_metrics
+
+for name in ("hub_storage", "hub_server"):  # from their files, as tests/ must not be on the path
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 BLOCK = 3
 RECIPE = {
@@ -223,3 +231,9 @@ def finished_run(tmp_path_factory) -> Path:
 def make_run(tmp_path) -> Callable[[], Path]:
     """A run of one's own, to break."""
     return lambda: fabricate(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def fabricated() -> Callable[[Path], Path]:
+    """Make a run in a folder."""
+    return fabricate

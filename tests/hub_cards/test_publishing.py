@@ -9,7 +9,8 @@ import yaml
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 
-from mllm_msr.hub_cards.publishing import build_hub, plan, publish
+from mllm_msr.hub_cards.publishing import build_hub
+from mllm_msr.hub_cards.release import plan, publish
 
 
 def test_model_folder_has_the_allowed_files_and_no_others(make_run):
@@ -96,14 +97,18 @@ def test_a_build_that_fails_leaves_the_former_folder(make_run):
 
 def test_the_plan_is_what_lies_in_the_folders(make_run):
     run = make_run()
-    files = plan(run, "org", "v1")
-    assert {(repo, kind) for repo, kind, _, _ in files} == {
-        ("org/mllm-msr-demo", "model"),
-        ("org/mllm-msr-demo-data", "dataset"),
-    }
-    for _, kind, path, size in files:
-        assert (run / "hub" / kind / path).stat().st_size == size
-    assert 'revision="v1"' in (run / "hub/model/README.md").read_text()
+    repositories = plan(run, "org", "v1")
+    assert [(one.repo_id, one.repo_type, one.folder) for one in repositories] == [
+        ("org/mllm-msr-demo-data", "dataset", run / "hub/dataset"),
+        ("org/ranking_metrics", "space", run / "hub/ranking_metrics"),
+        ("org/mllm-msr-demo-app", "space", run / "hub/space"),
+        ("org/mllm-msr-demo", "model", run / "hub/model"),
+    ]
+    for one in repositories:
+        assert one.files == sorted(path for path in one.folder.rglob("*") if path.is_file())
+        assert [addition.path_in_repo for addition in one.additions()] == [one.path(file) for file in one.files]
+    assert '"revision": "v1"' in (run / "hub/model/README.md").read_text()
+    assert [one.part for one in plan(run, "org", parts=("model", "metric"))] == ["metric", "model"]
 
 
 def test_a_dry_run_shows_everything_and_sends_nothing(make_run, capsys):
@@ -122,4 +127,4 @@ def test_a_dry_run_shows_everything_and_sends_nothing(make_run, capsys):
 
 def test_an_unreachable_hub_is_said_so(make_run):
     with pytest.raises(RuntimeError, match=r"the Hub at http://127\.0\.0\.1:9 cannot be reached"):
-        publish(make_run(), "org", dry_run=False, api=HfApi(endpoint="http://127.0.0.1:9", token=False), tries=1)
+        publish(make_run(), "org", dry_run=False, api=HfApi(endpoint="http://127.0.0.1:9", token="hf_any"), tries=1)

@@ -161,3 +161,43 @@ def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
     candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
     ours = model.score(**processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)).logits.tolist()
     assert theirs == pytest.approx(ours, abs=1e-5)
+
+
+def test_the_readme_s_python_runs_as_it_stands(whole, tmp_path):
+    from mllm_msr.demo.world import draw, make_world
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 25
+    for name, item in zip(("mug", "lamp"), make_world(3, 1, 30).items[:2], strict=True):
+        draw(item).save(tmp_path / f"{name}.png")
+    (tmp_path / "demo_output").symlink_to(whole)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.strip().splitlines()
+    assert {line.split("  ")[1] for line in lines} == {"Alder Saxophone", "Quill Frost"}
+
+
+def test_training_reads_the_published_layout(whole, tmp_path):
+    flags = yaml.safe_load((whole / "config.yaml").read_text(encoding="utf-8"))["training"]
+    flags.update(max_steps=2, per_device_train_batch_size=4, save_strategy="no")
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"name": "x", "source": {"type": "demo"}, "training": flags}), encoding="utf-8"
+    )
+    from mllm_msr.training import sft
+
+    command = [sys.executable, sft.__file__, "--config", str(tmp_path / "recipe.yaml")]
+    command += ["--dataset_name", str(whole / "hub/dataset"), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENV, "HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_tasks_of_one_run_are_ranked_by_the_model_of_another(whole):
+    before = (whole / "metrics.json").read_text(encoding="utf-8")
+    run("evaluate", str(whole), "--model", str(whole / "model"))
+    own, other = json.loads(before), json.loads((whole / "transfer/model/metrics.json").read_text(encoding="utf-8"))
+    assert other["rows"]["mllm_msr"] == own["rows"]["mllm_msr"] and other["candidate_hash"] == own["candidate_hash"]
+    assert set(own["rows"]) - set(other["rows"]) == {"no_sft"}
+    assert (whole / "metrics.json").read_text(encoding="utf-8") == before
+    assert "evaluate: up to date" in run("evaluate", str(whole), "--model", str(whole / "model"))

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tiny_models import FAMILIES, picture, randomise
-from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature
+from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature, TorchAoConfig, pipeline
 
 from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.modeling.lora import language_model_lora_targets
@@ -37,10 +37,23 @@ sys.meta_path.insert(0, NotInstalled())
 LOAD = """
 from transformers import AutoModel, AutoProcessor
 trust = {"trust_remote_code": True} if "trust" in sys.argv else {}
-pinned = dict(argument.split("=") for argument in sys.argv[2:] if "=" in argument)
-model = AutoModel.from_pretrained(sys.argv[1], **trust, **pinned)
-processor = AutoProcessor.from_pretrained(sys.argv[1], **trust)
-print("SCORES", *score(model, processor).tolist())
+folders = [argument for argument in sys.argv[1:] if "/" in argument and "=" not in argument]
+pinned = dict(argument.split("=") for argument in sys.argv[1:] if "=" in argument)
+for folder in folders:
+    for revisions in [pinned, {}] if pinned else [{}]:
+        model = AutoModel.from_pretrained(folder, **trust, **revisions)
+        processor = AutoProcessor.from_pretrained(folder, **trust)
+        print("SCORES", *score(model, processor).tolist())
+"""
+REQUESTS = [
+    {"preference": "red", "candidates": [{"title": "A"}, {"title": "B"}]},
+    {"history": [{"title": "C", "summary": "d"}, {"title": "E"}], "candidates": [{"title": "A"}, {"title": "F"}]},
+]
+RANK = f"""
+import json
+from transformers import pipeline
+rank = pipeline("sequential-recommendation", model=folders[-1], max_new_tokens=4, **trust)
+print(json.dumps(rank({REQUESTS}, batch_size=2)))
 """
 
 
@@ -60,9 +73,9 @@ def run(code: str, *arguments: str, home: Path, **environment: str) -> str:
     return done.stdout
 
 
-def scores(output: str) -> torch.Tensor:
-    line = next(line for line in output.splitlines() if line.startswith("SCORES"))
-    return torch.tensor([float(part) for part in line.split()[1:]])
+def scores(output: str) -> list[torch.Tensor]:
+    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("SCORES")]
+    return [torch.tensor([float(part) for part in line]) for line in lines]
 
 
 def make(path: Path) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]:
@@ -134,16 +147,25 @@ def test_an_adapter_repository_holds_the_adapter_and_no_other_weights(backbone, 
         model.save_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_loads_by_remote_code_where_the_package_is_not_installed(backbone, tmp_path: Path, kind: str) -> None:
+def test_loads_by_remote_code_where_the_package_is_not_installed(backbone, tmp_path: Path) -> None:
+    """A full and an adapter repository, and the pipeline of the latter, in a process of its own."""
     model, processor = make(backbone("llava"))
-    if kind == "adapter":
-        adapt(model)
-    for one in (model, processor):
-        one.save_pretrained(tmp_path / "repo")
-    code = WITHOUT_PACKAGE + SCORE + LOAD
-    output = run(code, str(tmp_path / "repo"), "trust", home=tmp_path)
-    torch.testing.assert_close(scores(output), score(model, processor), atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "full")
+    processor.save_pretrained(tmp_path / "full")
+    expected = [score(model, processor)]
+    adapt(model)
+    expected.append(score(model, processor))
+    rank = pipeline("sequential-recommendation", model=model, processor=processor, max_new_tokens=4)
+    rank.save_pretrained(tmp_path / "adapter")
+    output = run(
+        WITHOUT_PACKAGE + SCORE + LOAD + RANK, str(tmp_path / "full"), str(tmp_path / "adapter"), "trust", home=tmp_path
+    )
+    for there, here in zip(scores(output), expected, strict=True):
+        torch.testing.assert_close(there, here, atol=1e-5, rtol=0)
+    answers = json.loads(output.splitlines()[-1])
+    for there, here in zip(answers, rank(REQUESTS, batch_size=2), strict=True):
+        assert [one["title"] for one in there] == [one["title"] for one in here]
+        assert [one["logit"] for one in there] == pytest.approx([one["logit"] for one in here], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +181,7 @@ def test_needs_no_trust_once_the_package_is_imported(backbone, tmp_path: Path, f
     for one in (model, processor):
         one.save_pretrained(tmp_path / "repo")
     output = run(f"import sys\n{first}\n{SCORE}\n{LOAD}", str(tmp_path / "repo"), home=tmp_path)
-    torch.testing.assert_close(scores(output), score(model, processor), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores(output)[0], score(model, processor), atol=1e-5, rtol=0)
 
 
 def test_importing_the_package_loads_nothing_else(tmp_path: Path) -> None:
@@ -198,8 +220,41 @@ def test_revisions_of_adapter_and_backbone_are_independent(backbone, tmp_path: P
                 if "lora_" in key:
                     value.neg_() if "lora_A" in key else value.mul_(2)
     hub_repository(tmp_path, "org/adapter", {old: tmp_path / "first", new: tmp_path / "second"}, main=new)
-    code = WITHOUT_PACKAGE + SCORE + LOAD
-    pinned = run(code, "org/adapter", "trust", f"revision={old}", f"code_revision={new}", home=tmp_path)
-    torch.testing.assert_close(scores(pinned), expected, atol=1e-5, rtol=0)
-    latest = scores(run(code, "org/adapter", "trust", home=tmp_path))
+    code = WITHOUT_PACKAGE + SCORE + LOAD + 'print(type(model).from_backbone("org/base").config.backbone_revision)'
+    output = run(code, "org/adapter", "trust", f"revision={old}", f"code_revision={new}", home=tmp_path)
+    assert output.splitlines()[-1] == new, "a new recommender pins the commit of its backbone"
+    pinned, latest = scores(output)
+    torch.testing.assert_close(pinned, expected, atol=1e-5, rtol=0)
     assert (latest - expected).abs().max() > 1e-3
+
+
+def test_quantisation_passes_through(backbone, tmp_path: Path) -> None:
+    """Eight-bit weights on the fly; saved, adapted, exported; an adapter alone fits full and quantised backbones."""
+    quantization = pytest.importorskip("torchao.quantization")
+    eight_bits = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
+    full, processor = make(backbone("llava"))
+    batch = pairs(processor)
+    model = MllmMsrForRecommendation.from_backbone(
+        backbone("llava"), processor=processor, quantization_config=eight_bits
+    )
+    layer = model.get_decoder().layers[0].self_attn.q_proj
+    assert type(layer.weight).__name__ == "Int8Tensor" and model.hf_quantizer is not None
+    expected = model.score(**batch).logits
+    torch.testing.assert_close(expected, full.score(**batch).logits, atol=0.05, rtol=0)
+    model.save_pretrained(tmp_path / "full")
+    again = AutoModel.from_pretrained(tmp_path / "full")
+    assert type(again.get_decoder().layers[0].self_attn.q_proj.weight).__name__ == "Int8Tensor"
+    torch.testing.assert_close(again.score(**batch).logits, expected)
+    model.export_backbone(tmp_path / "stock")
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock")
+    with torch.no_grad():
+        torch.testing.assert_close(model.answer_logits(stock(**batch).logits[:, -1]), expected)
+
+    adapt(model)
+    expected = model.score(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    assert "quantization_config" not in json.loads((tmp_path / "adapter" / "config.json").read_text())
+    loaded = AutoModel.from_pretrained(tmp_path / "adapter", quantization_config=eight_bits)
+    torch.testing.assert_close(loaded.score(**batch).logits, expected)
+    whole = AutoModel.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(whole.score(**batch).logits, expected, atol=0.05, rtol=0)

@@ -1,8 +1,5 @@
-"""`pipeline("sequential-recommendation")` ranks as the model scores, from a folder, by remote code and after saving."""
+"""`pipeline("sequential-recommendation")` ranks as the model scores, by request or in batches, and after saving."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +44,23 @@ def test_ranks_one_request_or_many(parts) -> None:
     check(second, ranked(*parts, "red")[:2])
 
 
+def test_a_batch_of_requests_is_answered_as_one_by_one(parts) -> None:
+    rank = pipeline("sequential-recommendation", model=parts[0], processor=parts[1], max_new_tokens=4)
+    history = [{"title": "Film", "image": picture(5)}, {"title": "Second"}, {"title": "Third", "summary": "blue"}]
+    requests = [
+        REQUEST,
+        {"history": history, "candidates": CANDIDATES[:2], "recent": [{"title": "x", "summary": "red"}]},
+        {"history": [], "candidates": CANDIDATES},
+        {"history": history[1:], "candidates": CANDIDATES[1:]},
+    ]
+    alone = [rank(request, block_size=2) for request in requests]
+    for batch_size in (3, 10):
+        together = rank(requests, batch_size=batch_size, block_size=2, write_batch_size=2)
+        for one, other in zip(together, alone, strict=True):
+            check(one, [(candidate["title"], candidate["logit"]) for candidate in other])
+    assert [len(answer) for answer in rank((one for one in requests), batch_size=2, top_k=1)] == [1] * 4
+
+
 def test_a_history_is_condensed_by_the_backbone_without_the_adapter(parts) -> None:
     model, processor = parts
     rank = pipeline("sequential-recommendation", model=model, processor=processor, max_new_tokens=4)
@@ -54,12 +68,12 @@ def test_a_history_is_condensed_by_the_backbone_without_the_adapter(parts) -> No
         {"title": "Last", "summary": "blue"}
     ]
     request = {"history": history, "candidates": CANDIDATES}
-    before = rank._condense(history, 3, 4)
+    (before,) = rank._condense([history], 3, 4, 8)
     assert before
     check(rank(request), ranked(model, processor, before))
     targets = language_model_lora_targets(model)
     get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
-    assert rank._condense(history, 3, 4) != before
+    assert rank._condense([history], 3, 4, 8) != [before]
     check(rank(request), ranked(model, processor, before))
 
 
@@ -70,29 +84,13 @@ def test_requests_that_lack_something_are_refused(parts) -> None:
             rank(request)
 
 
-def test_saved_it_works_by_remote_code_where_the_package_is_not_installed(parts, tmp_path: Path) -> None:
+def test_saving_keeps_the_processor(parts, tmp_path: Path) -> None:
+    """`test_loading.py` does the same where the package is not installed."""
     rank = pipeline("sequential-recommendation", model=parts[0], processor=parts[1])
-    rank.save_pretrained(tmp_path / "repo")
-    code = """
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mllm_msr":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NotInstalled())
-from transformers import pipeline
-rank = pipeline("sequential-recommendation", model=sys.argv[1], trust_remote_code=True)
-ranked = rank({"preference": "red", "candidates": [{"title": "A"}, {"title": "B"}]})
-print([(one["title"], one["logit"]) for one in ranked])
-"""
-    own = {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "repo")], capture_output=True, text=True, env={**os.environ, **own}
-    )
-    assert done.returncode == 0, done.stderr
-    here = rank({"preference": "red", "candidates": [{"title": "A"}, {"title": "B"}]})
-    there = eval(done.stdout.splitlines()[-1])
-    assert [title for title, _ in there] == [one["title"] for one in here]
-    assert [logit for _, logit in there] == pytest.approx([one["logit"] for one in here], abs=1e-5)
+    rank.save_pretrained(tmp_path)
+    again = pipeline(
+        "sequential-recommendation", model=str(tmp_path), pipeline_class=SequentialRecommendationPipeline
+    )  # or trust_remote_code=True: transformers asks for it wherever a repository brings a pipeline
+    assert type(again.processor) is MllmMsrProcessor and again.processor.prompts == parts[1].prompts
+    for one in (again, pipeline("sequential-recommendation", model=parts[0], processor=parts[1])):
+        check(one(REQUEST), ranked(*parts, "likes ships"))

@@ -1,16 +1,20 @@
 """Ranking: shared prefixes and pictures give the scores of one plain forward a pair, on every family."""
 
+import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from PIL import Image
+from transformers import AutoConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3NextConfig
 
+from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
-from mllm_msr.modeling.ranking import PLAIN_POSITIONS, Recommender
+from mllm_msr.modeling.ranking import Recommender, prefix_limits
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
 USERS = [
@@ -48,13 +52,108 @@ def test_scores_equal_the_plain_forward_of_each_pair(backbone, family):
         for user, row in zip(USERS, CANDIDATES, strict=True)
     ]
     recommender = Recommender(model, processor)
-    assert recommender.shares_prefix == (model.config.vlm_config.model_type in PLAIN_POSITIONS)
+    assert recommender.shares_prefix and recommender.obstacle is None
     for budget in (1, 600, 100_000):  # pair by pair, a few at a time, all at once
         recommender.token_budget = budget
         shared = recommender.score(USERS, CANDIDATES, items)
         for ours, theirs in zip(shared, plain, strict=True):
             assert ours.dtype == np.float32
             assert ours == pytest.approx(np.array(theirs), abs=1e-4)
+
+
+def plain_scores(model, processor, items):
+    return [
+        model.score(
+            **processor([user["preference"]] * len(row), [items[i] for i in row], recent=[user["recent"]] * len(row))
+        ).logits.numpy()
+        for user, row in zip(USERS, CANDIDATES, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [
+        (MistralConfig(**tiny_models.TEXT, sliding_window=24), 24),
+        (Qwen2Config(**tiny_models.TEXT, use_sliding_window=True, sliding_window=24, max_window_layers=1), 24),
+        (Gemma2Config(**tiny_models.TEXT, head_dim=8, sliding_window=4096), 4096),
+    ],
+    ids=["all layers slide", "one layer slides", "none reaches its window"],
+)
+def test_sliding_windows_change_nothing(backbone, text, window):
+    """Prompts longer than a window are scored whole, others share their prefixes."""
+    processor = MllmMsrProcessor.from_backbone(backbone("llava"))
+    config = MllmMsrForRecommendation.from_backbone(backbone("llava"), processor=processor).config
+    text.vocab_size = config.get_text_config().vocab_size
+    config.vlm_config.text_config = text
+    model = MllmMsrForRecommendation(config).eval()
+    tiny_models.randomise(model)
+    expected = plain_scores(model, processor, catalogue())
+    recommender = Recommender(model, processor)
+    assert recommender.window == window and recommender.obstacle is None
+    for ours, theirs in zip(recommender.score(USERS, CANDIDATES, catalogue()), expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    demanding = Recommender(model, processor, share_prefix=True)
+    if window > 24:
+        assert len(demanding.score(USERS, CANDIDATES, catalogue())) == 3
+    else:
+        with pytest.raises(ValueError, match="longer than the sliding window of 24"):
+            demanding.score(USERS, CANDIDATES, catalogue())
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_prefixes_are_shared_where_one_asks_for_it(backbone, family, record_property):
+    path = backbone(family)
+    processor = MllmMsrProcessor.from_backbone(path)
+    model = MllmMsrForRecommendation.from_backbone(path, processor=processor)
+    if window := Recommender(model, processor).window:
+        record_property("note", f"prompts within the sliding window (here {window}); longer ones whole")
+    short = {"recommendation": "{{ preference }} {{ title }} {{ image }}?"}
+    processor = MllmMsrProcessor.from_backbone(path, prompts=short)
+    users = [{"preference": "red"}, {"preference": "blue ships"}]
+    scores = [
+        Recommender(model, processor, share_prefix=share).score(users, [["i0", "i3"], ["i1"]], catalogue())
+        for share in (True, False)
+    ]
+    for ours, theirs in zip(*scores, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_attention_that_cannot_continue_a_prefix_is_refused_with_the_reason(backbone):
+    config = MllmMsrForRecommendation.from_backbone(backbone("llava")).config.vlm_config
+    assert prefix_limits(config) == (None, None)
+    config.text_config = Qwen3NextConfig(**tiny_models.TEXT)
+    assert "linear_attention" in prefix_limits(config)[0]
+    config.text_config = LlamaConfig(**tiny_models.TEXT, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    assert "depend on the whole prompt" in prefix_limits(config)[0]
+
+
+def test_a_family_not_in_the_table_is_served_by_the_plain_path(backbone, tmp_path):
+    shutil.copytree(backbone("llava"), tmp_path / "backbone")
+    settings = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    layers = {"vision_feature_layers": [-1], "model_type": "vipllava", "architectures": None}
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(settings | layers))
+    processor = MllmMsrProcessor.from_backbone(tmp_path / "backbone")
+    config = AutoConfig.from_pretrained(tmp_path / "backbone")
+    config = MllmMsrConfig(vlm_config=config, answer_token_ids=processor.answer_token_ids)
+    model = MllmMsrForRecommendation(config).eval()
+    tiny_models.randomise(model)
+    recommender = Recommender(model, processor)
+    assert "vipllava" in recommender.obstacle and not recommender.shares_prefix
+    scores = recommender.score(USERS, CANDIDATES, catalogue())
+    for ours, theirs in zip(scores, plain_scores(model, processor, catalogue()), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    with pytest.raises(ValueError, match="how vipllava counts positions"):
+        Recommender(model, processor, share_prefix=True)
+
+
+def test_a_forward_keeps_to_its_budget(backbone):
+    processor = MllmMsrProcessor.from_backbone(backbone("llava"))
+    model = MllmMsrForRecommendation.from_backbone(backbone("llava"), processor=processor)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, __, batch: sizes.append(batch["input_ids"].numel()), with_kwargs=True)
+    recommender = Recommender(model, processor, token_budget=400, share_prefix=False)
+    recommender.score(USERS, CANDIDATES, catalogue())
+    assert max(sizes) <= 400 and len(sizes) < sum(map(len, CANDIDATES))
 
 
 def test_rank_orders_and_scores(backbone):

@@ -54,7 +54,10 @@ def test_reviews_join_metadata_on_parent_asin(tmp_path: Path, reviews: str, meta
     write(tmp_path / reviews, REVIEWS)
     write(tmp_path / meta, META)
     raw = read_amazon(tmp_path, "Video_Games")
-    assert raw.interactions.rows() == [("AE1", "B1", 1588687728), ("AE1", "B2", 1588687729), ("AE2", "B3", 1588687730)]
+    assert raw.interactions.collect().rows() == [
+        (row["user_id"], row["parent_asin"], row["timestamp"]) for row in REVIEWS
+    ]
+    assert raw.ticks == 1000  # cleaning brings milliseconds to seconds
     assert raw.items.drop("image_bytes").rows() == [
         ("B1", "A Game", "Video Games PC Fast Fun", "https://x/main.jpg"),
         ("B2", "Bare", "Plain.", "https://x/MAIN_t.jpg"),
@@ -68,7 +71,7 @@ def test_bad_lines_stop_or_are_counted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Baby\.jsonl, row 4: not a JSON object"):
         read_amazon(tmp_path, "Baby")
     raw = read_amazon(tmp_path, "Baby", on_bad_rows="skip")
-    assert len(raw.interactions) == 3
+    assert len(raw.interactions.collect()) == 3
     counts = {row["what"]: row["count"] for row in raw.skipped}
     assert counts["Baby.jsonl: not a JSON object"] == 1 and counts["Baby.jsonl: no item_id"] == 1
     assert raw.items.filter(item_id="B3")["title"].to_list() == ["3"]
@@ -90,7 +93,7 @@ def test_hub_paths_are_resolved_from_the_cache(tmp_path: Path) -> None:
     (repo / "refs" / "v1").write_text("a" * 40)
     code = (
         "from mllm_msr.processing.amazon import read_amazon\n"
-        "print(len(read_amazon('hf://datasets/owner/reviews@v1', 'Baby').interactions))"
+        "print(len(read_amazon('hf://datasets/owner/reviews@v1', 'Baby').interactions.collect()))"
     )
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -1,13 +1,16 @@
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.processing.cleaning import NO_TITLE, clean
+from mllm_msr.processing.leakage import check_leakage
 from mllm_msr.processing.options import PrepareOptions
 from mllm_msr.processing.raw import RawData
+from mllm_msr.processing.tasks import TaskPlan
 
 ITEMS = pl.DataFrame(
     {"item_id": list("abcdefgh"), "title": list("ABCDEFGH"), "text": [""] * 8, "image_bytes": [b"x"] * 8}
@@ -25,6 +28,35 @@ def options(**fields: Any) -> PrepareOptions:
 def test_order_is_time_then_input() -> None:
     data = clean(raw(("v", "a", 5), ("u", "c", 2), ("u", "b", 2), ("u", "a", 1)), options())
     assert data.interactions.rows() == [("u", "a", 1), ("u", "c", 2), ("u", "b", 2), ("v", "a", 5)]
+
+
+def test_milliseconds_become_seconds_and_keep_their_order() -> None:
+    given = raw(("u", "late", 1_600_000_000_900), ("u", "early", 1_600_000_000_100))
+    given.ticks = 1000
+    assert clean(given, options()).interactions.rows() == [("u", "early", 1_600_000_000), ("u", "late", 1_600_000_000)]
+
+
+def test_parts_do_not_change_anything() -> None:
+    rng = np.random.default_rng(0)
+    log = [
+        (f"u{user}", ITEMS["item_id"][int(item)], int(time))
+        for user, item, time in rng.integers(0, [60, 8, 30], (600, 3))
+    ]
+    for fields in ({"max_history": 3}, {"limit_users": 20}, {"repeats": "last"}, {"k_core_users": 6}):
+        chosen = options(k_core_items=20, **{"k_core_users": 4, **fields})
+        whole, parts = (clean(raw(*log), chosen, part_rows=rows) for rows in (10_000, 50))
+        assert parts.log.n_parts == 12 and whole.log.n_parts == 1
+        assert parts.table == whole.table and parts.items.equals(whole.items)
+        assert parts.interactions.equals(whole.interactions)
+        assert parts.log.frames("seen").equals(whole.log.frames("seen"))
+        for protocol in ("strict", "paper", "global-cutoff"):
+            asked = PrepareOptions(protocol=protocol, negatives="popularity", n_negatives=2)
+            plans = [TaskPlan.of_log(data.log, asked) for data in (whole, parts)]
+            assert plans[0].report == plans[1].report and plans[0].popularity.equals(plans[1].popularity)
+            tasks = [pl.concat(plan.chunks()) for plan in plans]
+            assert tasks[0].equals(tasks[1])
+            seen = whole.log.frames("seen")
+            check_leakage(tasks[1], parts.interactions, plans[1].popularity, seen=seen, protocol=protocol)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +101,7 @@ def test_longest_history_keeps_the_recent_and_remembers_the_rest() -> None:
     log = [("u", "a", 1), ("u", "b", 2), ("u", "c", 3), ("v", "a", 4)]
     data = clean(raw(*log), options(max_history=2))
     assert data.interactions["item_id"].to_list() == ["b", "c", "a"]
-    assert data.seen.rows() == [("u", "a")]
+    assert data.log.frames("seen").rows() == [("u", "a", 1)]
 
 
 def test_sample_of_users_is_seeded_and_after_the_core() -> None:
@@ -83,6 +115,8 @@ def test_sample_of_users_is_seeded_and_after_the_core() -> None:
 
 
 def test_nothing_left_names_the_step() -> None:
+    with pytest.raises(ValueError, match="the log is empty"):
+        clean(RawData(raw(("u", "a", 1)).interactions.clear(), ITEMS), options())
     with pytest.raises(ValueError, match="nothing is left after step 'k-core'"):
         clean(raw(("u", "a", 1)), options(k_core_users=2))
 

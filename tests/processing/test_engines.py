@@ -2,22 +2,28 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mllm_msr.demo import world
 from mllm_msr.demo.school import PROMPTS
-from mllm_msr.processing.engines import ExtractiveEngine, TransformersEngine, dominant_colours
+from mllm_msr.processing.engine_extractive import ExtractiveEngine, dominant_colours
+from mllm_msr.processing.engine_transformers import OwnSeeds, TransformersEngine
+from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, build_engine
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.recipe import backbone_path
 
 
-@pytest.fixture(scope="module")
-def engine() -> TransformersEngine:
+def make(**options) -> TransformersEngine:
     base = backbone_path("demo")
     limits = {"item_summary": 16, "preference": 40}
-    return TransformersEngine(
-        base, MllmMsrProcessor.from_backbone(base, prompts=PROMPTS), label="demo", max_new_tokens=limits
-    )
+    processor = MllmMsrProcessor.from_backbone(base, prompts=PROMPTS)
+    return TransformersEngine(base, processor, label="demo", max_new_tokens=limits, **options)
+
+
+@pytest.fixture(scope="module")
+def engine() -> TransformersEngine:
+    return make()
 
 
 def things(n: int) -> list[world.DrawnItem]:
@@ -29,8 +35,8 @@ def test_the_base_model_sees_what_is_drawn_and_reads_what_is_written(engine):
     drawn = things(60)
     inputs = [{"title": one.title, "text": one.text, "image": world.draw(one)} for one in drawn]
     texts = engine.generate("item_summary", inputs)
-    assert all(ended for _, ended in texts)
-    right = np.mean([text == world.describe(one.traits) for one, (text, _) in zip(drawn, texts, strict=True)])
+    assert all(one.ended for one in texts)
+    right = np.mean([got.text == world.describe(one.traits) for one, got in zip(drawn, texts, strict=True)])
     assert right >= 0.85
 
 
@@ -46,7 +52,7 @@ def test_the_base_model_condenses_a_block_with_what_was_before(engine):
         for block in blocks
     ]
     wanted = [world.preference_text(world.condense([one.traits for one in block], before)) for block in blocks]
-    got = [text for text, _ in engine.generate("preference", inputs)]
+    got = [one.text for one in engine.generate("preference", inputs)]
     words = [
         (set(a.replace(";", ",").split(", ")), set(b.replace(";", ",").split(", ")))
         for a, b in zip(wanted, got, strict=True)
@@ -61,10 +67,101 @@ def test_a_text_does_not_depend_on_its_company(engine):
     assert together == [engine.generate("item_summary", [one])[0] for one in inputs]
 
 
-def test_identity_names_the_content_not_the_machine(engine):
-    assert engine.identity["generator"] == "demo"
-    assert len(engine.identity["revision"]) == 32
-    assert engine.prompt_hash("item_summary") != engine.prompt_hash("preference")
+def seen(n: int) -> list[dict]:
+    return [{"title": one.title, "text": one.text, "image": world.draw(one)} for one in things(n)]
+
+
+def test_a_sampled_text_depends_on_its_seed_and_not_on_its_company():
+    engine, inputs = make(temperature=2.0), seen(6)
+    together = engine.generate("item_summary", inputs, range(6))
+    assert together == [engine.generate("item_summary", [one], [k])[0] for k, one in enumerate(inputs)]
+    assert together == engine.generate("item_summary", inputs[::-1], range(6)[::-1])[::-1]
+    others = engine.generate("item_summary", inputs, range(100, 106))
+    assert sum(a != b for a, b in zip(together, others, strict=True)) >= 4
+
+
+def test_sampling_by_own_seeds_follows_the_model_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    sampler = OwnSeeds([0], torch.device("cpu"))
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[sampler(torch.zeros(1, 1), logits).argmax()] += 1
+    assert torch.allclose(counts / 4000, logits.softmax(-1)[0], atol=0.03)
+
+
+def test_a_second_answer_has_half_as_much_room_again():
+    engine = make()
+    engine.max_new_tokens["item_summary"] = 4
+    first, second = (engine.generate("item_summary", seen(3), range(3), again) for again in (False, True))
+    assert not any(one.ended for one in first)
+    assert all(len(after.text) > len(before.text) for before, after in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("budget", [1, 200, 10_000])
+def test_batches_within_a_token_budget_give_the_same_texts(engine, budget):
+    inputs = seen(5)
+    assert make(token_budget=budget).generate("item_summary", inputs) == engine.generate("item_summary", inputs)
+
+
+def test_out_of_memory_means_smaller_batches_from_then_on(engine, monkeypatch):
+    inputs, tight = seen(8), make()
+    sizes = []
+
+    def generate(*arguments, real=tight.model.generate, **batch):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+        return real(*arguments, **batch)
+
+    monkeypatch.setattr(tight.model, "generate", generate)
+    wanted = engine.generate("item_summary", inputs)
+    assert tight.generate("item_summary", inputs) == wanted
+    assert sizes[:3] == [8, 4, 2]
+    sizes.clear()
+    assert tight.generate("item_summary", inputs) == wanted
+    assert max(sizes) <= 3
+
+
+def test_who_writes_is_named_by_content_and_not_by_place(engine):
+    assert engine.generator == "demo"
+    assert len(engine.revision) == 32
+    local = build_engine(SummaryOptions(model=backbone_path("demo")))
+    assert (local.generator, local.revision) == ("base", engine.revision)
+
+
+def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
+    def facts(task, **options):
+        prompts = options.pop("prompts", {})
+        noun = options.pop("noun", "item")
+        one = build_engine(SummaryOptions(model="demo", **options), prompts, noun)
+        return one.prompt_hash(task), one.settings(task)
+
+    base = {task: facts(task) for task in ("item_summary", "preference")}
+    assert facts("item_summary", batch_size=3, token_budget=99, concurrency=2) == base["item_summary"]
+    assert facts("item_summary", max_new_tokens={"preference": 9}) == base["item_summary"]
+    assert facts("preference", max_new_tokens={"preference": 9}) != base["preference"]
+    assert facts("item_summary", prompts={"preference": "x"}) == base["item_summary"]
+    assert facts("preference", prompts={"preference": "x"}) != base["preference"]
+    assert facts("preference", noun="film") != base["preference"]
+    assert facts("preference", prompts={"preference": "x"}, noun="film") == facts(
+        "preference", prompts={"preference": "x"}
+    )
+    assert facts("preference", temperature=0.5)[1] != base["preference"][1]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"engine": "magic", "model": "x"}, "'magic' is none of transformers, openai, extractive"),
+        ({"model": "x", "blocks": 3}, r"unknown keys \['blocks'\]"),
+        ({}, "name the model of the transformers engine"),
+        ({"model": "x", "max_new_tokens": {"items": 3}}, r"unknown \['items'\]"),
+        ({"model": "x", "batch_size": 0}, "must be at least 1"),
+    ],
+)
+def test_a_wrong_option_is_named(section, message):
+    with pytest.raises(ValueError, match=message):
+        SummaryOptions.from_recipe(section)
 
 
 def test_without_a_model_words_and_colours_are_extracted():
@@ -74,22 +171,46 @@ def test_without_a_model_words_and_colours_are_extracted():
         "text": "A masked rider, and his horse.",
         "image": Image.new("RGB", (9, 9), (200, 40, 40)),
     }
-    ((text, _),) = engine.generate("item_summary", [item])
-    assert text == "masked, rider, horse, red, black"
-    ((text, _),) = engine.generate("item_summary", [{"title": "Zorro", "text": "", "image": None}])
-    assert text == "zorro"
+    (one,) = engine.generate("item_summary", [item])
+    assert one.text == "masked, rider, horse, red, black"
+    (one,) = engine.generate("item_summary", [{"title": "Zorro", "text": "", "image": None}])
+    assert one.text == "zorro"
 
 
 def test_without_a_model_old_words_fade_and_repeated_words_lead():
     engine = ExtractiveEngine(preference_words=3)
     block = [{"summary": "drama, red"}, {"summary": "drama, blue"}, {"summary": "comedy"}]
-    ((first, _),) = engine.generate("preference", [{"items": block, "previous": None}])
-    assert first == "drama, red, blue"
-    ((second, _),) = engine.generate("preference", [{"items": [{"summary": "comedy"}] * 3, "previous": first}])
-    assert second.split(", ")[0] == "comedy"
+    (first,) = engine.generate("preference", [{"items": block, "previous": None}])
+    assert first.text == "drama, red, blue"
+    (second,) = engine.generate("preference", [{"items": [{"summary": "comedy"}] * 3, "previous": first.text}])
+    assert second.text.split(", ")[0] == "comedy"
 
 
 def test_dominant_colours_are_ordered_by_area():
     picture = Image.new("RGB", (10, 10), (45, 95, 200))
     picture.paste((240, 215, 60), (0, 0, 10, 3))
     assert dominant_colours(picture) == ["blue", "yellow"]
+
+
+def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_items():
+    engine = make(device_map="cpu", attn_implementation="no such thing")
+    with pytest.raises(EngineUnavailable, match="demo cannot be loaded"):
+        engine.generate("item_summary", seen(1))
+
+
+def test_dtype_and_device_map_are_passed_on():
+    engine = make(dtype="bfloat16", device_map="cpu", attn_implementation="eager")
+    assert engine.model.dtype == torch.bfloat16 and engine.model.config._attn_implementation == "eager"
+    (text,) = engine.generate("item_summary", seen(1))
+    assert text.text
+
+
+def test_a_failed_accelerator_is_no_fault_of_the_items(monkeypatch):
+    engine = make()
+
+    def fail(**batch):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine.model, "generate", fail)
+    with pytest.raises(EngineUnavailable, match="run again to go on"):
+        engine.generate("item_summary", seen(3))

@@ -27,9 +27,14 @@ def test_a_task_uses_the_last_preference_before_it_and_what_came_since():
     ]
 
 
-def test_examples_keep_candidates_and_labels_together():
-    titles = pl.DataFrame({"item_id": list("xyz"), "title": ["X", "Y", "Z"]})
-    out = training_examples(task_contexts(*frames(), block_size=3), titles)
+def test_examples_keep_candidates_and_labels_together_and_read_as_a_chat():
+    picture = {"bytes": b"...", "path": None}
+    items = pl.DataFrame(
+        {"item_id": list("xyz"), "title": ["X", "Y", "Z"], "text": ["", "why", ""], "image": [picture, None, picture]}
+    )
+    recent = "{% for one in recent %}{{ one.summary }}{% endfor %}"
+    prompt = f"{{{{ preference }}}}|{recent}|{{{{ title }}}} {{{{ image }}}} {{{{ text }}}} {{{{ noun }}}}?"
+    out = training_examples(task_contexts(*frames(), block_size=3), items, prompt, "mug")
     assert out.select("task_id", "item_id", "label", "title").rows() == [
         ("t0", "x", 1, "X"),
         ("t0", "y", 0, "Y"),
@@ -38,3 +43,15 @@ def test_examples_keep_candidates_and_labels_together():
         ("t2", "z", 1, "Z"),
         ("t2", "x", 0, "X"),
     ]
+    assert out["prompt"][0].to_list() == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "h1|sum d|X "},
+                {"type": "image", "text": None},
+                {"type": "text", "text": "  mug?"},
+            ],
+        }
+    ]
+    assert out["prompt"][1][0]["content"] == [{"type": "text", "text": "h1|sum d|Y  why mug?"}]
+    assert [row[0]["content"][0]["text"] for row in out["completion"]] == ["Yes", "No", "No", "Yes", "Yes", "No"]

@@ -73,7 +73,7 @@ def test_popularity_that_saw_held_out_interactions() -> None:
     [
         ([("u", 1, ["a", "b", "f"], 5)], "outside the history"),
         ([("u", 1, ["a", "b", "g"], 2)], "outside the history"),
-        ([("w", 1, ["a"], 0)], "users without a task"),
+        ([("w", 1, ["a"], 0)], "users who are not in the log"),
         ([("u", 1, ["a", "b", "c"], 1)], "later than they say"),
         ([("u", 1, ["a"], 9)], "later than the cutoff"),
         ([("u", 1, ["a", "b"], 1), ("u", 2, ["c", "d"], 3)], "forget"),
@@ -82,6 +82,43 @@ def test_popularity_that_saw_held_out_interactions() -> None:
 def test_preferences_that_read_too_much(rows: list[Any], message: str) -> None:
     with pytest.raises(LeakageError, match=message):
         check_leakage(TASKS, LOG, preferences=preferences(*rows))
+
+
+def test_preferences_of_users_without_a_task_may_read_all() -> None:
+    log = pl.concat([LOG, pl.DataFrame({"user_id": ["w"] * 2, "item_id": ["a", "b"], "timestamp": [0, 1]})])
+    check_leakage(TASKS, log, preferences=preferences(*STEPS, ("w", 1, ["a", "b"], 1)))
+
+
+def test_paper_never_trains_on_who_is_held_out() -> None:
+    plan = TaskPlan.of(LOG, PrepareOptions(protocol="paper", folds=3, n_negatives=3, min_history=1))
+    tasks = pl.concat(plan.chunks())
+    held_out = tasks.filter(pl.col("split") != "train")
+    check_leakage(tasks, LOG, plan.popularity, protocol="paper")
+    trained = held_out.with_columns(split=pl.lit("train"), task_id=pl.lit("x"))
+    with pytest.raises(LeakageError, match="held-out users that are trained on"):
+        check_leakage(pl.concat([tasks, trained]), LOG, protocol="paper")
+    counted = LOG.group_by("item_id").len("count").with_columns(pl.col("count").cast(pl.Int64))
+    with pytest.raises(LeakageError, match="counts held-out interactions"):
+        check_leakage(tasks, LOG, counted, protocol="paper")
+
+
+def test_numbers_for_ids_are_checked_alike() -> None:
+    coded = LOG.with_columns(user_id=pl.lit(0, pl.UInt32), item_id=pl.col("item_id").rank("dense").cast(pl.UInt32))
+    tasks = pl.DataFrame(
+        {
+            "task_id": ["0:1"],
+            "split": ["test"],
+            "user_id": [0],
+            "history": [[1]],
+            "cutoff": [2],
+            "candidates": [[2, 90]],
+        }
+        | {"labels": [[1, 0]], "history_length": [1], "target_train_count": [0]},
+        schema_overrides={"user_id": pl.UInt32},
+    )
+    check_leakage(tasks, coded)
+    with pytest.raises(LeakageError, match="negatives that the user has met"):
+        check_leakage(tasks.with_columns(candidates=pl.Series([[2, 3]])), coded)
 
 
 def test_raw_ids_in_a_text() -> None:

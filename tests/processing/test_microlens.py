@@ -19,11 +19,12 @@ def folder(tmp_path: Path) -> Path:
 
 def test_pairs_as_csv(folder: Path) -> None:
     raw = read_microlens(folder)
-    assert sorted(raw.interactions.rows()) == [
-        ("1", "10", 1583378629),
-        ("1", "11", 1583378628),
-        ("2", "10", 1583378629),
+    assert sorted(raw.interactions.collect().rows()) == [
+        ("1", "10", 1583378629552),
+        ("1", "11", 1583378628000),
+        ("2", "10", 1583378629000),
     ]
+    assert raw.ticks == 1000
     items = {row["item_id"]: row for row in raw.items.to_dicts()}
     assert items["10"]["title"] == "Cats, and dogs"
     assert items["10"]["image_path"] == str(folder / "MicroLens-50k_covers" / "10.jpg")
@@ -39,7 +40,7 @@ def test_pairs_as_tsv_and_titles_without_header(folder: Path) -> None:
     (folder / "MicroLens-50k_pairs.tsv").write_text("7\t10 12 11\n8\t11\n")
     (folder / "MicroLens-50k_titles.csv").write_text("10,Cats, and dogs\n11,Fish\n12,\n")
     raw = read_microlens(folder, covers=folder / "none")
-    assert raw.interactions.rows() == [("7", "10", 0), ("7", "12", 1), ("7", "11", 2), ("8", "11", 0)]
+    assert raw.interactions.collect().rows() == [("7", "10", 0), ("7", "12", 1), ("7", "11", 2), ("8", "11", 0)]
     assert raw.items.select("item_id", "title").rows() == [("10", "Cats, and dogs"), ("11", "Fish"), ("12", "")]
     assert any("no times" in row["what"] for row in raw.skipped)
 
@@ -49,7 +50,7 @@ def test_bad_rows(folder: Path) -> None:
         file.write("3,11\n")
     with pytest.raises(ValueError, match=r"pairs\.csv, row 5: timestamp is no number or date"):
         read_microlens(folder)
-    assert len(read_microlens(folder, on_bad_rows="skip").interactions) == 3
+    assert len(read_microlens(folder, on_bad_rows="skip").interactions.collect()) == 3
     (folder / "MicroLens-50k_pairs.csv").unlink()
     (folder / "MicroLens-50k_pairs.tsv").write_text("7\t10 12\n8 11\n")
     with pytest.raises(ValueError, match=r"pairs\.tsv, row 2: not user<TAB>item"):

@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_reads_ratings_films_and_posters(folder: Path) -> None:
     raw = read_movielens(folder)
-    assert raw.interactions.rows() == [("1", "10", 100), ("1", "11", 100), ("2", "12", 90), ("2", "267", 95)]
+    assert raw.interactions.collect().rows() == [("1", "10", 100), ("1", "11", 100), ("2", "12", 90), ("2", "267", 95)]
     items = {row["item_id"]: row for row in raw.items.to_dicts()}
     assert items["10"]["title"] == "Léon, The Pro (1994)"
     assert items["10"]["text"] == "Crime, Thriller. A killer and a girl."
@@ -67,7 +67,7 @@ def test_bad_rating_stops_or_is_skipped(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"ratings\.csv, row 7: no user_id"):
         read_movielens(folder)
     raw = read_movielens(folder, on_bad_rows="skip")
-    assert len(raw.interactions) == 4
+    assert len(raw.interactions.collect()) == 4
     reasons = {row["what"] for row in raw.skipped}
     assert {"ratings.csv: no user_id", "ratings.csv: timestamp is no number or date"} <= reasons
 

@@ -14,6 +14,7 @@ from mllm_msr.processing.options import PrepareOptions
         ({"n_negatives": 2.5}, "n_negatives=2.5: must be a whole number"),
         ({"limit_users": "5"}, "limit_users='5': must be a whole number"),
         ({"folds": 5, "fold": 5}, "fold=5: there are 5 folds"),
+        ({"folds": 5}, "folds=5, fold=0: only protocol='paper' splits by user"),
     ],
 )
 def test_bad_options_are_named(fields: dict[str, Any], message: str) -> None:

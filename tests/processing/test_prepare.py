@@ -60,12 +60,20 @@ def test_folder_is_read_by_datasets(raw: RawData, tmp_path: Path) -> None:
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
 
 
+def test_thumbnails_are_made_once(raw: RawData, tmp_path: Path) -> None:
+    prepare(raw, tmp_path / "data", OPTIONS, "made up")
+    small = pl.read_parquet(tmp_path / "data" / "thumbnails.parquet")
+    assert set(small["item_id"]) == {f"i{n}" for n in range(20)} - {"i2", "i3", "i4"}
+    wide = Image.open(io.BytesIO(small.filter(item_id="i1")["thumbnail"][0]))
+    assert (wide.format, wide.size, wide.mode) == ("JPEG", (96, 48), "RGB")
+
+
 def test_tasks_are_those_of_make_tasks_and_sound(raw: RawData, tmp_path: Path) -> None:
     report = prepare(raw, tmp_path / "data", OPTIONS, "made up")
     tasks, log, counts = (
         pl.read_parquet(tmp_path / "data" / f"{name}.parquet") for name in ("tasks", "interactions", "popularity")
     )
-    assert tasks.equals(make_tasks(log, n_negatives=6))
+    assert tasks.schema == make_tasks(log, n_negatives=6).schema and tasks.equals(make_tasks(log, n_negatives=6))
     assert report["protocol"]["candidate_hash"] == candidate_hash(tasks)
     assert report["protocol"]["candidate_hashes"]["test"] == candidate_hash(tasks.filter(split="test"))
     check_leakage(tasks, log, counts)

@@ -1,21 +1,25 @@
 """The processor on every family: ordinary token ids, only the answer supervised, texts never control tokens."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jinja2 import Environment
 from tiny_models import FAMILIES, picture
-from transformers import BatchFeature
+from transformers import AutoProcessor, BatchFeature
 
 from mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.pictures import build_backbone_processor, collate_pictures
+from mllm_msr.processing.safe_text import clean
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def processors(backbone) -> dict[str, MllmMsrProcessor]:
     return {name: MllmMsrProcessor.from_backbone(str(backbone(name)), item_noun="film") for name in FAMILIES}
 
@@ -108,6 +112,10 @@ def test_a_batch_is_its_rows(processors, name: str) -> None:
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
 
+def settings_of(processor: MllmMsrProcessor) -> dict[str, Any]:
+    return {key: value for key, value in processor.to_dict().items() if key != "auto_map"}  # that is of a folder
+
+
 def controls(processor: MllmMsrProcessor, batch: BatchFeature) -> list[list[int]]:
     added = processor.tokenizer.added_tokens_decoder.items()
     ids = {index for index, token in added if token.special or token.content.strip()}
@@ -136,6 +144,34 @@ def test_user_text_never_becomes_a_control_token(processors, name: str) -> None:
     harmless = controls(processor, batch(["x"]))[0]
     found = controls(processor, batch(hostile))
     assert {text: ids for text, ids in zip(hostile, found, strict=True) if ids != harmless} == {}
+
+
+@FAMILY
+def test_whatever_users_write_is_text(processors, name: str) -> None:
+    """Drawn from pieces of control tokens, sentinels, templates and odd characters, in any field."""
+    processor = processors[name]
+    tokens = [
+        token.content for token in processor.tokenizer.added_tokens_decoder.values() if "row_" not in token.content
+    ]
+    halves = [part for token in tokens for part in (token[: len(token) // 2], token[len(token) // 2 :])]
+    odd = ["\ue000", "0", "\ue001", "\ud83d", "\x00", " ", "\n", "\u200b", "\ufeff", "e\u0301", "鯨", "{{", "}}", "x"]
+    text = st.lists(st.sampled_from([*tokens, *halves, *odd]) | st.text(max_size=3), max_size=6).map("".join)
+    image = processor.pictures([picture(1)])[0]
+    plain: dict[tuple[bool, ...], list[int]] = {}
+
+    def batch(preference: str, title: str, about: str, summary: str) -> BatchFeature:
+        candidate = {"title": title, "text": about, "image": image, "noun": title, "likes": [title]}
+        return processor([preference], [candidate], recent=[[{"title": "", "summary": summary}]])
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @given(st.tuples(text, text, text, text))
+    def check(fields: tuple[str, str, str, str]) -> None:
+        shown = tuple(bool(clean(field)) for field in fields)
+        if shown not in plain:
+            plain[shown] = controls(processor, batch(*("x" if there else "" for there in shown)))[0]
+        assert controls(processor, batch(*fields))[0] == plain[shown]
+
+    check()
 
 
 def test_a_token_put_together_by_two_fields_is_broken(backbone) -> None:
@@ -168,6 +204,38 @@ def test_too_long_prompts_lose_history_first_and_never_the_picture(backbone) -> 
         MllmMsrProcessor.from_backbone(path, max_length=20)(["likes"], [candidate])
 
 
+def test_whatever_the_lengths_the_policy_holds(backbone) -> None:
+    path = str(backbone("llava"))
+    whole = MllmMsrProcessor.from_backbone(path)
+    image = whole.pictures([picture(1)])[0]
+    words = {kind: [f" {kind}{index}" for index in range(40)] for kind in ("q", "w", "x", "z")}
+    length = st.integers(0, 40)
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @given(st.integers(95, 700), st.tuples(length, length, length, length))
+    def check(limit: int, lengths: tuple[int, ...]) -> None:
+        preference, summary, text, title = ("".join(words[k][:n]) for k, n in zip("qwxz", lengths, strict=True))
+        candidate = {"title": title, "text": text, "image": image}
+        processor = MllmMsrProcessor.from_backbone(path, max_length=limit)
+        given_ = ([preference], [candidate], [1], [[{"title": "", "summary": summary}]])
+        ids, free = row(processor(*given_)), row(whole(*given_))
+        assert len(ids) <= limit and ids[-1] == processor.answer_token_ids["yes"][0]
+        assert ids.count(processor.tokenizer.image_token_id) == 4
+        left = processor.tokenizer.decode(ids)
+        cut = {kind for kind, n in zip("qwxz", lengths, strict=True) if n and words[kind][n - 1] not in left}
+        gone = {kind for kind, n in zip("qwxz", lengths, strict=True) if n and words[kind][0].strip() not in left}
+        if len(free) <= limit:
+            assert ids == free and not processor.shortened
+        if "x" in cut or processor.shortened["candidate"]:
+            assert {kind for kind, n in zip("qw", lengths[:2], strict=True) if n} <= gone
+        if "z" in cut:
+            assert {kind for kind, n in zip("qwx", lengths[:3], strict=True) if n} <= gone
+        counts = [processor.shortened[kind] for kind in ("history", "candidate", "candidate_title")]
+        assert counts == [int(bool(cut & kinds)) for kinds in ({"q", "w"}, {"x"}, {"z"})]
+
+    check()
+
+
 def test_several_long_texts_share_the_loss(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("llava")), max_length=260)
     block = [{"title": f"Film {index}", "summary": f"mark{index} " + "and so on " * 40} for index in range(3)]
@@ -179,7 +247,13 @@ def test_several_long_texts_share_the_loss(backbone) -> None:
 def test_saving_keeps_prompts_and_ids(processors, name: str, tmp_path: Path) -> None:
     processor = processors[name]
     processor.save_pretrained(tmp_path)
-    loaded = MllmMsrProcessor.from_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert settings_of(loaded) == settings_of(processor)
+    assert (tmp_path / "chat_template.jinja").read_text() == loaded.chat_template == processor.chat_template
+    assert not list(tmp_path.glob("*.bin")) and loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+    ids = row(processor.item_summary([{"title": "One"}]))
+    assert loaded.decode(ids) == processor.tokenizer.decode(ids) == loaded.batch_decode([ids])[0]
     assert (loaded.prompts, loaded.item_noun, loaded.max_length) == (processor.prompts, "film", None)
     assert loaded.answer_token_ids == processor.answer_token_ids
     batches = [one(["ships"], [{"title": "One", "image": picture(1)}], labels=[1]) for one in (processor, loaded)]
@@ -197,6 +271,16 @@ def test_a_language_model_writes_preferences_but_sees_no_pictures(backbone) -> N
         processor.item_summary([{"title": "One", "image": picture(1)}])
 
 
+def test_a_language_model_keeps_its_prompts_when_saved(backbone, tmp_path: Path) -> None:
+    processor = MllmMsrProcessor.from_backbone(str(backbone("language_model")), item_noun="film", max_length=120)
+    processor.save_pretrained(tmp_path)
+    for loaded in (MllmMsrProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert loaded.image_processor is None
+        assert settings_of(loaded) == settings_of(pickle.loads(pickle.dumps(processor)))
+        block = [[{"title": "One", "summary": "red " * 90}]]
+        assert torch.equal(loaded.preference(block)["input_ids"], processor.preference(block)["input_ids"])
+
+
 def test_answers_that_begin_alike_are_refused(backbone) -> None:
     """A template that ends in the middle of a word leaves both answers the same first token."""
     processor = MllmMsrProcessor.from_backbone(str(backbone("language_model")))
@@ -209,6 +293,10 @@ def test_answers_that_begin_alike_are_refused(backbone) -> None:
 
 def test_bad_prompts_are_refused(backbone) -> None:
     path = str(backbone("llava"))
+    good = MllmMsrProcessor.from_backbone(path)
+    good.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        MllmMsrProcessor(good.image_processor, good.tokenizer, "LlavaProcessor")
     with pytest.raises(ValueError, match="unknown prompts"):
         MllmMsrProcessor.from_backbone(path, prompts={"item": "x"})
     twice = MllmMsrProcessor.from_backbone(path, prompts={"item_summary": "{{ image }}{{ image }}"})

@@ -8,34 +8,48 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from mllm_msr.processing.summaries import TextStore, summarize_items, summarize_users
+from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, Text
+from mllm_msr.processing.summaries import assess, summarize_items, summarize_users
+from mllm_msr.processing.text_store import TextStore
 
 
 class Scribe:
-    """An engine that writes down what it was given, and can be told to die or to choke on a title."""
+    """An engine that writes down what it was given, and can be told to die, to choke on a title, or to be gone."""
 
-    batch_size = 4
+    batch_size, generator, revision = 4, "scribe", "1"
 
-    def __init__(self, dies_after: int | None = None, chokes_on: str | None = None, prompt: str = "p1") -> None:
+    def __init__(
+        self, dies_after: int | None = None, chokes_on: str = "", gone_at: str = "", prompt: str = "p1"
+    ) -> None:
         self.asked: list[Any] = []
-        self.dies_after, self.chokes_on, self.prompt = dies_after, chokes_on, prompt
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return {"generator": "scribe", "revision": "1"}
+        self.dies_after, self.chokes_on, self.gone_at, self.prompt = dies_after, chokes_on, gone_at, prompt
+        self.says: dict[tuple[str, bool], Text] = {}  # (title, again) -> another answer than usual
 
     def prompt_hash(self, task: str) -> str:
         return f"{task} {self.prompt}"
 
-    def generate(self, task: str, inputs: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+    def settings(self, task: str) -> str:
+        return ""
+
+    def generate(self, task: str, inputs: Sequence[Mapping[str, Any]], seeds=None, again=False) -> list[Any]:
         if self.dies_after is not None and len(self.asked) >= self.dies_after:
             raise KeyboardInterrupt
         if any(self.chokes_on and one.get("title") == self.chokes_on for one in inputs):
             raise RuntimeError("cannot digest this")
         self.asked += inputs
-        if task == "item_summary":
-            return [(f"{one['title']} {one['image'].size if one['image'] else 'unseen'}", True) for one in inputs]
-        return [(f"[{one['previous'] or ''}{'+'.join(i['summary'] for i in one['items'])}]", True) for one in inputs]
+        return [self.answer(task, one, again) for one in inputs]
+
+    def answer(self, task: str, one: Mapping[str, Any], again: bool) -> Any:
+        if self.gone_at and one.get("title") == self.gone_at:
+            return EngineUnavailable("the server is gone")
+        usual = {
+            "item_summary": lambda: f"{one['title']} {one['image'].size if one['image'] else 'unseen'}",
+            "image_summary": lambda: f"looks {one['image'].size[0]}",
+            "text_summary": lambda: f"is {one['title']}",
+            "fusion": lambda: f"{one['text_summary']} and {one['image_summary']}",
+            "preference": lambda: f"[{one['previous'] or ''}{'+'.join(i['summary'] for i in one['items'])}]",
+        }
+        return self.says.get((one.get("title"), again)) or Text(usual[task](), True)
 
 
 def png(edge: int) -> bytes:
@@ -122,3 +136,149 @@ def test_new_interactions_cost_only_their_own_blocks(tmp_path):
     out = summarize_users(log({"u": 9, "v": 6}), SUMMARIES, other, scribe, TextStore(tmp_path))
     assert len(scribe.asked) == 1
     assert out.filter(user_id="u")["preference"][-1].endswith("6+7+eight]")
+
+
+def test_only_users_with_a_new_block_cost_anything(tmp_path):
+    own = {f"{user}{k}": f"{user} {k}" for user in "uvw" for k in range(9)}
+    rows = [(user, f"{user}{k}", k) for user in "uvw" for k in range(8)]
+    before = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    after = pl.concat([before, pl.DataFrame([("v", "v8", 8)], schema=before.schema, orient="row")])
+    first = summarize_users(before, own, own, Scribe(), TextStore(tmp_path))
+    scribe = Scribe()
+    second = summarize_users(after, own, own, scribe, TextStore(tmp_path))
+    assert [[item["summary"] for item in one["items"]] for one in scribe.asked] == [["v 6", "v 7", "v 8"]]
+    assert second.filter((pl.col("user_id") != "v") | (pl.col("step") < 3)).equals(first)
+
+
+@pytest.mark.parametrize(
+    ("options", "new"),
+    [
+        ({"block_size": 3}, 0),
+        ({"block_size": 2}, 4),
+        ({"recurrent": False}, 1),
+        ({"seed": 1}, 2),
+        ({"batch_size": 9}, 0),
+    ],
+)
+def test_a_changed_parameter_regenerates_what_depends_on_it(tmp_path, options, new):
+    history = log({"u": 8, "v": 3})
+    own = {f"i{k}": f"thing {k}" for k in range(9)}
+    summarize_users(history, own, own, Scribe(), TextStore(tmp_path), SummaryOptions("extractive"))
+    scribe = Scribe()
+    summarize_users(history, own, own, scribe, TextStore(tmp_path), SummaryOptions("extractive", **options))
+    # u and v share their first block; in the direct variant it is, word for word, the recurrent one's
+    assert len(scribe.asked) == new
+
+
+def test_without_recurrence_the_whole_history_is_read_at_once(tmp_path):
+    direct = SummaryOptions("extractive", recurrent=False)
+    out = summarize_users(log({"u": 8}), SUMMARIES, SUMMARIES, Scribe(), TextStore(tmp_path), direct)
+    assert out["preference"].to_list() == ["[0+1+2]", "[0+1+2+3+4+5]"]
+    assert out["read_item_ids"][1].to_list() == [f"i{k}" for k in range(6)]
+
+
+def test_without_images_no_engine_sees_one(tmp_path):
+    out = summarize_items(catalogue(), Scribe(), TextStore(tmp_path), SummaryOptions("extractive", images=False))
+    assert all(text.endswith("unseen") for text in out["summary"])
+
+
+def test_the_three_prompts_describe_a_picture_once_and_fuse_where_there_are_two(tmp_path):
+    same = {"bytes": png(40), "path": None}
+    items = pl.DataFrame(
+        {
+            "item_id": list("abcd"),
+            "title": ["A", "B", "C", ""],
+            "text": ["", "", "", ""],
+            "image": [same, same, None, same],
+        }
+    )
+    scribe = Scribe()
+    out = summarize_items(items, scribe, TextStore(tmp_path), SummaryOptions("extractive", item_prompts="paper"))
+    assert out["summary"].to_list() == ["is A and looks 40", "is B and looks 40", "is C", "looks 40"]
+    assert len([one for one in scribe.asked if "image" in one]) == 1
+    assert len([one for one in scribe.asked if "text_summary" in one]) == 2
+    assert set(out["status"]) == {"ok"}
+    assert out["prompt_hash"].n_unique() == 1
+
+
+def test_an_item_is_as_good_as_the_worst_of_its_parts(tmp_path):
+    scribe = Scribe()
+    scribe.says = {("title 1", False): Text("", True), ("title 1", True): Text("", True)}
+    options = SummaryOptions("extractive", item_prompts="paper")
+    out = summarize_items(catalogue(3), scribe, TextStore(tmp_path), options)
+    assert out.select("summary", "status").rows()[1] == ("looks 41", "suspect:empty")
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "status"),
+    [
+        ("a quiet blue mug", True, "ok"),
+        ("Unfortunately sold out, this mug is blue.", True, "ok"),
+        ("very very good", True, "ok"),
+        (" ", True, "suspect:empty"),
+        ("I'm sorry, I cannot see a picture.", True, "suspect:refused"),
+        ("I cannot provide a description of this", True, "suspect:refused"),
+        ("As an AI language model, I", True, "suspect:refused"),
+        ("red, red and blue red and blue red and blue", True, "suspect:looping"),
+        ("so so so so so so", True, "suspect:looping"),
+        ("a mug of a", False, "suspect:unfinished"),
+    ],
+)
+def test_the_rules_of_a_doubtful_text(text, ended, status):
+    assert assess(text, ended) == status
+
+
+def test_a_doubtful_text_is_asked_for_once_more_and_else_marked(tmp_path):
+    scribe = Scribe()
+    scribe.says = {
+        ("title 1", False): Text("on and on and", False),
+        ("title 2", False): Text("", True),
+        ("title 2", True): Text("I'm sorry, but no", True),
+    }
+    out = summarize_items(catalogue(4), scribe, TextStore(tmp_path))
+    assert out.select("summary", "status").rows()[:3] == [
+        ("title 0 unseen", "ok"),
+        ("title 1 (41, 41)", "ok"),
+        ("", "suspect:empty"),
+    ]
+    assert len(scribe.asked) == 6
+
+
+def test_a_failed_step_leaves_the_preference_as_it_was(tmp_path):
+    class Deaf(Scribe):
+        def answer(self, task, one, again):
+            return (
+                RuntimeError("not this one") if one["items"][0]["summary"] == "3" else super().answer(task, one, again)
+            )
+
+    out = summarize_users(log({"u": 9}), SUMMARIES, SUMMARIES, Deaf(), TextStore(tmp_path))
+    assert out.select("preference", "status").rows() == [
+        ("[0+1+2]", "ok"),
+        ("[0+1+2]", "failed:RuntimeError: not this one"),
+        ("[[0+1+2]6+7+8]", "ok"),
+    ]
+    out = summarize_users(log({"u": 9}), SUMMARIES, SUMMARIES, Scribe(), TextStore(tmp_path))
+    assert out["preference"][-1] == "[[[0+1+2]3+4+5]6+7+8]"
+
+
+def test_a_server_that_is_gone_stops_the_run_and_loses_nothing(tmp_path):
+    with pytest.raises(EngineUnavailable, match="the server is gone"):
+        summarize_items(catalogue(), Scribe(gone_at="title 5"), TextStore(tmp_path))
+    kept = TextStore(tmp_path).rows
+    assert len(kept) >= 3  # at least those of its own batch that were answered
+    assert {status for _, status in kept.values()} == {"ok"}
+    scribe = Scribe()
+    assert set(summarize_items(catalogue(), scribe, TextStore(tmp_path))["status"]) == {"ok"}
+    assert len(scribe.asked) == 10 - len(kept)
+
+
+def test_an_engine_that_never_succeeds_is_not_asked_a_million_times(tmp_path):
+    class Broken(Scribe):
+        def generate(self, task, inputs, seeds=None, again=False):
+            self.asked += inputs
+            raise TypeError("the prompt is wrong")
+
+    scribe = Broken()
+    with pytest.raises(EngineUnavailable, match="all of the first 32 inputs failed:TypeError: the prompt is wrong"):
+        summarize_items(catalogue(60), scribe, TextStore(tmp_path))
+    assert summarize_items(catalogue(60), Scribe(), TextStore(tmp_path))["status"].unique().to_list() == ["ok"]

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from mllm_msr.processing.tables import read_tables
@@ -31,7 +33,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path: Path, kind: str) -> None:
         else:
             table.write_csv(path, separator="\t" if kind == "tsv" else ",")
     raw = read_tables(tmp_path / f"log.{kind}", tmp_path / f"items.{kind}", MAPPING)
-    assert raw.interactions.rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
+    assert raw.interactions.collect().rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
     assert raw.items.rows() == [("7", "Seven", "", str(tmp_path / "7.png"), None), ("8", "Eight", "", None, None)]
     assert {row["what"]: row["count"] for row in raw.skipped} == {
         f"items.{kind}: surplus rows of an item (first one kept)": 1,
@@ -68,6 +70,38 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text(json.dumps({"sku": 7}) + "\n")
     with pytest.raises(ValueError, match=r"items\.jsonl: no column 'name'"):
         read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING)
-    with pytest.raises(ValueError, match="unknown kind of table"):
+    with pytest.raises(ValueError, match=r"neither a file .* nor a folder of a data set"):
         (tmp_path / "log.xls").touch()
         read_tables(tmp_path / "log.xls")
+
+
+def test_a_data_set_is_read_as_load_dataset_reads_it(tmp_path: Path) -> None:
+    image = [{"bytes": png(), "path": "7.png"}, None]
+    items = Dataset.from_dict({"item_id": ["7", "8"], "title": ["Seven", "Eight"], "image": image})
+    items = items.cast_column("image", ImageFeature())
+    (tmp_path / "shop").mkdir()
+    LOG.rename({"who": "user_id", "what": "item_id", "when": "timestamp"}).write_parquet(tmp_path / "shop/log.parquet")
+    items.to_parquet(tmp_path / "shop/items.parquet")
+    (tmp_path / "shop/README.md").write_text(
+        "---\nconfigs:\n- {config_name: log, data_files: log.parquet}\n"
+        "- {config_name: items, data_files: items.parquet}\n---\n"
+    )
+    raw = read_tables("shop?name=log", "shop?name=items&split=train", folder=tmp_path)
+    assert raw.interactions.collect().rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
+    assert raw.items.select("title", "image_bytes").rows() == [("Seven", png()), ("Eight", None)]
+    with pytest.raises(ValueError, match="unknown 'config' after"):
+        read_tables("shop?config=log", folder=tmp_path)
+
+
+def test_json_lines_of_mixed_types_and_bad_lines(tmp_path: Path) -> None:
+    lines = [
+        '{"user_id": 1, "item_id": "a", "timestamp": 5}',
+        "oops",
+        '{"user_id": "u2", "item_id": 3, "timestamp": "7"}',
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"log\.jsonl, row 2: not a JSON object: oops"):
+        read_tables(tmp_path / "log.jsonl")
+    raw = read_tables(tmp_path / "log.jsonl", on_bad_rows="skip")
+    assert raw.interactions.collect().rows() == [("1", "a", 5), ("u2", "3", 7)]
+    assert raw.skipped == [{"what": "log.jsonl: not a JSON object", "count": 1, "examples": ["oops"]}]

@@ -199,7 +199,7 @@ def test_noise_depends_on_every_part() -> None:
     rows=st.lists(st.tuples(st.sampled_from("uvwx"), st.sampled_from("abcdefghij"), st.integers(0, 5)), min_size=3),
     protocol=st.sampled_from(["strict", "paper", "global-cutoff"]),
     negatives=st.sampled_from(["uniform", "popularity", "all"]),
-    min_history=st.integers(1, 3),
+    min_history=st.integers(0, 3),
     n_negatives=st.integers(1, 4),
     seed=st.integers(-3, 3),
 )

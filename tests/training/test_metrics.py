@@ -1,12 +1,13 @@
-"""Every metric against its definition: scikit-learn where it has one, and the mean over all orders of equals."""
+"""Every metric against its definition: scikit-learn, trec_eval, and the mean over all orders of equals."""
 
 import itertools
 import time
 
+import ir_measures
 import numpy as np
 import polars as pl
 import pytest
-from sklearn.metrics import ndcg_score, roc_auc_score
+from sklearn.metrics import average_precision_score, ndcg_score, roc_auc_score
 
 from mllm_msr.training import metrics
 
@@ -32,6 +33,7 @@ def expectation(labels: list[int], scores: list[float]) -> dict[str, float]:
                 **{f"hr@{k}": float(first <= k) for k in (1, 5, 10)},
                 "mrr@5": 1 / first if first <= 5 else 0.0,
                 "ndcg@5": (gains * hits)[:5].sum() / gains[: min(hits.sum(), 5)].sum(),
+                "map": (np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits == 1].mean(),
             }
         )
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -67,6 +69,71 @@ def test_equals_scikit_learn(levels):
     assert result["ndcg@5"]["value"] == pytest.approx(np.mean([ndcg_score([y], [s], k=5) for y, s in lists]))
 
 
+def trec(users: list[str], labels: list[int], scores: list[float]) -> dict[str, float]:
+    """The metrics of trec_eval, which knows no ties."""
+    items = [f"d{i}" for i in range(len(users))]
+    judged = [ir_measures.Qrel(u, i, label) for u, i, label in zip(users, items, labels, strict=True)]
+    ranked = [ir_measures.ScoredDoc(u, i, score) for u, i, score in zip(users, items, scores, strict=True)]
+    wanted = {
+        **{f"hr@{k}": ir_measures.Success @ k for k in (1, 5, 10)},
+        "mrr@5": ir_measures.RR @ 5,
+        "ndcg@5": ir_measures.nDCG @ 5,
+        "map": ir_measures.AP,
+    }
+    found = ir_measures.calc_aggregate(list(wanted.values()), judged, ranked)
+    return {name: found[measure] for name, measure in wanted.items()}
+
+
+def ranks(size: int, positives: list[int]) -> tuple[list[int], list[float]]:
+    return [int(i in positives) for i in range(size)], [float(size - i) for i in range(size)]
+
+
+ADVERSARIAL = {
+    "positive last of many": ranks(300, [299]),
+    "positive just beyond the cut": ranks(21, [5]),
+    "positive just within the cut": ranks(21, [4]),
+    "more positives than places": ranks(12, list(range(2, 12))),
+    "positives first and last": ranks(40, [0, 39]),
+    "two candidates": ranks(2, [1]),
+    "huge and tiny scores": ([0, 1, 0, 0, 1], [1e30, 1e-30, -1e30, -1e-30, 3.0]),
+    "negative scores": ([1, 0, 0], [-3.0, -2.0, -1.0]),
+    "next to equal": ([0, 1, 0], [np.nextafter(np.float32(1), np.float32(2)), 1.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_lists_equal_trec_eval_and_scikit_learn(name):
+    labels, scores = ADVERSARIAL[name]
+    result = metrics.ranking_metrics(["u"] * len(labels), labels, scores, n_bootstrap=2)
+    order = np.argsort(np.argsort(scores)).astype(float).tolist()  # trec_eval reads scores in single precision
+    for metric, value in trec(["u"] * len(labels), labels, order).items():
+        assert result[metric]["value"] == pytest.approx(value, abs=1e-9), metric
+    assert result["auc"]["value"] == pytest.approx(roc_auc_score(labels, scores))
+    assert result["auc_user"]["value"] == pytest.approx(roc_auc_score(labels, scores))
+    assert result["map"]["value"] == pytest.approx(average_precision_score(labels, scores))
+
+
+def test_equals_trec_eval_on_lists_of_any_length_with_any_number_of_positives():
+    users, labels, scores = [], [], []
+    for user in range(60):
+        size = int(RNG.integers(2, 60))
+        own = (RNG.random(size) < RNG.random()).astype(int)
+        own[:2] = 1, 0
+        users += [f"u{user}"] * size
+        labels += own.tolist()
+        scores += RNG.permutation(size).astype(float).tolist()
+    result = metrics.ranking_metrics(users, labels, scores, n_bootstrap=2)
+    for metric, value in trec(users, labels, scores).items():
+        assert result[metric]["value"] == pytest.approx(value, abs=1e-9), metric
+
+
+def test_infinite_scores_are_ranked():
+    inf = float("inf")
+    row = metrics.per_user_metrics(["x"] * 4, [0, 1, 0, 0], [-inf, inf, 0.0, inf]).row(0, named=True)
+    assert row["hr@1"] == 0.5 and row["map"] == pytest.approx(0.75) and row["auc_user"] == pytest.approx(2.5 / 3)
+    assert metrics.auc([1, 0], [0.0, -0.0]) == 0.5  # equal numbers, however written
+
+
 def test_single_list_functions_agree_with_the_table():
     labels, scores = [0, 1, 0, 1, 0, 0], [3.0, 2.0, 2.0, 1.0, 1.0, 0.0]
     row = metrics.per_user_metrics(["x"] * 6, labels, scores).row(0, named=True)
@@ -74,6 +141,7 @@ def test_single_list_functions_agree_with_the_table():
     assert metrics.hit_rate(labels, scores, 5) == row["hr@5"]
     assert metrics.reciprocal_rank(labels, scores, 5) == row["mrr@5"]
     assert metrics.ndcg(labels, scores, 5) == row["ndcg@5"]
+    assert metrics.average_precision(labels, scores) == row["map"]
     assert metrics.hit_rate(labels, scores, 2) == 0.5
 
 
@@ -174,3 +242,36 @@ def test_many_users_take_the_fast_path_with_the_same_interval():
     for name in metrics.METRICS:
         assert fast[name]["value"] == pytest.approx(resampled[name]["value"], abs=1e-4)
         assert fast[name]["ci95"] == pytest.approx(resampled[name]["ci95"], abs=6e-4)
+
+
+def test_paired_differences_are_those_of_the_metrics_and_see_what_separate_intervals_do_not():
+    users, labels = np.repeat(np.arange(300), 11), np.tile([1] + [0] * 10, 300)
+    shared = RNG.normal(size=3300) + labels
+    ours, theirs = shared + 0.1 * labels, shared
+    table = metrics.paired_differences(users, labels, ours, theirs, n_bootstrap=400)
+    a, b = (metrics.ranking_metrics(users, labels, scores, n_bootstrap=400) for scores in (ours, theirs))
+    for name in metrics.METRICS:
+        assert table[name]["difference"] == pytest.approx(a[name]["value"] - b[name]["value"], abs=1e-12)
+    assert table["auc"]["ci95"][0] > 0 and table["auc"]["p"] < 0.01
+    assert b["auc"]["ci95"][1] > a["auc"]["ci95"][0]  # the separate intervals overlap
+    reverse = metrics.paired_differences(users, labels, theirs, ours, n_bootstrap=400)
+    assert reverse["map"]["difference"] == -table["map"]["difference"] and reverse["map"]["p"] == table["map"]["p"]
+
+
+def test_equal_rankers_do_not_differ_and_chance_rejects_at_its_rate():
+    users, labels = np.repeat(np.arange(100), 6), np.tile([1, 0, 0, 0, 0, 0], 100)
+    same = metrics.paired_differences(users, labels, labels * 1.0, labels * 2.0, n_bootstrap=50)
+    assert all(one == {"difference": 0.0, "ci95": [0.0, 0.0], "p": 1.0} for one in same.values())
+    rejected = 0
+    for trial in range(100):
+        rng = np.random.default_rng(trial)
+        table = metrics.paired_differences(users, labels, rng.normal(size=600), rng.normal(size=600), 200, trial)
+        rejected += table["auc_user"]["p"] < 0.05
+    assert rejected <= 14  # 5 are expected; more than 14 has odds below 1 : 1000
+
+
+def test_normal_limit_of_the_paired_bootstrap():
+    values = RNG.normal(0.01, 1.0, size=(metrics.NORMAL_FROM, 1))
+    fast = np.quantile(metrics.resampled_means(values, 1000, 0), [0.025, 0.975])
+    slow = np.quantile(metrics.resampled_means(values[:-1], 1000, 0), [0.025, 0.975])
+    assert fast == pytest.approx(slow, abs=6e-4)

@@ -19,6 +19,9 @@ from mllm_msr.training.collator import AnswerCollator, ItemTable
 from mllm_msr.training.tables import load_table
 
 SCRIPT = Path(sft.__file__)
+PROMPT = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text("utf-8"))["prompts"][
+    "recommendation"
+]
 
 
 def flags(run, output: Path, **more):
@@ -65,7 +68,7 @@ def test_a_missing_table_says_what_to_do(small_run, tmp_path):
 
 
 def test_lora_moves_the_language_model_and_nothing_else(small_run, tmp_path):
-    trainer = sft.main(*sft.parse([], **flags(small_run, tmp_path)))
+    trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path)))
     sft.save_recommender(trainer, tmp_path / "model")
     before = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), dtype=torch.float32).state_dict()
     after = MllmMsrForRecommendation.from_pretrained(tmp_path / "model").state_dict()
@@ -82,7 +85,7 @@ def test_lora_moves_the_language_model_and_nothing_else(small_run, tmp_path):
 
 
 def test_full_fine_tuning_moves_every_language_weight(small_run, tmp_path):
-    trainer = sft.main(*sft.parse([], **flags(small_run, tmp_path, use_peft=False, save_strategy="no")))
+    trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path, use_peft=False, save_strategy="no")))
     before = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), dtype=torch.float32).state_dict()
     after = trainer.model.state_dict()
     still = {name for name in before if torch.equal(before[name], after[name].cpu())}
@@ -90,14 +93,14 @@ def test_full_fine_tuning_moves_every_language_weight(small_run, tmp_path):
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(small_run, tmp_path):
-    whole = sft.main(*sft.parse([], **flags(small_run, tmp_path / "whole")))
-    sft.main(*sft.parse([], **flags(small_run, tmp_path / "cut")))
+    whole = sft.train(*sft.parse([], **flags(small_run, tmp_path / "whole")))
+    sft.train(*sft.parse([], **flags(small_run, tmp_path / "cut")))
     shutil.rmtree(tmp_path / "cut/checkpoint-4")
     torn = tmp_path / "cut/checkpoint-3"  # killed while it was written
     shutil.copytree(tmp_path / "cut/checkpoint-2", torn)
     (torn / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
     assert sft.last_checkpoint(tmp_path / "cut") == str(tmp_path / "cut/checkpoint-2")
-    resumed = sft.main(*sft.parse([], **flags(small_run, tmp_path / "cut")))
+    resumed = sft.train(*sft.parse([], **flags(small_run, tmp_path / "cut")))
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert resumed.state.log_history[-1]["step"] == 4
@@ -112,7 +115,9 @@ def test_accelerate_launch_with_a_recipe(small_run, tmp_path):
     command += ["--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-4"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+    trained = MllmMsrForRecommendation.from_pretrained(tmp_path / "out")
+    assert trained.config.backbone_name_or_path is None
+    assert MllmMsrProcessor.from_pretrained(tmp_path / "out").prompts["recommendation"] == PROMPT
 
 
 def test_an_unknown_flag_in_a_recipe_is_named(small_run, tmp_path):

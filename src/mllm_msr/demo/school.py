@@ -77,8 +77,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build(vocab_size: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    tokenizer = build_tokenizer(vocab_size)
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -106,13 +105,17 @@ def build(vocab_size: int) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(["<image>"])[0],
+        image_token_index=tokenizer.get_vocab()["<image>"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
     config.initializer_range = INIT
-    processor = LlavaProcessor(
+    return LlavaForConditionalGeneration(config)
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": IMAGE_EDGE}, crop_size={"height": IMAGE_EDGE, "width": IMAGE_EDGE}
         ),
@@ -122,7 +125,6 @@ def build(vocab_size: int) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    return LlavaForConditionalGeneration(config), processor
 
 
 def word_list(rng: np.random.Generator, item: DrawnItem, progress: float) -> list[str]:
@@ -277,7 +279,8 @@ def lessons_by_length(
 
 def teach(steps: int, seed: int, output: Path, vocab_size: int, batch_size: int, pictures: int) -> None:
     torch.manual_seed(seed)
-    model, processor = build(vocab_size)
+    processor = build_processor(build_tokenizer(vocab_size))
+    model = build_model(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     items, pixels = gallery(pictures, seed + 1, processor)
     print(f"drew {len(items)} pictures of {SIZE} pixels about {len(TOPICS)} topics", flush=True)

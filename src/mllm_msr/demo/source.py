@@ -30,7 +30,7 @@ def read_demo(seed: int = 7, n_users: int = 400, n_items: int = 360) -> RawData:
         "image_bytes": pl.Binary,
     }
     return RawData(
-        interactions=pl.DataFrame(rows, schema=schema, orient="row"),
+        interactions=pl.LazyFrame(rows, schema=schema, orient="row"),
         items=pl.DataFrame(items, schema=item_schema, orient="row"),
         skipped=[],
     )

@@ -213,6 +213,8 @@ def random_item(rng: np.random.Generator, item_id: str) -> DrawnItem:
 
 def make_world(seed: int, n_users: int = 400, n_items: int = 360, min_length: int = 11, max_length: int = 20) -> World:
     """Draw a catalogue and let every user choose, without repetition, by softmax of taste plus popularity."""
+    if n_items <= max_length:
+        raise ValueError(f"{n_items} items are too few for histories of up to {max_length} without repetition")
     rng = np.random.default_rng(seed)
     items = [random_item(rng, f"i{index:04d}") for index in range(n_items)]
     popularity = rng.normal(0.0, POPULARITY, n_items)

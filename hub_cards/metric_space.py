@@ -1,0 +1,60 @@
+"""The metric Space: `ranking_metrics` as a module of `evaluate`.
+
+In the Space, the import of the metrics below is replaced by their source, so that one file is all there is.
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+
+from mllm_msr.training.metrics import ranking_metrics
+
+DESCRIPTION = """\
+Ranking metrics of a recommender that scores candidates of users: pooled AUC, AUC per user, HR@1, HR@5, HR@10, MRR@5,
+NDCG@5 and MAP, each with a 95 % bootstrap interval over users. Per user first, then the mean; candidates with equal
+scores count by their expectation over all their orders, so a constant score gets what guessing gets.
+"""
+INPUTS = """\
+Args:
+    predictions: scores of user-candidate pairs, higher is better.
+    references: 1 for what the user chose, else 0.
+    user_ids: whose pair it is.
+    n_bootstrap: resamples of users (1000).
+    seed: of the resampling (0).
+
+Returns:
+    `{"auc": float, "auc_ci95": [low, high], "hr@5": ..., ...}`.
+
+Example:
+    >>> metric = evaluate.load("ranking_metrics")
+    >>> metric.compute(predictions=[0.9, 0.1, 0.3, 0.4], references=[1, 0, 1, 0], user_ids=["a", "a", "b", "b"])["hr@1"]
+    0.5
+"""
+CITATION = "@inproceedings{ye2025harnessing, title = {Harnessing Multimodal Large Language Models for Multimodal \
+Sequential Recommendation}, author = {Ye, Yuyang and others}, booktitle = {AAAI}, year = {2025}}"
+
+
+class RankingMetrics(evaluate.Metric):
+    """`evaluate.load("org/ranking_metrics")`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        pair = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features({**pair, "user_ids": datasets.Value("string")}),
+        )
+
+    def _compute(
+        self,
+        predictions: list[float],
+        references: list[int],
+        user_ids: list[str],
+        n_bootstrap: int = 1000,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        found = ranking_metrics(user_ids, references, predictions, n_bootstrap=n_bootstrap, seed=seed)
+        values = {name: result["value"] for name, result in found.items()}
+        return values | {f"{name}_ci95": result["ci95"] for name, result in found.items()}

@@ -1,0 +1,337 @@
+"""Send a run to the Hub: one commit a repository, and the tag, which marks the release, once all commits are in.
+
+Everything large is uploaded before the first commit; new repositories are private until the last tag is set. So a
+release that was interrupted anywhere is not to be seen by whoever pins the tag, and repeating the command completes it.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_session
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import hf_raise_for_status
+from huggingface_hub.utils.sha import git_hash
+
+from mllm_msr.hub_cards.cards import TAGS, read_facts
+from mllm_msr.hub_cards.publishing import build_hub, repo_ids
+from mllm_msr.hub_cards.spaces import SPACE_SDKS, build_spaces
+from mllm_msr.hub_cards.terms import warnings
+
+REPO_TYPES = {
+    "dataset": "dataset",
+    "metric": "space",
+    "space": "space",
+    "model": "model",
+}  # the model speaks of the rest
+MADE_BY_THE_HUB = {".gitattributes", "README.md"}  # in a repository that nobody has used yet
+T = TypeVar("T")
+
+
+@dataclass
+class Repository:
+    """One repository of a release, and the folder that it shall be."""
+
+    part: str
+    repo_id: str
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.repo_type: Any = REPO_TYPES[self.part]
+        self.name: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type}
+        self.files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        self.revision = "main"
+        self._hashed: list[CommitOperationAdd] = []
+
+    def additions(self) -> list[CommitOperationAdd]:
+        """Every file, hashed once; as copies, since the client notes on them how far it has come."""
+        if not self._hashed:
+            self._hashed = [CommitOperationAdd(self.path(file), str(file)) for file in self.files]
+        return [copy.copy(one) for one in self._hashed]
+
+    def path(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
+
+def plan(
+    run: Path, namespace: str, tag: str | None = None, parts: tuple[str, ...] = (), **choices: bool
+) -> list[Repository]:
+    """The repositories of a release, their folders built; all of them unless ``parts`` names some.
+
+    ``choices`` are the ``images`` and ``anonymise`` of :func:`build_hub`.
+    """
+    ids = repo_ids(Path(run), namespace)
+    wanted = parts or tuple(REPO_TYPES)
+    folders = build_hub(run, namespace, tag, **choices) if {"model", "dataset"} & set(wanted) else {}
+    if {"metric", "space"} & set(wanted):
+        folders |= build_spaces(run, ids, tag)
+    return [Repository(part, ids[part], folders[part]) for part in REPO_TYPES if part in wanted]
+
+
+def publish(
+    run: Path,
+    namespace: str,
+    dry_run: bool = True,
+    parts: tuple[str, ...] = (),
+    collection: bool = False,
+    public: bool = False,
+    create_pr: bool = False,
+    tag: str | None = None,
+    api: HfApi | None = None,
+    tries: int = 6,
+    **choices: bool,
+) -> dict[str, str]:
+    """Show what a release would send and, unless ``dry_run``, send it; return each repository's commit, by part.
+
+    Unchanged files are not sent again, files that the release no longer has are deleted, a head that moves meanwhile
+    is read again, and repeating after any failure is safe. Credentials come from the environment or the Hub login.
+
+    Args:
+        parts: of "model", "dataset", "metric" and "space"; all by default.
+        collection: also gather them in a collection named for the run and the tag.
+        public: make the repositories public, once all are whole; new ones are private otherwise.
+        create_pr: propose the changes as one pull request a repository, with neither tags nor collection.
+        tag: names the release in every repository.
+
+    Raises:
+        RuntimeError: the Hub refuses; the message has the remedy.
+        ValueError: the Hub finds a card invalid; nothing has been sent then.
+    """
+    run = Path(run)
+    repositories = plan(run, namespace, tag, parts, **choices)
+    for repository in repositories:
+        _show(repository, public)
+    for warning in warnings(read_facts(run), public):
+        print(f"warning: {warning}")
+    if dry_run:
+        print("dry run: nothing was sent")
+        return {}
+    api = api or HfApi()
+    with _explained(api, namespace):
+
+        def patiently(work: Callable[..., T], *arguments: Any) -> T:
+            return _patiently(lambda: work(api, *arguments), tries)
+
+        patiently(_check_login, namespace, create_pr)
+        for repository in repositories:
+            patiently(_check_card, repository)
+        for repository in repositories:
+            patiently(_open, repository, tag, create_pr)
+        for repository in repositories:
+            patiently(_upload, repository, create_pr)
+        commits = {one.part: patiently(_commit, one, tag, create_pr) for one in repositories}
+        if not create_pr:
+            for repository in repositories:
+                if tag:
+                    patiently(_tag, repository, commits[repository.part], tag)
+            for repository in repositories:
+                if public:
+                    patiently(_make_public, repository)
+            if collection:
+                patiently(_collect, f"{read_facts(run)['recipe'].get('name') or run.name} {tag or ''}".strip()[:59],
+                          namespace, repositories, public)  # fmt: skip
+    for repository in repositories:
+        print(f"{repository.repo_id} ({repository.part}): {commits[repository.part]}")
+    return commits
+
+
+def _check_login(api: HfApi, namespace: str, create_pr: bool) -> None:
+    me = api.whoami()
+    token = me.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read" and not create_pr:
+        raise RuntimeError(f"the token of {me['name']!r} may only read: make one with write access, `hf auth login`")
+    known = [me["name"], *(one["name"] for one in me.get("orgs", []))]
+    if namespace not in known and not create_pr:
+        raise RuntimeError(
+            f"{me['name']!r} may not write to {namespace!r}: choose --namespace among {', '.join(known)}, or propose "
+            "the release with --create-pr"
+        )
+
+
+def _check_card(api: HfApi, repository: Repository) -> None:
+    """The Hub's own check, of all cards before anything is sent."""
+    card = (repository.folder / "README.md").read_text(encoding="utf-8")
+    asked = {"content": card, "repoType": repository.repo_type}
+    reply = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
+    if reply.status_code == 400:
+        found = "; ".join(one["message"] for one in reply.json().get("errors", []))
+        raise ValueError(f"the Hub finds the card of {repository.repo_id} invalid: {found or reply.text}")
+    hf_raise_for_status(reply)
+
+
+def _open(api: HfApi, repository: Repository, tag: str | None, create_pr: bool) -> None:
+    """Make the repository unless it exists; refuse one that is another's, or a tag that is taken."""
+    if not create_pr or not api.repo_exists(**repository.name):
+        sdk = SPACE_SDKS.get(repository.part)
+        api.create_repo(**repository.name, private=True, exist_ok=True, space_sdk=sdk)
+    head = _head(api, repository)
+    there = {one.path for one in _tree(api, repository, head)}
+    if there - MADE_BY_THE_HUB and not _is_ours(api, repository, head):
+        raise RuntimeError(
+            f"the name {repository.repo_id} is taken by a {repository.repo_type} that is no release of mllm-msr, and "
+            "would be overwritten: rename or delete that, or give the recipe another `name`"
+        )
+    refs = {one.name: one.target_commit for one in api.list_repo_refs(**repository.name).tags}
+    if tag in refs and not create_pr and (refs[tag] != head or _changes(api, repository, head)):
+        raise RuntimeError(
+            f"{repository.repo_id}: tag {tag!r} already names another release, {refs[tag][:8]}: choose a new --tag"
+        )
+
+
+def _is_ours(api: HfApi, repository: Repository, head: str) -> bool:
+    try:
+        path = api.hf_hub_download(**repository.name, filename="README.md", revision=head)
+        return TAGS[0] in (RepoCard.load(path, ignore_metadata_errors=True).data.get("tags") or [])
+    except (RemoteEntryNotFoundError, ValueError):
+        return False
+
+
+def _head(api: HfApi, repository: Repository) -> str:
+    return api.repo_info(**repository.name, revision=repository.revision).sha or ""
+
+
+def _tree(api: HfApi, repository: Repository, head: str) -> Iterator[RepoFile]:
+    tree = api.list_repo_tree(**repository.name, recursive=True, revision=head)
+    return (one for one in tree if isinstance(one, RepoFile))
+
+
+def _changes(
+    api: HfApi, repository: Repository, head: str
+) -> list[CommitOperationAdd | CommitOperationDelete]:  # fmt: skip
+    """What makes ``head`` equal to the folder: nothing, if it already is."""
+    there = {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in _tree(api, repository, head)}
+    there.pop(".gitattributes", None)
+    changes: list[CommitOperationAdd | CommitOperationDelete] = []
+    for file, addition in zip(repository.files, repository.additions(), strict=True):
+        known = there.pop(addition.path_in_repo, "")
+        sha256 = addition.upload_info.sha256.hex()
+        if known != sha256 and not (len(known) == 40 and known == git_hash(file.read_bytes())):
+            changes.append(addition)
+    return changes + [CommitOperationDelete(path) for path in sorted(there)]
+
+
+def _upload(api: HfApi, repository: Repository, create_pr: bool) -> None:
+    """Send the content of large files, which no commit names yet."""
+    changes = _changes(api, repository, _head(api, repository))
+    additions = [one for one in changes if isinstance(one, CommitOperationAdd)]
+    if additions:
+        api.preupload_lfs_files(**repository.name, additions=additions, create_pr=create_pr)
+
+
+def _commit(api: HfApi, repository: Repository, tag: str | None, create_pr: bool) -> str:
+    """One commit that makes the repository equal to the folder, on the head that is read now; none if it is so.
+
+    A pull request that an earlier try has opened is found again by its title, so that there is never a second one.
+    """
+    title = f"Release {tag}" if tag else "Release"
+    opens = create_pr
+    if create_pr:
+        for one in api.get_repo_discussions(**repository.name, discussion_type="pull_request"):
+            if one.title == title and one.status in ("open", "draft"):
+                repository.revision, opens = one.git_reference or "main", False
+    head = _head(api, repository)
+    changes = _changes(api, repository, head)
+    if not changes:
+        return head
+    pinned: dict[str, Any] = {"create_pr": True} if opens else {"revision": repository.revision}
+    return api.create_commit(
+        **repository.name, operations=changes, commit_message=title, parent_commit=head, **pinned
+    ).oid
+
+
+def _tag(api: HfApi, repository: Repository, commit: str, tag: str) -> None:
+    if tag not in {one.name for one in api.list_repo_refs(**repository.name).tags}:
+        api.create_tag(**repository.name, tag=tag, revision=commit)
+
+
+def _make_public(api: HfApi, repository: Repository) -> None:
+    if api.repo_info(**repository.name).private:
+        api.update_repo_settings(**repository.name, private=False)
+
+
+def _collect(api: HfApi, title: str, namespace: str, repositories: list[Repository], public: bool) -> None:
+    found = api.create_collection(title, namespace=namespace, private=not public, exists_ok=True)
+    for repository in repositories:
+        api.add_collection_item(found.slug, repository.repo_id, repository.repo_type, exists_ok=True)
+    print(f"collection {found.slug}")
+
+
+def _patiently(work: Callable[[], T], tries: int) -> T:
+    """Do ``work``, again after a stale head, a 5xx or a lost reply; it must be safe to repeat."""
+    for attempt in range(tries):
+        try:
+            return work()
+        except (HTTPError, ConnectionError) as error:  # the latter from the upload of large files
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+            if attempt == tries - 1 or (status < 500 and status not in (408, 412, 429)):
+                raise
+            time.sleep(min(2**attempt, 8))
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _explained(api: HfApi, namespace: str) -> Iterator[None]:
+    """Errors of the Hub as one sentence that says what to do."""
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise RuntimeError("not logged in to the Hub: run `hf auth login` or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        raise RuntimeError(_remedy(error, namespace)) from error
+    except RuntimeError as error:  # an upload that failed says why in its cause
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            raise
+        raise RuntimeError(_remedy(error.__cause__, namespace)) from error
+    except (HTTPError, ConnectionError) as error:
+        raise RuntimeError(f"the Hub at {api.endpoint} cannot be reached ({error}); try again, it is safe") from error
+
+
+def _remedy(error: HfHubHTTPError, namespace: str) -> str:
+    status, said = error.response.status_code, str(error.server_message or error)
+    remedies = {
+        401: "the Hub does not accept the token: run `hf auth login` or set HF_TOKEN",
+        402: "the account's plan does not allow this; see its billing page",
+        403: f"this login may not write to {namespace!r}: use a token with write access, or another --namespace",
+        409: "the name is taken by a repository this login cannot write to",
+        413: "the account's storage quota is used up: free some space or buy more, then repeat",
+        429: "the Hub asks to slow down: try again later, it is safe",
+    }
+    if any(word in said.lower() for word in ("quota", "storage limit", "out of storage")):
+        status = 413
+    elif isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        status = 403
+    return f"{remedies.get(status, 'the Hub refused; repeating is safe')} ({error.response.status_code}: {said})"
+
+
+def _show(repository: Repository, public: bool) -> None:
+    sizes = {repository.path(file): file.stat().st_size for file in repository.files}
+    seen = "public" if public else "private"
+    print(f"\n{repository.part} {repository.repo_id} ({seen}): {len(sizes)} files, {_size(sum(sizes.values()))}")
+    for path, size in sizes.items():
+        print(f"  {_size(size):>10}  {path}")
+    text = (repository.folder / "README.md").read_text(encoding="utf-8")
+    print("  card:", *(f"    | {line}" for line in text.strip().splitlines()), sep="\n")
+
+
+def _size(count: float) -> str:
+    """
+    >>> _size(512), _size(2_500_000)
+    ('512 B', '2.5 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

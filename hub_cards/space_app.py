@@ -1,0 +1,196 @@
+"""The demo: a taste becomes words block by block, and words rank candidates.
+
+This one file is the app of the Space, where ``space.json`` beside it names the model and the data set; and of
+``mllm-msr demo --serve``, which hands it two folders. It needs the model's own code only, none of the package.
+"""
+
+import html
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from datasets import load_dataset
+from PIL import Image
+from transformers import pipeline
+
+SHELF = 48  # items to click
+N_CANDIDATES = 20
+N_USERS = 200  # in the list
+TILES: dict[str, Any] = {"columns": 5, "allow_preview": False, "show_label": False, "buttons": []}
+CSS = """
+.step { border-left: 4px solid #8b5cf6; padding: .2rem .8rem; margin: .6rem 0 }
+.step small, .unwritten { opacity: .7 }
+"""
+
+
+class Demo:
+    """A model and the data set it was trained on, as published.
+
+    Args:
+        model: repository or folder of the model.
+        dataset: repository or folder of the data set.
+        revision: release of both; None for folders.
+        block_size: items condensed at a time.
+    """
+
+    def __init__(self, model: str, dataset: str, revision: str | None, block_size: int) -> None:
+        self.block_size = block_size
+        pinned: dict[str, Any] = {"revision": revision} if revision else {}
+        task: Any = "sequential-recommendation"
+        self.pipe: Any = pipeline(task, model=model, trust_remote_code=True, **pinned)
+
+        def table(name: str, split: str = "train") -> Any:
+            return load_dataset(dataset, name, split=split, **pinned)
+
+        items = table("items")
+        self.place = {item: row for row, item in enumerate(items["item_id"])}
+        self.items = items
+        self.summary = {row["item_id"]: row["summary"] for row in table("item_summaries")}
+        self.tasks = {row["user_id"]: row for row in table("tasks", "test")}
+        self.steps: dict[str, list[str]] = {user: [] for user in self.tasks}
+        for row in sorted(table("preferences"), key=lambda row: row["step"]):
+            if row["user_id"] in self.steps:
+                self.steps[row["user_id"]].append(row["preference"])
+        self.users = [(f"user {number}", user) for number, user in enumerate(list(self.tasks)[:N_USERS], 1)]
+        self.shelf = random.Random(0).sample(list(self.place), min(SHELF, len(self.place)))
+
+    def item(self, name: str) -> dict[str, Any]:
+        row = self.items[self.place[name]]
+        return {"title": row["title"], "text": row["text"], "image": row["image"]}
+
+    def tiles(self, names: list[str]) -> list[tuple[Image.Image, str]]:
+        """Pictures with titles; a grey one where the data set has none."""
+        rows = [self.item(name) for name in names]
+        return [(row["image"] or Image.new("RGB", (96, 96), "#ddd"), row["title"]) for row in rows]
+
+    def written(self, user: str) -> tuple[list[str], list[str]]:
+        """A user's history, and the preference after each block of it."""
+        history = self.tasks[user]["history"]
+        return history, self.steps[user][: len(history) // self.block_size]
+
+    def write(self, history: list[str]) -> Iterator[list[str]]:
+        """The preferences of a new history, one block after the other, as they are being written."""
+        steps: list[str] = []
+        for start in range(0, len(history), self.block_size):
+            block = history[start : start + self.block_size]
+            described = [{"title": self.item(name)["title"], "summary": self.summary.get(name, "")} for name in block]
+            batch = self.pipe.processor.preference([described], [steps[-1] if steps else ""]).to(self.pipe.model.device)
+            with torch.inference_mode():
+                ids = self.pipe.model.generate(**batch, max_new_tokens=64, do_sample=False)
+            text = self.pipe.processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+            steps.append(text.strip())
+            yield steps
+
+    def candidates(self, user: str | None, history: list[str]) -> tuple[list[str], set[str]]:
+        """A user's frozen candidates and what they chose; for a new history, unseen items and nothing."""
+        if user:
+            task = self.tasks[user]
+            chosen = {name for name, label in zip(task["candidates"], task["labels"], strict=True) if label}
+            return task["candidates"], chosen
+        unseen = sorted(set(self.place) - set(history))
+        return random.Random(1).sample(unseen, min(N_CANDIDATES, len(unseen))), set()
+
+    def rank(
+        self, user: str | None, history: list[str], steps: list[str], image: bool, text: bool
+    ) -> list[tuple[Image.Image, str]]:
+        """The candidates, best first, with score; the model is shown their pictures and words as it is told to."""
+        names, chosen = self.candidates(user, history)
+        shown = []
+        for name in names:
+            whole = self.item(name)
+            words = {"title": whole["title"], "text": whole["text"]} if text else {"title": "", "text": ""}
+            shown.append({"name": name, **words, "image": whole["image"] if image else None})
+        rest = history[len(steps) * self.block_size :]
+        request = {
+            "preference": steps[-1] if steps else "",
+            "recent": [{"summary": self.summary.get(name, "")} for name in rest],
+            "candidates": shown,
+        }
+        ranked = self.pipe(request)
+        tiles = self.tiles([one["name"] for one in ranked])
+        return [
+            (picture, f"{'★ ' if one['name'] in chosen else ''}{place}. {one['score']:.2f} {title}")
+            for place, ((picture, title), one) in enumerate(zip(tiles, ranked, strict=True), 1)
+        ]
+
+
+def evolution(titles: list[str], steps: list[str], block_size: int) -> str:
+    """The preference after each block, as HTML; texts come from models and catalogues, so they are escaped."""
+    if not steps:
+        return '<p class="unwritten">No block is whole yet.</p>'
+    blocks = []
+    for number, text in enumerate(steps):
+        read = ", ".join(titles[number * block_size : (number + 1) * block_size])
+        blocks.append(
+            f'<div class="step"><small>{number + 1}. after {html.escape(read)}</small><br>{html.escape(text)}</div>'
+        )
+    return "".join(blocks)
+
+
+def build_app(demo: Demo, noun: str, name: str) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="MLLM-MSR") as app:
+        user, history, steps = gr.State(None), gr.State([]), gr.State([])
+        gr.Markdown(f"# From a history to a ranking\n{name}")
+        with gr.Row():
+            with gr.Column():
+                who = gr.Dropdown(demo.users, value=None, label="Choose a user", elem_id="who")
+                gr.Markdown(f"or click {noun}s, one after the other, to make a history of your own")
+                shelf = gr.Gallery(demo.tiles(demo.shelf), elem_id="shelf", height=340, **TILES)
+                clear = gr.Button("Start again", elem_id="clear")
+            with gr.Column():
+                gr.Markdown("### The history, oldest first")
+                past = gr.Gallery(elem_id="past", height=230, **TILES)
+                gr.Markdown(f"### The preference, after every {demo.block_size} {noun}s")
+                words = gr.HTML(evolution([], [], demo.block_size), elem_id="words")
+        gr.Markdown("### Candidates, best first, with score (★: what this user really chose)")
+        with gr.Row():
+            image = gr.Checkbox(True, label="the model sees pictures", elem_id="image")
+            text = gr.Checkbox(True, label="the model reads titles and texts", elem_id="text")
+        ranking = gr.Gallery(elem_id="ranking", height=560, **{**TILES, "columns": 7})
+
+        def page(user: str | None, history: list[str], steps: list[str], image: bool, text: bool) -> tuple:
+            titles = [demo.item(one)["title"] for one in history]
+            ranked = demo.rank(user, history, steps, image, text) if history else []
+            return user, history, steps, demo.tiles(history), evolution(titles, steps, demo.block_size), ranked
+
+        def choose(user: str | None, image: bool, text: bool) -> tuple:
+            return page(user, *(demo.written(user) if user else ([], [])), image, text)
+
+        def add(
+            user: str | None, history: list[str], image: bool, text: bool, clicked: gr.SelectData
+        ) -> Iterator[tuple]:
+            history = [*([] if user else history), demo.shelf[clicked.index]]
+            whole = history[: len(history) // demo.block_size * demo.block_size]
+            steps: list[str] = []
+            for steps in demo.write(whole):
+                titles = [demo.item(one)["title"] for one in history]
+                yield None, history, steps, demo.tiles(history), evolution(titles, steps, demo.block_size), gr.skip()
+            yield page(None, history, steps, image, text)
+
+        everything = [user, history, steps, past, words, ranking]
+        who.input(choose, [who, image, text], everything)
+        shelf.select(add, [user, history, image, text], everything).then(lambda: None, None, who)
+        clear.click(lambda image, text: page(None, [], [], image, text), [image, text], everything).then(
+            lambda: None, None, who
+        )
+        for box in (image, text):
+            box.change(page, [user, history, steps, image, text], everything)
+    return app
+
+
+def serve(model: str, dataset: str, revision: str | None, noun: str, block_size: int, **launch: Any) -> None:
+    """Load everything and serve the page until interrupted."""
+    demo = Demo(model, dataset, revision, block_size)
+    name = f"{model} at {revision}" if revision else Path(model).resolve().parent.parent.name
+    build_app(demo, noun, name).launch(css=CSS, **launch)
+
+
+if __name__ == "__main__":
+    shown = json.loads((Path(__file__).parent / "space.json").read_text(encoding="utf-8"))
+    serve(**shown, server_name=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"))

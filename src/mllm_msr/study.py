@@ -1,0 +1,225 @@
+"""Studies: one recipe under many settings, as runs that share what they have in common; and one table of them all."""
+
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import yaml
+
+from mllm_msr.processing.recipe import Recipe, backbone_path, load_recipe, with_settings
+from mllm_msr.processing.storage import write_text
+from mllm_msr.run import Run
+
+# What a cell may take over from another: the stages, their output, and the sections of the recipe all of it rests on.
+SHARED = (
+    (("prepare",), ("data",), ("name", "source", "data")),
+    (("summarize items", "summarize users"), ("summaries", "sft"), ("item_noun", "summaries", "prompts")),
+    (("train",), ("model",), ("training",)),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What ``STUDY.yaml`` says.
+
+    Args:
+        recipe: recipe file, relative to the study's; ``demo`` is the embedded one.
+        cells: settings by name, each ``{"section.name": value}``; the first is what the others are compared with.
+        grid: lists of values by ``section.name``; every combination is one more cell.
+        base: settings of every cell, under its own.
+        seeds: of training; each cell is trained once for each.
+        folds: of protocol ``paper``; each cell is run once for each, their test users put together.
+    """
+
+    recipe: str
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    folds: tuple[int, ...] | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """Read a study file; unknown keys, or no cell, are an error."""
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = [one.name for one in fields(cls)]
+        if not isinstance(content, dict) or "recipe" not in content or content.keys() - set(known):
+            raise ValueError(f"{path}: a study is a mapping with `recipe` and any of {', '.join(known[1:])}")
+        if not content.get("cells") and not content.get("grid"):
+            raise ValueError(f"{path}: name at least one cell under `cells`, or lists of values under `grid`")
+        cells = {str(name): settings or {} for name, settings in (content.pop("cells", None) or {}).items()}
+        for name in ("seeds", "folds"):
+            if name in content:
+                content[name] = tuple(content[name])
+        return cls(cells=cells, **content)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The settings of every cell by its name, those of the grid after the named ones."""
+        found = dict(self.cells)
+        for values in product(*self.grid.values()) if self.grid else ():
+            chosen = dict(zip(self.grid, values, strict=True))
+            found[", ".join(f"{key.split('.')[1]} {value}" for key, value in chosen.items())] = chosen
+        return found
+
+
+def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | None = None) -> Path:
+    """Run every cell of a study that is not finished yet, then write ``study.json``, ``study.md`` and ``study.svg``.
+
+    Each cell is a run directory ``output/cells/<name>-seed<s>``; what is finished there is skipped, what was killed
+    goes on. A new cell starts from the data, summaries or model of an earlier one as far as their recipes agree; all
+    share one store of texts. A cell that fails is reported and keeps no other from running; RuntimeError at the end.
+    ``only``: names of the cells to run; ``data``: the folder of the raw data.
+    """
+    study = Study.load(path)
+    settings = study.settings()
+    if unknown := [name for name in only if name not in settings]:
+        raise ValueError(f"{path} has no cell {unknown[0]!r}; it has {', '.join(settings)}")
+    demo = Path(backbone_path("demo")).parent / "recipe.yaml"
+    recipe = load_recipe(demo if study.recipe == "demo" else path.parent / study.recipe)
+    cells: dict[str, list[Run]] = defaultdict(list)
+    donors: list[Run] = []
+    failures = []
+    for name in only or settings:
+        for seed, fold in product(study.seeds, study.folds or (None,)):
+            full = {**study.base, **settings[name], "training.seed": seed}
+            full |= {} if fold is None else {"data.fold": fold}
+            if data:
+                full["source.folder"] = data if data.startswith("hf:") else str(Path(data).resolve())
+            full.setdefault("summaries.cache", str((output / "texts").resolve()))
+            label = f"{name} seed{seed}" + ("" if fold is None else f" fold{fold}")
+            folder = output / "cells" / "".join(c if c.isalnum() else "-" for c in label)
+            print(f"\n== {label}", flush=True)
+            start = time.monotonic()
+            try:
+                run = start_cell(folder, with_settings(recipe, full), donors)
+                finish_cell(run)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                failures.append(f"{label}: {error}")
+                print(f"   failed: {error}", flush=True)
+                continue
+            cells[name].append(run)
+            donors.append(run)
+            print(f"   {time.monotonic() - start:.0f} s", flush=True)
+    if cells:
+        from mllm_msr.hub_cards.study_page import write_study
+
+        results = {"study": path.stem, "cells": collect(cells), "failures": failures}
+        write_text(output / "study.json", json.dumps(results, indent=2))
+        print("\n" + write_study(output))
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(only or settings)} cells failed: " + "; ".join(failures))
+    return output
+
+
+def start_cell(folder: Path, recipe: Recipe, donors: Sequence[Run]) -> Run:
+    """A cell's run directory; a new one takes over what the most alike of ``donors`` has and the recipes agree on."""
+    if (folder / "config.yaml").is_file() or not donors:
+        return Run.create(folder, recipe)
+    donor = max(donors, key=lambda run: _agreement(run.recipe, recipe))
+    known = donor.provenance()
+    run = Run.create(folder, recipe)
+    provenance = {**known, "stages": {}}
+    for stages, outputs, _ in SHARED[: _agreement(donor.recipe, recipe)]:
+        for name in outputs:
+            shutil.copytree(donor.folder / name, folder / name, copy_function=_link, dirs_exist_ok=True)
+        provenance["stages"] |= {stage: known["stages"][stage] for stage in stages}
+    write_text(folder / "provenance.json", json.dumps(provenance, indent=2))
+    return run
+
+
+def _agreement(one: Recipe, other: Recipe) -> int:
+    """How many steps of ``SHARED``, from the first, two recipes have in common."""
+    for count, (_, _, sections) in enumerate(SHARED):
+        if any(getattr(one, section) != getattr(other, section) for section in sections):
+            return count
+    return len(SHARED)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name of a file that is only ever replaced; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def finish_cell(run: Run) -> None:
+    from mllm_msr import stages
+
+    for stage in (stages.prepare, stages.summarize_items, stages.summarize_users, stages.train, stages.evaluate):
+        stage(run)
+
+
+def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
+    """One entry for each row of each cell: ``{"cell", "row", "runs", "users", "metrics": {metric: {"value", "ci95",
+    "seed_std", "difference", "difference_ci95", "p"}}}``.
+
+    Runs of several folds put their users together; runs of several seeds are averaged user by user. Intervals are
+    bootstraps over users and ``seed_std`` the standard deviation of the metric over seeds. The difference is that from
+    our row of the first cell, paired by user; it is left out where the two did not rank the same candidates.
+    """
+    from mllm_msr.training.metrics import METRICS, resampled_means
+
+    entries, reference = [], None
+    for cell, runs in cells.items():
+        shown = sorted(_candidates(run) for run in runs)
+        rows = json.loads((runs[0].folder / "metrics.json").read_text(encoding="utf-8"))["rows"]
+        for row in rows:
+            users, values, spread = user_values(runs, row)
+            means = resampled_means(values, 2000, 0)
+            low, high = np.clip(np.nanquantile(means, [0.025, 0.975], axis=0), 0, 1)
+            metrics: dict[str, dict[str, Any]] = {
+                name: {"value": float(value), "ci95": [float(low[i]), float(high[i])], "seed_std": spread[i]}
+                for i, (name, value) in enumerate(zip(METRICS, np.nanmean(values, axis=0), strict=True))
+            }
+            if reference is None:
+                reference = shown, users, values
+            elif reference[0] == shown and reference[1].equals(users):
+                gaps = values - reference[2]
+                resampled = resampled_means(gaps, 2000, 0)
+                ends = np.nanquantile(resampled, [0.025, 0.975], axis=0)
+                for i, name in enumerate(METRICS):
+                    wrong = min((resampled[:, i] <= 1e-12).sum(), (resampled[:, i] >= -1e-12).sum())
+                    metrics[name] |= {
+                        "difference": float(np.nanmean(gaps[:, i])),
+                        "difference_ci95": [float(ends[0, i]), float(ends[1, i])],
+                        "p": float(min(1.0, 2 * (wrong + 1) / (len(resampled) + 1))),
+                    }
+            entries.append({"cell": cell, "row": row, "runs": len(runs), "users": len(users), "metrics": metrics})
+    return entries
+
+
+def _candidates(run: Run) -> int:
+    """A number that two runs share only if they ranked the same candidates for the same users."""
+    pairs = pl.read_parquet(run.folder / "scores.parquet", columns=["row", "user_id", "item_id"])
+    return int(pairs.filter(row=pairs["row"][0]).select("user_id", "item_id").hash_rows().sum())
+
+
+def user_values(runs: Sequence[Run], row: str) -> tuple[pl.Series, np.ndarray, list[float | None]]:
+    """Users, their values (U, M) under ``row`` averaged over seeds, and each metric's deviation between seeds."""
+    from mllm_msr.training.metrics import METRICS, user_columns
+
+    by_seed = defaultdict(list)
+    for run in runs:
+        by_seed[run.recipe.training["seed"]].append(pl.read_parquet(run.folder / "scores.parquet").filter(row=row))
+    columns, users = [], pl.Series(dtype=pl.String)
+    for frames in by_seed.values():
+        scores = pl.concat(frames)
+        found = user_columns(scores["user_id"], scores["label"], scores["logit"])
+        columns.append(np.stack([found[name] for name in METRICS], axis=1))
+        users = scores["user_id"].unique().sort()
+    values = np.stack(columns)
+    means = np.nanmean(values, axis=1)  # (seeds, M)
+    spread: list[float | None] = [None] * len(METRICS)
+    if len(means) > 1:
+        spread = [float(one) for one in means.std(axis=0, ddof=1)]
+    return users, values.mean(axis=0), spread

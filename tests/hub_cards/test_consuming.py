@@ -1,0 +1,208 @@
+"""What was published, used by others: fresh processes, empty caches, repository ids, no package where none is due."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from hub_server import Hub
+from hub_storage import READ, WRITE
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr.hub_cards.release import publish
+from mllm_msr.modeling.lora import language_model_lora_targets
+from mllm_msr.training import sft
+from mllm_msr.training.metrics import ranking_metrics
+
+BASE = Path(str(files("mllm_msr"))) / "demo/base"
+WITHOUT_PACKAGE = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mllm_msr":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotInstalled())
+"""
+PAIRS = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two"}]
+SCORE = """
+from PIL import Image
+def score(model, processor):
+    candidates = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two"}]
+    return model.score(**processor(["likes ships", ""], candidates)).logits.tolist()
+"""
+
+
+EVERY_CONFIG = """
+from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
+repo, pinned = "org/mllm-msr-demo-data", {"revision": "v1"}
+for streaming in (False, True):
+    for name in get_dataset_config_names(repo, **pinned):
+        for split in get_dataset_split_names(repo, name, **pinned):
+            rows = list(load_dataset(repo, name, split=split, streaming=streaming, **pinned))
+            print("ROWS", streaming, name, split, len(rows))
+"""
+METRIC = """
+import evaluate, json
+scores = json.load(open("scores.json"))
+metric = evaluate.load("org/ranking_metrics")
+given = {"predictions": scores["logit"], "references": scores["label"], "user_ids": scores["user_id"]}
+print("FOUND", json.dumps(metric.compute(**given)))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def published(hub, tmp_path_factory, fabricated):
+    """A run with a model that works, on the Hub; private, so that every reader needs a token."""
+    run = fabricated(tmp_path_factory.mktemp("published") / "run")
+    shutil.rmtree(run / "model")
+    model, processor = recommender(BASE)
+    for one in (model, processor):
+        one.save_pretrained(run / "model")
+    send(hub, run, "v1")
+    return run, model, processor
+
+
+def recommender(base: Path) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]:
+    processor = MllmMsrProcessor.from_backbone(str(base))
+    return MllmMsrForRecommendation.from_backbone(str(base), processor=processor, dtype=torch.float32), processor
+
+
+def send(hub: Hub, run: Path, tag: str, **more) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        publish(run, "org", dry_run=False, tag=tag, api=HfApi(hub.url, token=WRITE), **more)
+
+
+def fresh(hub: Hub, home: Path, *command: str) -> str:
+    """The output of a process that knows the Hub and has nothing in its caches."""
+    for name, colour in (("first.jpg", "red"), ("second.jpg", "blue")):
+        Image.new("RGB", (40, 30), colour).save(home / name)
+    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": READ, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **own, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=home)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert READ not in done.stdout + done.stderr and hub.leaks == []
+    return done.stdout
+
+
+def snippets(folder: Path) -> list[str]:
+    found = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    return found
+
+
+def numbers(output: str) -> list[float]:
+    return json.loads(re.findall(r"^SCORES (.*)$", output, re.MULTILINE)[-1])
+
+
+def test_model_processor_and_pipeline_by_their_name_without_the_package(hub, published, tmp_path):
+    run, model, processor = published
+    code = "\n".join([WITHOUT_PACKAGE, SCORE, *snippets(run / "hub/model"), "print('SCORES', score(model, processor))"])
+    output = fresh(hub, tmp_path, "-c", code)
+    expected = model.score(**processor(["likes ships", ""], PAIRS)).logits.tolist()
+    assert numbers(output) == pytest.approx(expected, abs=1e-5)
+    assert "tensor([" in output and "'score':" in output  # the card's own examples
+
+
+def test_every_config_of_the_data_set_and_the_metric(hub, published, tmp_path):
+    run = published[0]
+    scores = pl.read_parquet(run / "scores.parquet").filter(row="mllm_msr")
+    columns = {name: scores[name].to_list() for name in ("user_id", "label", "logit")}
+    (tmp_path / "scores.json").write_text(json.dumps(columns))
+    told = EVERY_CONFIG + METRIC
+    cards = [*snippets(run / "hub/dataset"), *snippets(run / "hub/ranking_metrics")]
+    output = fresh(hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, *cards, told]))
+    rows = {tuple(line.split()[1:4]): int(line.split()[4]) for line in output.splitlines() if line.startswith("ROWS")}
+    configs = {
+        "items": ["train"],
+        "item_summaries": ["train"],
+        "preferences": ["train"],
+        "sft": ["train", "validation"],
+    }
+    configs["tasks"] = ["train", "validation", "test"]
+    wanted = {(config, split) for config, splits in configs.items() for split in splits}
+    assert rows.keys() == {(streaming, *one) for one in wanted for streaming in ("False", "True")}
+    assert all(rows["True", *one] == rows["False", *one] > 0 for one in wanted)
+    found = json.loads(re.findall(r"^FOUND (.*)$", output, re.MULTILINE)[0])
+    expected = ranking_metrics(columns["user_id"], columns["label"], columns["logit"])
+    for name, result in expected.items():
+        assert found[name] == pytest.approx(result["value"], abs=1e-12)
+        assert found[f"{name}_ci95"] == pytest.approx(result["ci95"], abs=1e-12)
+
+
+def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, fabricated, tmp_path):
+    """The adapter names the commit of its base; the base's main then gets other weights."""
+    run = fabricated(tmp_path / "run")
+    shutil.rmtree(run / "model")
+    api = HfApi(hub.url, token=WRITE)
+    api.create_repo("org/base", private=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        pinned = api.upload_folder(repo_id="org/base", folder_path=BASE).oid
+        model, processor = recommender(BASE)
+        model.config.backbone_name_or_path, model.config.backbone_revision = "org/base", pinned
+        config = LoraConfig(r=2, target_modules=language_model_lora_targets(model), init_lora_weights=False)
+        get_peft_model(model, config).eval()
+        for one in (model, processor):
+            one.save_pretrained(run / "model")
+        recipe = (run / "config.yaml").read_text().replace("model_name_or_path: demo", "model_name_or_path: org/base")
+        (run / "config.yaml").write_text(recipe, encoding="utf-8")
+        send(hub, run, "adapter-1", parts=("model",))
+        other = AutoModelForImageTextToText.from_pretrained(BASE)
+        with torch.no_grad():
+            for weights in other.parameters():
+                weights.neg_()
+        other.save_pretrained(tmp_path / "other")
+        api.upload_folder(repo_id="org/base", folder_path=tmp_path / "other", commit_message="other weights")
+    assert hub.history("model", "org/base")[0] == "other weights"
+    assert [path for path in hub.files("model", "org/mllm-msr-demo", "adapter-1") if path.endswith(".safetensors")] == [
+        "adapter/adapter_model.safetensors"
+    ]
+    code = (
+        "from transformers import AutoModel, AutoProcessor\n"
+        "pinned = {'trust_remote_code': True, 'revision': 'adapter-1'}\n"
+        "model = AutoModel.from_pretrained('org/mllm-msr-demo', **pinned)\n"
+        "print('SCORES', score(model, AutoProcessor.from_pretrained('org/mllm-msr-demo', **pinned)))"
+    )
+    output = fresh(hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, SCORE, code]))
+    expected = model.score(**processor(["likes ships", ""], PAIRS)).logits.tolist()
+    assert numbers(output) == pytest.approx(expected, abs=1e-5)
+
+
+def test_training_from_the_published_data_set(hub, published, tmp_path):
+    flags = {
+        "dataset_name": "org/mllm-msr-demo-data",
+        "model_name_or_path": "demo",
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": "1",
+        "per_device_train_batch_size": "2",
+        "report_to": "none",
+        "bf16": "false",
+        "dtype": "float32",
+        "save_strategy": "no",
+        "use_cpu": "true",
+    }
+    options = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    fresh(hub, tmp_path, "-m", "accelerate.commands.launch", "--cpu", sft.__file__, *options)
+    assert (tmp_path / "out/config.json").is_file()
+    assert any("sft/train" in path for route, path, _ in hub.log if route == "file")

@@ -1,0 +1,222 @@
+"""Publishing over real HTTP: whole or absent whatever fails, nothing twice, and no token where it must not be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+from hub_storage import OTHER, READ, WRITE
+from huggingface_hub import HfApi
+
+from mllm_msr.hub_cards.release import publish
+
+MODEL, DATA, METRIC, SPACE = (
+    ("model", "org/mllm-msr-demo"),
+    ("dataset", "org/mllm-msr-demo-data"),
+    ("space", "org/ranking_metrics"),
+    ("space", "org/mllm-msr-demo-app"),
+)
+ALL = (MODEL, DATA, METRIC, SPACE)
+COMMIT_TITLES = ["Release v1", "initial commit"]
+
+
+@pytest.fixture
+def release(make_run, monkeypatch):
+    """Publish a run of one's own to a Hub."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/no/such/file")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    run = make_run()
+
+    def send(hub: Hub, token: str = WRITE, **more):
+        return publish(run, "org", **{"dry_run": False, "tag": "v1", "api": HfApi(hub.url, token=token), **more})
+
+    send.run = run
+    return send
+
+
+def assert_whole(hub: Hub, send, titles=COMMIT_TITLES, repositories=ALL) -> None:
+    """Every repository equals its folder, in one commit that bears the tag; and no token went astray."""
+    folders = {MODEL: "model", DATA: "dataset", METRIC: "ranking_metrics", SPACE: "space"}
+    for repository in repositories:
+        folder = send.run / "hub" / folders[repository]
+        files = hub.files(*repository, "v1")
+        files.pop(".gitattributes")
+        assert files == {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        assert hub.history(*repository) == titles
+        refs = hub.repos[repository]["refs"]
+        assert refs["refs/heads/main"] == refs["refs/tags/v1"]
+    assert hub.leaks == []
+
+
+def test_a_release_is_one_commit_a_repository_and_repeating_it_sends_nothing(release):
+    with Hub() as hub:
+        commits = release(hub, collection=True)
+        assert_whole(hub, release)
+        assert all(hub.repos[one]["private"] for one in ALL)
+        (collection,) = hub.collections.values()
+        assert collection["private"] and {(one["type"], one["id"]) for one in collection["items"]} == set(ALL)
+        sent = Counter(route for route, _, _ in hub.log)
+        assert release(hub, collection=True) == commits
+        again = Counter(route for route, _, _ in hub.log)
+        assert [again[name] - sent[name] for name in ("commit", "store", "preupload", "tag")] == [0, 0, 0, 0]
+        assert len(collection["items"]) == 4 and len(hub.collections) == 1
+
+
+def test_only_what_is_named_goes_and_only_on_request_is_it_public(release):
+    with Hub() as hub:
+        release(hub, parts=("model",), public=True)
+        assert list(hub.repos) == [MODEL]
+        assert not hub.repos[MODEL]["private"]
+        release(hub, parts=("dataset",))
+        assert hub.repos[DATA]["private"]
+
+
+def test_a_changed_run_is_a_second_commit_of_what_has_changed(release):
+    with Hub() as hub:
+        release(hub, parts=("model",))
+        stored = hub.count("store")
+        (release.run / "model/tokenizer.json").write_text('{"version": 2}')
+        (release.run / "model/modeling_mllm_msr.py").unlink()
+        with pytest.raises(RuntimeError, match=r"tag 'v1' already names another release, .*: choose a new --tag"):
+            release(hub, parts=("model",))
+        assert hub.history(*MODEL) == COMMIT_TITLES
+        release(hub, parts=("model",), tag="v2")
+        assert hub.history(*MODEL) == ["Release v2", *COMMIT_TITLES]
+        assert hub.count("store") == stored  # the weights were there
+        assert "modeling_mllm_msr.py" not in hub.files(*MODEL)
+        assert "modeling_mllm_msr.py" in hub.files(*MODEL, "v1")
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [("commit", "503")] * 3,
+        [("commit", "lose")] * 2,
+        [("create", "lose"), ("create", "500"), ("info", "502"), ("tree", "503")],
+        [("store", "cut")] * 2 + [("store", "lose"), ("lfs_batch", "503"), ("preupload", "503")],
+        [("tag", "lose"), ("tag", "503"), ("settings", "lose"), ("collections", "lose"), ("collection", "503")],
+    ],
+    ids=lambda faults: " ".join(dict.fromkeys(f"{route} {action}" for route, action in faults)),
+)
+def test_whatever_fails_on_the_way_the_release_is_whole_and_single(release, faults):
+    with Hub() as hub:
+        hub.faults = list(faults)
+        release(hub, public=True, collection=True)
+        assert hub.faults == []
+        assert_whole(hub, release)
+        assert len(hub.collections) == 1 and not any(repo["private"] for repo in hub.repos.values())
+
+
+def test_a_head_that_moves_meanwhile_is_read_again(release):
+    with Hub() as hub:
+        hub.faults = [("commit", lambda: hub.push(*DATA, "notes.txt", b"in between"))]
+        release(hub)
+        assert Counter(status for route, _, status in hub.log if route == "commit") == {412: 1, 200: 4}
+        assert_whole(hub, release, ["Release v1", "by somebody else", "initial commit"], [DATA])
+        assert_whole(hub, release, repositories=[MODEL, METRIC, SPACE])
+
+
+def test_what_gives_up_between_repositories_shows_no_release_and_is_completed_later(release):
+    with Hub() as hub:
+        hub.faults = [("commit", "lose"), *[("commit", "503")] * 9]
+        with pytest.raises(RuntimeError, match="the Hub refused; repeating is safe"):
+            release(hub, tries=4, public=True)
+        assert hub.history(*DATA) == COMMIT_TITLES  # its reply was lost; yet it is not public, and nothing has the tag
+        assert all(repo["private"] and not any("tags" in ref for ref in repo["refs"]) for repo in hub.repos.values())
+        hub.faults = []
+        release(hub, public=True)
+        assert_whole(hub, release)
+
+
+@pytest.mark.parametrize("route", ["store", "commit", "tag"])
+def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route):
+    """The second request of the route kills the client in its midst."""
+    script = "from mllm_msr.hub_cards.release import publish; import sys; publish(sys.argv[1], 'org', False, tag='v1')"
+    environment = {"HF_TOKEN": WRITE, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1"}
+    with Hub() as hub:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(release.run)],
+            env={**os.environ, **environment, "HF_ENDPOINT": hub.url},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        hub.faults = [(route, lambda: None), (route, lambda: (process.send_signal(signal.SIGKILL), process.wait()))]
+        said = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL and hub.faults == []
+        tagged = [name for name, repo in hub.repos.items() if "refs/tags/v1" in repo["refs"]]
+        assert MODEL not in tagged  # the model's is the last
+        release(hub)
+        assert_whole(hub, release)
+        assert WRITE.encode() not in said
+    left = [path for place in (tmp_path, release.run) for path in place.rglob("*") if path.is_file()]
+    assert left and not [path for path in left if WRITE.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("options", "faults", "message"),
+    [
+        ({"token": None}, [], "not logged in to the Hub: run `hf auth login` or set HF_TOKEN"),
+        ({"token": "hf_unknown"}, [], "does not accept the token: run `hf auth login`"),
+        ({"token": READ}, [], "may only read: make one with write access"),
+        ({"token": OTHER}, [], "'mallory' may not write to 'org': choose --namespace among mallory"),
+        ({}, [("create", "403 no more for you")] * 2, "may not write to 'org': use a token with write access"),
+        ({}, [("lfs_batch", "403 Private repository storage limit reached")], "storage quota is used up"),
+        ({}, [("store", "413")], "storage quota is used up"),
+        ({}, [("info", "429")] * 9, "asks to slow down: try again later"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_its_remedy(release, options, faults, message):
+    with Hub() as hub:
+        hub.faults = list(faults)
+        with pytest.raises(RuntimeError, match=message):
+            release(hub, **options)
+        assert hub.count("commit") == 0 and hub.leaks == []
+
+
+def test_a_repository_of_something_else_is_not_overwritten(release):
+    with Hub() as hub:
+        hub.create("model", MODEL[1], private=True)
+        hub.push(*MODEL, "thesis.txt", b"the only copy")
+        with pytest.raises(RuntimeError, match="the name org/mllm-msr-demo is taken by a model that is no release"):
+            release(hub)
+        assert hub.files(*MODEL)["thesis.txt"] == b"the only copy" and hub.count("commit") == 0
+
+
+def test_a_card_the_hub_finds_invalid_stops_the_release_before_anything_is_sent(release):
+    with Hub() as hub:
+        hub.faults = [("validate", lambda: None), ("validate", "400")]
+        with pytest.raises(ValueError, match="the Hub finds the card of org/ranking_metrics invalid"):
+            release(hub)
+        assert hub.repos == {} and hub.count("store") == 0
+
+
+def test_pull_requests_are_proposed_once_and_change_nothing_else(release):
+    with Hub() as hub:
+        release(hub)
+        (release.run / "model/tokenizer.json").write_text('{"version": 2}')
+        hub.faults = [("commit", "lose")]
+        for _ in range(2):
+            release(hub, create_pr=True, tag="v2")
+        assert [pull["title"] for pull in hub.repos[MODEL]["pulls"]] == ["Release v2"]
+        assert hub.history(*MODEL) == COMMIT_TITLES
+        assert b'"version": 2' in hub.files(*MODEL, "refs/pr/1")["tokenizer.json"]
+        assert not any("refs/tags/v2" in repo["refs"] for repo in hub.repos.values())
+
+
+def test_the_folders_carry_no_secret_of_the_machine(release):
+    with Hub() as hub:
+        release(hub)
+        sent = [content for repository in ALL for content in hub.files(*repository).values()]
+    assert not [content for content in sent if b"/home/someone" in content or b"hf_secret" in content]
+    assert json.loads((release.run / "hub/space/space.json").read_text())["revision"] == "v1"
+    assert not list(Path(release.run).rglob("*.partial"))

@@ -1,0 +1,105 @@
+"""The demo's page, driven in a real browser."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib.resources import files
+
+import pytest
+import torch
+from playwright.sync_api import Error, Page, expect, sync_playwright
+
+from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+
+BASE = str(files("mllm_msr") / "demo" / "base")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SERVE = """
+import sys
+from pathlib import Path
+from mllm_msr.stages import serve
+serve(Path(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def url(fabricated, tmp_path_factory):
+    """The page of a small run, as `mllm-msr demo --serve` serves it."""
+    run = fabricated(tmp_path_factory.mktemp("served") / "run")
+    shutil.rmtree(run / "model")
+    processor = MllmMsrProcessor.from_backbone(BASE)
+    model = MllmMsrForRecommendation.from_backbone(BASE, processor=processor, dtype=torch.float32)
+    for one in (model, processor):
+        one.save_pretrained(run / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "HF_HOME": str(run / "hf"), "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", SERVE, str(run), port], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if "http://" in line), None)
+        assert line, "the app ended before it was served"
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def page(url):
+    installed = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as play:
+        try:
+            browser = play.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        except Error as error:
+            pytest.skip(f"no Chromium to drive: {error.message.splitlines()[0]}")
+        page = browser.new_page(viewport={"width": 1300, "height": 1250})
+        page.set_default_timeout(120_000)
+        expect.set_options(timeout=120_000)
+        page.goto(url)
+        page.wait_for_selector("#shelf img")
+        yield page
+        browser.close()
+
+
+def captions(page: Page) -> list[str]:
+    return page.locator("#ranking .caption-label").all_inner_texts()
+
+
+def test_choose_a_user_and_toggle_what_the_model_sees(page):
+    page.click("#who input")
+    page.get_by_role("option").nth(2).click()
+    expect(page.locator("#words .step").first).to_contain_text("Likes")
+    expect(page.locator("#ranking img")).to_have_count(10)
+    whole = captions(page)
+    assert [one.removeprefix("★ ").split(".")[0] for one in whole] == [str(place) for place in range(1, 11)]
+    assert sum(one.startswith("★") for one in whole) == 1
+    scores = [float(one.removeprefix("★ ").split()[1]) for one in whole]
+    assert scores == sorted(scores, reverse=True)
+    seen = [whole]
+    for box in ("#image", "#text"):
+        page.click(f"{box} input")
+        deadline = time.monotonic() + 120
+        while captions(page) == seen[-1] and time.monotonic() < deadline:
+            page.wait_for_timeout(200)
+        seen.append(captions(page))
+        assert sorted(one.split()[-1] for one in seen[-1]) == sorted(one.split()[-1] for one in whole)
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_click_a_history_and_see_its_preference_written(page):
+    for number in range(4):
+        page.locator("#shelf .thumbnail-item").nth(number).click()
+        expect(page.locator("#past img")).to_have_count(number + 1)
+        expect(page.locator("#words .step")).to_have_count((number + 1) // 3)
+        expect(page.locator("#ranking img").first).to_be_visible()
+    expect(page.locator("#words .step small")).to_contain_text("1. after")
+    assert page.locator("#words script").count() == 0  # a title of the run is HTML
+    page.click("#clear")
+    expect(page.locator("#past img")).to_have_count(0)
+    expect(page.locator("#words")).to_contain_text("No block is whole yet")

@@ -1,0 +1,24 @@
+"""The lines of docs/model.md run, on a tiny backbone in place of the one they name."""
+
+import re
+from pathlib import Path
+
+import torch
+from tiny_models import picture
+
+PAGE = Path(__file__).parents[2] / "docs" / "model.md"
+
+
+def test_the_lines_of_the_page_run(backbone, tmp_path: Path, monkeypatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    code = "\n".join(blocks)
+    lines = [line for line in code.splitlines() if line.strip() and "import" not in line]
+    assert len(lines) == 20, "the page promises twenty"
+    assert code.count("llava-hf/llava-1.5-7b-hf") == 1
+    monkeypatch.chdir(tmp_path)
+    items = [{"title": "One", "text": "about ships", "image": picture(1)}, {"title": "Two"}]
+    found = {"items": items}
+    exec(compile(code.replace("llava-hf/llava-1.5-7b-hf", str(backbone("llava"))), PAGE, "exec"), found)
+    assert found["scores"].probabilities.shape == (2,) and torch.isfinite(found["loss"])
+    assert {one["title"] for one in found["best"]} == {"One", "Two"}
+    assert {folder.name for folder in tmp_path.iterdir()} == {"adapter", "merged", "stock"}

@@ -1,0 +1,274 @@
+"""The engine that asks a server: a real one, and one that goes wrong in every way."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+from transformers.utils.import_utils import is_serve_available
+
+from mllm_msr.demo import world
+from mllm_msr.demo.school import PROMPTS
+from mllm_msr.processing.chat import chat_parts
+from mllm_msr.processing.engine_openai import OpenAIEngine, data_url
+from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, Text, build_engine
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.processing.summaries import summarize_users
+from mllm_msr.processing.text_store import TextStore
+
+ASK = {"preference": "{{ previous }}>{{ items[0].summary }}", "item_summary": "{{ title }} {{ image }} {{ text }}"}
+IMAGE = Image.new("RGB", (3, 2), (10, 200, 30))
+
+
+def completion(text: str, finish: str = "stop") -> bytes:
+    return json.dumps({"choices": [{"finish_reason": finish, "message": {"content": text}}]}).encode()
+
+
+@contextmanager
+def server(answer):
+    """``answer(request, n)`` returns (status, body, headers), or None to hang up; yields the base URL and requests."""
+    seen: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append({"body": body, "headers": dict(self.headers), "path": self.path, "time": time.monotonic()})
+            reply = answer(body, len(seen))
+            if reply is None:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            status, content, headers = (*reply, {})[:3]
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/v1", seen
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def engine(url: str, **options) -> OpenAIEngine:
+    return OpenAIEngine("tiny", ASK, base_url=url, **{"pause": 0.01, "tries": 3, "timeout": 5, **options})
+
+
+def blocks(*summaries: str) -> list[dict]:
+    return [{"items": [{"title": "", "summary": one}], "previous": None} for one in summaries]
+
+
+def echo(body, n=0):
+    return 200, completion(f"read {body['messages'][0]['content']}")
+
+
+def test_a_request_says_all_and_the_answer_keeps_its_place():
+    with server(echo) as (url, seen):
+        out = engine(url, concurrency=4).generate("preference", blocks(*"abcdefgh"), list(range(8)))
+    assert out == [Text(f"read >{letter}", True) for letter in "abcdefgh"]
+    body = min((one["body"] for one in seen), key=lambda body: body["seed"])
+    assert body == {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": ">a"}],
+        "max_tokens": 256,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+    }
+    assert {one["path"] for one in seen} == {"/v1/chat/completions"}
+
+
+def test_a_picture_goes_as_a_lossless_data_url_where_the_prompt_puts_it():
+    with server(lambda body, n: (200, completion("fine"))) as (url, seen):
+        engine(url).generate("item_summary", [{"title": "Mug", "text": "of clay", "image": IMAGE}])
+    before, picture, after = seen[0]["body"]["messages"][0]["content"]
+    assert (before["text"], after["text"]) == ("Mug ", " of clay")
+    data = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))
+    assert Image.open(io.BytesIO(data)).tobytes() == IMAGE.tobytes()
+    assert data_url(IMAGE) == picture["image_url"]["url"]
+
+
+def test_control_tokens_in_a_text_are_broken_up():
+    with server(echo) as (url, seen):
+        engine(url).generate("preference", blocks("a <|im_end|> b </s> c <image> d [INST] 1 < 2 [3]"))
+    assert seen[0]["body"]["messages"][0]["content"] == ">a < |im_end|> b < /s> c < image> d [ INST] 1 < 2 [3]"
+
+
+def test_the_key_goes_into_the_header_only(monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    leak = b'{"error": "bad key sk-very-secret"}'
+    with server(lambda body, n: echo(body) if n == 1 else (401, leak)) as (url, seen):
+        one = engine(url)
+        one.generate("preference", blocks("a"))
+        (refused,) = one.generate("preference", blocks("a"))
+    assert seen[0]["headers"]["Authorization"] == "Bearer sk-very-secret"
+    assert isinstance(refused, EngineUnavailable) and "set OPENAI_API_KEY" in str(refused)
+    assert "secret" not in f"{refused} {caplog.text} {seen[0]['body']} {one.settings('preference')}"
+
+
+def test_a_redirection_is_not_followed():
+    with server(echo) as (elsewhere, there), server(lambda body, n: (302, b"", {"Location": elsewhere})) as (url, _):
+        (out,) = engine(url).generate("preference", blocks("a"))
+    assert isinstance(out, EngineUnavailable) and not there
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda body: (500, b"oops"),
+        lambda body: (503, b"busy"),
+        lambda body: (429, b"slow down"),
+        lambda body: None,
+        lambda body: (200, completion("whole")[:20], {"Content-Length": "400"}),  # cut short
+        lambda body: (200, b"<html>not json"),
+        lambda body: (200, b'{"choices": []}'),
+    ],
+    ids=["500", "503", "429", "hung up", "cut short", "no json", "no choice"],
+)
+def test_what_fails_on_the_way_is_tried_again(fault):
+    with server(lambda body, n: fault(body) if n < 3 else echo(body)) as (url, seen):
+        assert engine(url).generate("preference", blocks("a")) == [Text("read >a", True)]
+    assert len(seen) == 3
+
+
+def test_the_server_may_say_how_long_to_wait():
+    with server(lambda body, n: (429, b"", {"Retry-After": "1"}) if n == 1 else echo(body)) as (url, seen):
+        engine(url).generate("preference", blocks("a"))
+    assert seen[1]["time"] - seen[0]["time"] >= 1.0
+
+
+def test_a_slow_answer_times_out():
+    with server(lambda body, n: time.sleep(1.0 if n == 1 else 0) or echo(body)) as (url, seen):
+        assert engine(url, timeout=0.3).generate("preference", blocks("a")) == [Text("read >a", True)]
+    assert len(seen) == 2
+
+
+def test_no_more_requests_a_minute_than_allowed():
+    with server(echo) as (url, seen):
+        engine(url, requests_per_minute=600).generate("preference", blocks(*"abcdef"))
+    times = [one["time"] for one in seen]
+    assert max(times) - min(times) >= 0.49
+
+
+def test_one_input_the_server_refuses_fails_alone():
+    with server(lambda body, n: (400, b"too long") if "bad" in str(body) else echo(body)) as (url, _):
+        out = engine(url).generate("preference", blocks("a", "bad", "c"))
+    assert [isinstance(one, Text) for one in out] == [True, False, True]
+    assert "answered 400: too long" in str(out[1])
+
+
+def test_inputs_on_which_the_server_breaks_fail_alone_while_it_serves_others():
+    with server(lambda body, n: (500, b"bug") if "bad" in str(body) else echo(body)) as (url, _):
+        out = engine(url, concurrency=2).generate("preference", blocks(*["bad"] * 7, "fine"))
+    assert [type(one) for one in out] == [*[RuntimeError] * 7, Text]
+
+
+def test_an_over_long_answer_is_told_and_the_second_is_given_more_room():
+    with server(lambda body, n: (200, completion("on and on", "length"))) as (url, seen):
+        one = engine(url)
+        assert one.generate("preference", blocks("a"), [7]) == [Text("on and on", False)]
+        one.generate("preference", blocks("a"), [8], again=True)
+    second = seen[1]["body"]
+    assert (second["max_tokens"], second["temperature"], second["seed"]) == (384, 0.7, 8)
+
+
+@pytest.mark.parametrize("fault", [lambda body, n: (500, b"dead"), lambda body, n: None], ids=["500", "gone"])
+def test_a_failing_server_stops_the_run_at_once_and_marks_nothing_as_failed(tmp_path, fault):
+    rows = [(f"u{n}", f"i{n}", n) for n in range(40)]
+    log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    same = {item: item for _, item, _ in rows}
+    options = SummaryOptions("openai", "tiny", block_size=1)
+    with server(lambda body, n: echo(body) if n <= 10 else fault(body, n)) as (url, seen):
+        one = engine(url, batch_size=8, concurrency=2)
+        with pytest.raises(EngineUnavailable, match="run again to go on when it is back"):
+            summarize_users(log, same, same, one, TextStore(tmp_path), options)
+        assert len(seen) < 40
+    kept = TextStore(tmp_path).rows
+    assert len(kept) >= 8 and {status for _, status in kept.values()} == {"ok"}
+    with server(echo) as (url, seen):
+        out = summarize_users(log, same, same, engine(url), TextStore(tmp_path), options)
+        assert len(seen) == 40 - len(kept)
+    assert set(out["status"]) == {"ok"}
+
+
+def test_without_a_server_the_remedy_is_named(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ValueError, match=r"set summaries\.base_url or OPENAI_BASE_URL"):
+        build_engine(SummaryOptions("openai", "tiny"))
+
+
+def test_a_prompt_for_a_server_reads_as_in_this_process():
+    item = {"title": "Mug", "text": "of clay\n", "image": IMAGE}
+    assert chat_parts(PROMPTS["item_summary"], item, "thing") == ["Mug\nof clay\n", IMAGE, "\nDescribe it."]
+
+
+# ---- a real server ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def transformers_serve(port: int):
+    """``transformers serve`` with the demo's model, as a user starts it."""
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
+    command += [backbone_path("demo"), "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
+                break
+            except OSError:
+                assert process.poll() is None, "the server did not start"
+                time.sleep(0.5)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.skipif(not is_serve_available(), reason="needs transformers[serving]")
+def test_a_real_server_writes_what_the_model_in_this_process_writes_even_if_killed_midway(tmp_path):
+    rng = np.random.default_rng(5)
+    drawn = [world.random_item(rng, str(k)) for k in range(30)]
+    inputs = [{"title": one.title, "text": one.text, "image": world.draw(one)} for one in drawn]
+    local = build_engine(SummaryOptions(model="demo", max_new_tokens={"item_summary": 16}), PROMPTS, "thing")
+    assert isinstance(local.processor, MllmMsrProcessor)
+    wanted = local.generate("item_summary", inputs)
+    port = free_port()
+    options = {"base_url": f"http://127.0.0.1:{port}/v1", "max_new_tokens": {"item_summary": 16}, "tries": 8}
+    remote = build_engine(SummaryOptions("openai", backbone_path("demo"), **options), PROMPTS, "thing")
+    with transformers_serve(port) as process:
+        assert remote.generate("item_summary", inputs[:3]) == wanted[:3]
+        threading.Timer(0.3, process.send_signal, [signal.SIGKILL]).start()
+        got: list = []
+        asking = threading.Thread(target=lambda: got.extend(remote.generate("item_summary", inputs)))
+        asking.start()
+        process.wait()
+    with transformers_serve(port):
+        asking.join(timeout=60)
+    assert got == wanted

@@ -1,0 +1,121 @@
+"""The store of texts under what happens to it: full disks, killed processes, many at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import polars as pl
+
+from mllm_msr.processing import text_store
+from mllm_msr.processing.text_store import TextStore
+
+WORKER = """
+import os, resource, signal, sys, time
+import polars as pl
+from pathlib import Path
+from mllm_msr.processing.engines import Text
+from mllm_msr.processing.summaries import summarize_users
+from mllm_msr.processing.text_store import TextStore
+
+class Slow:  # each block takes a while, and is written down with who wrote it
+    batch_size, generator, revision = 2, "slow", "1"
+    def prompt_hash(self, task): return task
+    def settings(self, task): return ""
+    def generate(self, task, inputs, seeds=None, again=False):
+        for one in inputs:
+            if sys.argv[2] == "full" and one["previous"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as if the disk were full
+            print("asked", flush=True)
+            time.sleep(0.02)
+        return [Text(f"{one['previous'] or ''}{one['items'][0]['summary']}.", True) for one in inputs]
+
+rows = [(f"u{n}", f"i{n} {k}", k) for n in range(12) for k in range(6)]
+log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+same = {item: item for _, item, _ in rows}
+out = summarize_users(log, same, same, Slow(), TextStore(Path(sys.argv[1]) / "cache", lease=2.0))
+out.write_parquet(Path(sys.argv[1]) / f"{sys.argv[2]}.parquet")
+"""
+
+
+def start(folder, name: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", WORKER, folder, name], **pipes)
+
+
+def test_processes_share_the_work_and_one_that_is_killed_loses_nothing(tmp_path):
+    workers = [start(tmp_path, name) for name in ("a", "b", "c")]
+    workers[0].stdout.readline()
+    workers[0].stdout.readline()
+    workers[0].send_signal(signal.SIGKILL)
+    asked = [worker.communicate(timeout=60)[0].count("asked") for worker in workers]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    start(alone, "d").communicate(timeout=60)
+    wanted = pl.read_parquet(alone / "d.parquet")
+    assert wanted.height == 24 and wanted["preference"][1] == "i0 0.i0 3."
+    assert pl.read_parquet(tmp_path / "b.parquet").equals(wanted)
+    assert pl.read_parquet(tmp_path / "c.parquet").equals(wanted)
+    assert 24 - 2 <= sum(asked) <= 24 + 4  # nothing twice but, at most, the batch of the one that was killed
+    assert min(asked[1:]) > 0
+
+
+def test_a_full_disk_stops_with_its_reason_and_the_run_goes_on_when_there_is_room(tmp_path):
+    full = start(tmp_path, "full")
+    _, said = full.communicate(timeout=60)
+    assert full.returncode != 0 and "OSError" in said
+    done = start(tmp_path, "b").communicate(timeout=60)[0].count("asked")
+    assert done == 12  # the second wave only
+    assert pl.read_parquet(tmp_path / "b.parquet")["status"].unique().to_list() == ["ok"]
+
+
+def test_a_claim_is_for_one_and_outlives_its_holder_by_the_lease(tmp_path):
+    one, two = TextStore(tmp_path, lease=0.2), TextStore(tmp_path, lease=0.2)
+    with one.claim(["k"]) as mine, two.claim(["k"]) as theirs:
+        assert (mine, theirs) == (True, False)
+    (claim,) = [two.claims / name for name in [text_store.digest("k")]]
+    claim.write_text("elsewhere 1")  # of a machine that will never touch it again
+    with two.claim(["k"]) as theirs:
+        assert not theirs
+    time.sleep(0.3)
+    with two.claim(["k"]) as theirs:
+        assert theirs
+    assert not list(two.claims.iterdir())
+
+
+def test_a_claim_that_is_touched_is_respected(tmp_path):
+    one, two = TextStore(tmp_path, lease=0.4), TextStore(tmp_path, lease=0.4)
+    with one.claim(["k"]):
+        for _ in range(8):
+            with two.claim(["k"]) as theirs:
+                assert not theirs
+            time.sleep(0.1)
+
+
+def test_a_broken_file_is_left_out_and_said(tmp_path, caplog):
+    store = TextStore(tmp_path)
+    store.add(["a"], {"a": ("text", "ok")})
+    store.add(["b"], {"b": ("text", "ok")})
+    sorted(tmp_path.glob("*.parquet"))[0].write_bytes(b"cut sho")
+    assert len(TextStore(tmp_path).rows) == 1
+    assert "generated again" in caplog.text
+
+
+def test_failures_are_forgotten_by_the_next_run_but_heard_from_others(tmp_path):
+    other = TextStore(tmp_path)
+    TextStore(tmp_path).add(["a", "b"], {"a": ("text", "ok"), "b": ("", "failed:no")})
+    other.refresh(["a", "b"])
+    assert other.rows == {"a": ("text", "ok"), "b": ("", "failed:no")}
+    assert TextStore(tmp_path).rows == {"a": ("text", "ok")}
+
+
+def test_many_small_files_become_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_store, "MANY", 5)
+    store = TextStore(tmp_path)
+    for n in range(6):
+        store.add([str(n)], {str(n): (f"text {n}", "ok")})
+    assert TextStore(tmp_path).rows == store.rows
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    assert TextStore(tmp_path).rows == store.rows
+    assert os.listdir(tmp_path / "claims") == []
