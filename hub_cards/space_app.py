@@ -175,12 +175,14 @@ def build_app(demo: Demo, noun: str, name: str) -> gr.Blocks:
 
         everything = [user, history, steps, past, words, ranking]
         who.input(choose, [who, image, text], everything)
-        shelf.select(add, [user, history, image, text], everything).then(lambda: None, None, who)
+        # a click while the one before is still being written waits for its turn; by default it would be lost
+        added = shelf.select(add, [user, history, image, text], everything, trigger_mode="multiple")
+        added.then(lambda: None, None, who)
         clear.click(lambda image, text: page(None, [], [], image, text), [image, text], everything).then(
             lambda: None, None, who
         )
         for box in (image, text):
-            box.change(page, [user, history, steps, image, text], everything)
+            box.change(page, [user, history, steps, image, text], everything, trigger_mode="always_last")
     return app
 
 

@@ -115,7 +115,9 @@ class OpenAIEngine:
         body = json.dumps(request).encode()
         problem: Exception = EngineUnavailable("nothing was tried")
         for attempt in range(self.tries):
-            if self._lost_in_a_row >= GIVE_UP_AFTER:
+            with self._lock:  # who comes while another finds out whether the server lives waits for the answer
+                lost = self._lost_in_a_row
+            if lost >= GIVE_UP_AFTER:
                 return EngineUnavailable(f"{self.url} fails again and again; run again to go on when it is back")
             pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
             try:
@@ -143,7 +145,8 @@ class OpenAIEngine:
             self._lost_in_a_row += 1
             if self._lost_in_a_row >= GIVE_UP_AFTER and self._answers():
                 self._lost_in_a_row = 0  # so the inputs are at fault
-        if self._lost_in_a_row >= GIVE_UP_AFTER:
+            lost = self._lost_in_a_row
+        if lost >= GIVE_UP_AFTER:
             return EngineUnavailable(f"{problem}; run again to go on when it is back")
         return problem
 
