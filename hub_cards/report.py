@@ -5,7 +5,6 @@ no gap in the page.
 """
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from mllm_msr.hub_cards.results import (
     results_markdown,
     results_table,
     row_name,
+    write_page,
 )
 from mllm_msr.hub_cards.stories import best_groups, summary_examples, user_stories
 
@@ -95,10 +95,7 @@ def write_report(run: Path) -> Path:
         markdown=results_markdown(metrics),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    temporary = run / ".report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, run / "report.html")
-    return run / "report.html"
+    return write_page(page, run / "report.html")
 
 
 def _public_recipe(path: Path) -> str:

@@ -1,5 +1,7 @@
 """What ``metrics.json`` says, in words and tables: for the report, the cards, the terminal and a pasted comment."""
 
+from pathlib import Path
+
 METRIC_NAMES = {
     "auc": "AUC",
     "auc_user": "AUC per user",
@@ -162,3 +164,11 @@ def findings(metrics: dict) -> list[dict[str, str]]:
         words = f"of the way from chance to the oracle's {percent(rows['oracle']['value'])}"
         said.append({"figure": f"{100 * share:.0f}%", "words": words})
     return said
+
+
+def write_page(text: str, path: Path) -> Path:
+    """Write a finished page so that ``path`` is never seen half written, and return it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path

@@ -1,7 +1,6 @@
 """``results.md``: a run's results as Markdown to paste; and several runs side by side."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mllm_msr.hub_cards.results import (
     percent,
     results_markdown,
     row_name,
+    write_page,
 )
 
 SIDE_BY_SIDE = ("auc", "hr@5", "mrr@5", "ndcg@5")
@@ -22,11 +22,7 @@ SIDE_BY_SIDE = ("auc", "hr@5", "mrr@5", "ndcg@5")
 
 def write_results(run: Path) -> Path:
     """Write ``run/results.md`` from ``run/metrics.json`` and return its path."""
-    metrics = read_metrics(run)
-    temporary = run / ".results.md.tmp"
-    temporary.write_text(results_page(metrics), encoding="utf-8")
-    os.replace(temporary, run / "results.md")
-    return run / "results.md"
+    return write_page(results_page(read_metrics(run)), run / "results.md")
 
 
 def read_metrics(run: Path) -> dict:

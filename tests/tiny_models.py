@@ -44,6 +44,17 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
+# Put before a script, it makes the script run as if the package were not installed.
+WITHOUT_PACKAGE = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mllm_msr":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotInstalled())
+"""
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,

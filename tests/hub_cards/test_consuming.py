@@ -17,6 +17,7 @@ from hub_storage import READ, WRITE
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tiny_models import WITHOUT_PACKAGE
 from transformers import AutoModelForImageTextToText
 
 from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
@@ -26,16 +27,6 @@ from mllm_msr.training import sft
 from mllm_msr.training.metrics import ranking_metrics
 
 BASE = Path(str(files("mllm_msr"))) / "demo/base"
-WITHOUT_PACKAGE = """
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mllm_msr":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NotInstalled())
-"""
 PAIRS = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two"}]
 SCORE = """
 from PIL import Image

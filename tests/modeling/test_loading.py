@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from tiny_models import FAMILIES, picture, randomise
+from tiny_models import FAMILIES, WITHOUT_PACKAGE, picture, randomise
 from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature, TorchAoConfig, pipeline
 
 from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
@@ -23,16 +23,6 @@ def score(model, processor):
     from PIL import Image
     candidates = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two <image> </s>"}]
     return model.score(**processor(["likes ships", ""], candidates)).logits
-"""
-WITHOUT_PACKAGE = """
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "mllm_msr":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NotInstalled())
 """
 LOAD = """
 from transformers import AutoModel, AutoProcessor
