@@ -39,5 +39,8 @@ format: .venv/developing ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+bench: .venv/installed ## measure training and ranking against the usual ways; figures in benchmarks/results.json
+	$(BIN)/python benchmarks/performance.py --output benchmarks/results.json
+
 clean: ## remove everything that make made
 	rm -rf .venv build demo_output

@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 3, 10, 30], help="millions of interactions")
     parser.add_argument("--pandas", type=float, nargs="*", default=[1, 3, 10], help="sizes for pandas as well")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="which columns to measure")
     parser.add_argument("--output", type=Path, help="write the table there too")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "LOG"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -130,7 +131,7 @@ def main() -> None:
             draw(int(size * 1e6), log)
             cells, tasks = [], None
             for kind in KINDS:
-                if kind == "pandas" and size not in options.pandas:
+                if kind not in options.kinds or (kind == "pandas" and size not in options.pandas):
                     cells.append("")
                     continue
                 command = [sys.executable, __file__, "--one", kind, str(log)]

@@ -1,8 +1,7 @@
 """What summaries cost: ``python benchmarks/summaries.py [preferences growth incremental items server]``.
 
 Ratios are taken within one run, on a random Llava. Its greedy texts are all doubtful, so second answers are left out.
-``--size 7b`` is
-for an accelerator; ``--peak`` (TFLOP/s) then gives the share of it that is used. ``server`` needs
+``--size 7b`` is for an accelerator; ``--peak`` (TFLOP/s) then gives the share of it that is used. ``server`` needs
 transformers[serving].
 """
 
@@ -154,24 +153,21 @@ class Bench:
 
 
 def preferences(bench: Bench) -> None:
-    """Batched against one user at a time (a part of the users): the same model, greedy, the same texts."""
-    users, some = bench.users, max(4, bench.users // 4)
-    log = bench.log(users, 2 * BLOCK)
-    part = log.filter(pl.col("user_id").is_in([f"u{n}" for n in range(some)]))
+    """Batched against one user at a time: the same users and model, greedy, the same texts."""
+    log = bench.log(bench.users, 2 * BLOCK)
     bench.preferences(bench.log(2, BLOCK), bench.engine())  # warm up
-    for name, ends in (("texts of one length", ALIKE), ("texts of very unequal lengths", UNEQUAL)):
+    for name, ends in (("texts of very unequal lengths", UNEQUAL), ("texts of one length", ALIKE)):
         frame, batched, _ = bench.preferences(log, bench.engine(ends=ends))
-        alone, single, _ = bench.preferences(part, bench.engine(1, ends))
-        both = alone.join(frame, on=["user_id", "step"])
-        same = (both["preference"] == both["preference_right"]).sum()
+        alone, single, _ = bench.preferences(log, bench.engine(1, ends))
+        same = (alone["preference"] == frame["preference"]).sum()
         words = bench.engine().processor.tokenizer(frame["preference"].to_list())["input_ids"]
         lengths = np.array([len(one) for one in words])
-        ratio = (users / batched) / (some / single)
         table(
             f"preferences from {2 * BLOCK} items each, {name} ({lengths.mean():.0f} +- {lengths.std():.0f} tokens)",
             ["way", "users", "seconds", "users/s", "ratio"],
-            [["one user at a time", some, f"{single:.1f}", f"{some / single:.2f}", "1"],
-             [f"batches of {bench.batch_size}", users, f"{batched:.1f}", f"{users / batched:.2f}", f"{ratio:.1f}"]],
+            [["one user at a time", bench.users, f"{single:.1f}", f"{bench.users / single:.2f}", "1"],
+             [f"batches of {bench.batch_size}", bench.users, f"{batched:.1f}", f"{bench.users / batched:.2f}",
+              f"{single / batched:.1f}"]],
         )  # fmt: skip
         print(f"identical texts: {same} of {alone.height}")
 
@@ -207,18 +203,20 @@ def incremental(bench: Bench) -> None:
 
 
 def items(bench: Bench) -> None:
-    """Items with pictures, and where the time goes."""
+    """Items with pictures, and where the time goes; then the same pictures under other titles as well."""
     engine = bench.engine()
-    spent = {"prompts and pictures": 0.0, "model": 0.0}
-    tokens = 0
+    spent = {"prompts and pictures": 0.0, "vision tower": 0.0, "language model": 0.0}
+    tokens = encoded = 0
 
     def timed(name: str, work):
         def run(*arguments):
-            nonlocal tokens
-            start = clock()
+            nonlocal tokens, encoded
+            start, within = clock(), spent["vision tower"]
             out = work(*arguments)
-            spent[name] += clock() - start
-            if name == "model":
+            spent[name] += clock() - start - (spent["vision tower"] - within)
+            if name == "vision tower":
+                encoded += len(arguments[1])
+            if name == "language model":
                 tokens += arguments[0]["input_ids"].numel() + sum(
                     len(engine.processor.tokenizer(one.text)["input_ids"]) for one in out
                 )
@@ -227,20 +225,25 @@ def items(bench: Bench) -> None:
         return run
 
     engine._encode = timed("prompts and pictures", engine._encode)
-    engine._answer = timed("model", engine._answer)
+    engine._answer = timed("language model", engine._answer)
+    engine.memory._encode = timed("vision tower", engine.memory._encode)
     some = bench.items.head(2 * bench.users)
     with tempfile.TemporaryDirectory() as folder:
         start = clock()
         summarize_items(some, engine, TextStore(Path(folder)))
         total = clock() - start
-    rate = 2 * bench.parameters * tokens / spent["model"] / 1e12
-    share = f", {rate / bench.peak:.0%} of {bench.peak:g}" if bench.peak else ""
-    rows = [[name, f"{seconds:.2f}", f"{seconds / total:.0%}"] for name, seconds in spent.items()]
-    rows.append(
-        ["the rest (store, keys)", f"{total - sum(spent.values()):.2f}", f"{1 - sum(spent.values()) / total:.0%}"]
-    )
-    table(f"{some.height} items with pictures: {some.height / total:.2f} items/s", ["where", "seconds", "share"], rows)
-    print(f"about {rate:.3f} TFLOP/s in the model{share}")
+        rate = 2 * bench.parameters * tokens / (spent["vision tower"] + spent["language model"]) / 1e12
+        share = f", {rate / bench.peak:.0%} of {bench.peak:g}" if bench.peak else ""
+        rows = [[name, f"{seconds:.2f}", f"{seconds / total:.0%}"] for name, seconds in spent.items()]
+        rest = total - sum(spent.values())
+        rows.append(["the rest (store, keys)", f"{rest:.2f}", f"{rest / total:.0%}"])
+        title = f"{some.height} items with pictures: {some.height / total:.2f} items/s"
+        table(title, ["where", "seconds", "share"], rows)
+        print(f"about {rate:.3f} TFLOP/s in the model{share}")
+        engine.memory.forget()
+        encoded, further = 0, pl.concat([some.with_columns(pl.col("title") + mark) for mark in ("!", "?")])
+        summarize_items(further, engine, TextStore(Path(folder)))
+    print(f"pictures encoded for {further.height} further items with {some.height} pictures: {encoded}")
 
 
 def server(bench: Bench) -> None:
@@ -334,8 +337,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--users", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--peak", type=float, help="of the accelerator, in TFLOP/s")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -43,6 +43,17 @@ TABLES = {
     "tasks": "the ranking tasks: history, frozen candidates, labels",
     "sft": "the fine-tuning examples: preference, recent summaries, candidate, Yes or No",
 }
+PROVENANCE = (
+    "`generator`, `revision`, `prompt_hash`: what wrote the text, and from which prompt; `status`: `ok`, or why not"
+)
+COLUMNS = {  # those whose names do not say it all
+    "item_summaries": PROVENANCE,
+    "preferences": f"`step`: the block it was written after; `read_item_ids`: all it rests on; {PROVENANCE}",
+    "tasks": "`history`: what came before `cutoff`, oldest first; `labels`: 1 for what the user then chose among "
+    "`candidates`; `target_train_count`: how often that occurs in training",
+    "sft": "`preference` and `recent`: what the model is told of the user; `prompt`, `completion` and `images`, where "
+    "they are there: the same as a chat, for any trainer",
+}
 
 
 def read_facts(run: Path) -> dict[str, Any]:
@@ -68,6 +79,15 @@ def is_hub_id(name: str | None) -> bool:
     (True, False, False)
     """
     return bool(name and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not Path(name).exists())
+
+
+def public_name(model: str) -> str:
+    """The name of a model without the folder of this machine that it may lie in.
+
+    >>> public_name("/home/me/models/llava"), public_name("llava-hf/llava-1.5-7b-hf"), public_name("demo")
+    ('llava', 'llava-hf/llava-1.5-7b-hf', 'demo')
+    """
+    return model if is_hub_id(model) else Path(model).name
 
 
 def license_fields(license: str | None, source: str | None = None) -> dict[str, Any]:
@@ -104,7 +124,7 @@ def model_card(
     backbone, revision = training.get("model_name_or_path"), training.get("model_revision")
     ours = metrics.get("rows", {}).get(OURS, {})
     source = (recipe.get("source") or {}).get("type")
-    inherited = backbone_license(backbone)
+    inherited = backbone_license(backbone, revision)
     variant = _variant(run, training)
     name = slug(metrics.get("dataset") or recipe.get("name") or "run")
     results = [
@@ -129,7 +149,7 @@ def model_card(
     ]
     data = ModelCardData(
         **license_fields(recipe.get("license"), source),
-        language="en",
+        language=_language(source),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=TAGS,
@@ -141,12 +161,13 @@ def model_card(
     if is_hub_id(backbone):
         data["base_model_relation"] = "adapter" if variant == "adapter" else "finetune"
     losses = [entry["loss"] for entry in facts["log"] if "loss" in entry]
+    settings = {key: training.get(key) for key in TRAINING_FACTS} | {"interaction": facts["model"].get("interaction")}
     content = render(
         "model_card.md.j2",
         card_data=data.to_yaml(),
         title=data.model_name,
         backbone=_backbone_words(facts, backbone, revision),
-        training={key: training[key] for key in TRAINING_FACTS if training.get(key) is not None},
+        training={key: one for key, one in settings.items() if one is not None},
         losses=losses,
         variant=variant,
         license=recipe.get("license"),
@@ -185,7 +206,7 @@ def dataset_card(
     source = (recipe.get("source") or {}).get("type")
     data = DatasetCardData(
         **license_fields(recipe.get("license"), source),
-        language="en",
+        language=_language(source),
         pretty_name=f"{name}: summaries, preferences and ranking tasks for MLLM-MSR",
         tags=TAGS,
         task_categories=["text-ranking", "image-text-to-text"],
@@ -207,6 +228,7 @@ def dataset_card(
         title=data.pretty_name,
         tables=tables,
         meanings=TABLES,
+        columns=COLUMNS,
         generators=_generators(run),
         repo_id=repo_id,
         left_out=left_out,
@@ -262,6 +284,11 @@ def _shared(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _language(source: str | None) -> str | None:
+    """The sources we read are in English; of own tables nobody has said."""
+    return None if source == "tables" else "en"
+
+
 def _backbone_words(facts: dict[str, Any], backbone: str | None, revision: str | None) -> str:
     kind = (facts["model"].get("vlm_config") or {}).get("model_type")
     if is_hub_id(backbone):
@@ -286,7 +313,7 @@ def _generators(run: Path) -> list[dict[str, Any]]:
         if path.is_file():
             frame = pl.read_parquet(path).with_columns(pl.col("status").str.replace(":.*", ""))
             for row in frame.group_by("generator", "revision", "prompt_hash", "status").len().sort(pl.all()).to_dicts():
-                found.append({"table": table, **row})
+                found.append({"table": table, **row, "generator": public_name(row["generator"])})
     return found
 
 

@@ -9,7 +9,14 @@ from mllm_msr.hub_cards.charts import Line, line_chart
 from mllm_msr.hub_cards.results import METRIC_NAMES, OURS, ROW_MEANINGS, ordered_rows, percent, row_name
 
 COMPARED = ("auc", "hr@5", "ndcg@5")
+AMONG_ALL = ("hr@5", "hr@10", "ndcg@5")
+WHY_THEY_DIFFER = (
+    "Among sampled candidates most of the items that could stand above a choice are absent. So figures are higher than "
+    "among all items, by more for some rows than for others, and even the order of rows may change (Krichene and "
+    "Rendle, KDD 2020). Where it does, believe the whole catalogue."
+)
 SLICED = "ndcg@5"
+CURVES = (OURS, "blank_images", "no_sft", "sasrec", "knn", "popularity", "random", "oracle")  # where all are too many
 DIVISIONS = {
     "history_length": "items in the history",
     "target_train_count": "training interactions of the choice",
@@ -26,13 +33,13 @@ def against(metrics: dict) -> list[dict[str, Any]]:
     """Ours against each other row, in reading order: ``{"row", "cells": [{"difference", "interval", "p"}]}``."""
     pairs = metrics.get("against", {})
     return [
-        {"row": row, "cells": [_difference(pairs[row][key]) for key in COMPARED]}
+        {"row": row, "cells": [difference(pairs[row][key]) for key in COMPARED]}
         for row in ordered_rows(metrics)
         if row in pairs
     ]
 
 
-def _difference(result: dict) -> dict[str, str]:
+def difference(result: dict) -> dict[str, str]:
     low, high = result["ci95"]
     p = "< 0.001" if result["p"] < 0.001 else f"{result['p']:.3f}"
     return {
@@ -60,12 +67,68 @@ def checks(metrics: dict) -> list[tuple[str, float, str]]:
     """(row, share of users with a tied choice, correlation with popularity), in reading order."""
     found = metrics.get("checks", {})
     return [
-        (row, found[row]["tied_users"], f"{found[row]['popularity_correlation']:.2f}")
+        (row, found[row]["tied_users"], f"{found[row]['popularity_correlation']:.2f}".replace("-0.00", "0.00"))
         if "popularity_correlation" in found[row]
         else (row, found[row]["tied_users"], "")
         for row in ordered_rows(metrics)
         if row in found
     ]
+
+
+def catalogue(metrics: dict) -> dict[str, Any] | None:
+    """Rows among sampled candidates and among all items: ``{"users", "items", "order", "rows": [{"row", "cells":
+    [result]}]}``, ``order`` a sentence on whether both agree, cells being sampled and full of each of ``AMONG_ALL`` in
+    turn; None if that was not evaluated."""
+    found = metrics.get("full_catalogue")
+    if not found:
+        return None
+    rows = [row for row in ordered_rows(metrics) if row in found["rows"]]
+    cells = {row: [found["rows"][row][kind][key] for key in AMONG_ALL for kind in ("sampled", "full")] for row in rows}
+    value = {row: [found["rows"][row][kind][SLICED]["value"] for kind in ("sampled", "full")] for row in rows}
+    turned = [
+        f"{row_name(ahead)} is ahead of {row_name(behind)} among sampled candidates and behind among all items"
+        for ahead in rows
+        for behind in rows
+        if value[ahead][0] > value[behind][0] and value[ahead][1] < value[behind][1]
+    ]
+    order = "; ".join(turned[:3]) + (f"; and {len(turned) - 3} pairs more" if turned[3:] else "")
+    said = f"By {METRIC_NAMES[SLICED]} of these users " + (order or "both put the rows into one order") + "."
+    if OURS in metrics["rows"] and OURS not in rows:
+        said += f" {row_name(OURS)} is not among them: so many pairs were too costly; fewer users may not be."
+    return {
+        "users": found["n_users"],
+        "items": found["n_candidates"],
+        "order": said,
+        "rows": [{"row": row, "cells": cells[row]} for row in rows],
+    }
+
+
+def catalogue_lines(metrics: dict) -> str:
+    """The same for the terminal: a line for each row, its NDCG@5."""
+    found = catalogue(metrics)
+    if not found:
+        return ""
+    lines = [
+        f"  {row_name(row['row']):<16}" + "".join(f"{percent(cell['value']):>7}" for cell in row["cells"][-2:])
+        for row in found["rows"]
+    ]
+    head = f"{METRIC_NAMES[SLICED]} of {found['users']} users, sampled candidates | all items ({found['items']:,.0f}):"
+    return "\n".join([head, *lines, found["order"]])
+
+
+def agreement(metrics: dict) -> dict[str, Any] | None:
+    """Ways of computing our scores against the one evaluated: ``{"users", "way", "others": [(name, largest difference
+    of a score, rank correlation, share of users with another first)]}``; None if that was not evaluated."""
+    found = metrics.get("agreement")
+    if not found:
+        return None
+    others = [(name, *agreement_cells(result)) for name, result in found["others"].items()]
+    return {"users": found["n_users"], "way": found["way"], "others": others}
+
+
+def agreement_cells(result: dict) -> tuple[str, str, str]:
+    correlation = f"{result['rank_correlation']:.4f}" if "rank_correlation" in result else ""
+    return f"{result['max_difference']:.2g}", correlation, percent(result["first_changed"])
 
 
 def slice_tables(metrics: dict) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import polars as pl
 import yaml
 from datasets.splits import SplitInfo
 
-from mllm_msr.hub_cards.cards import dataset_card, is_hub_id, model_card, read_facts, slug
+from mllm_msr.hub_cards.cards import dataset_card, is_hub_id, model_card, public_name, read_facts, slug
 from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.hub_cards.shards import dataset_info, shard
 from mllm_msr.hub_cards.terms import RESTRICTED_SOURCES
@@ -90,6 +90,7 @@ def _fill_model(run: Path, folder: Path, ids: dict, tag: str | None) -> None:
         else:
             _link(path, folder / name)
     (folder / "README.md").write_text(str(model_card(run, ids["model"], ids["dataset"], tag)), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(shared_recipe(run), encoding="utf-8")
 
 
 def _without_paths(text: str) -> str:
@@ -128,7 +129,7 @@ def _fill_dataset(run: Path, folder: Path, repo_id: str | None, tag: str | None,
                     frame = frame.with_columns(pl.lit("").alias("text")) if restricted else frame
                 if restricted:
                     frame = frame.drop("prompt", "completion", strict=False)  # they quote the texts
-                hashed = _hash_users(frame.collect(), key)
+                hashed = _hash_users(_without_folders(frame.collect()), key)
                 if table == "sft" and "prompt" in hashed.columns:
                     write_chat_table(hashed, run / DATASET_FILES["items"]["train"], target, images)
                 else:
@@ -153,7 +154,17 @@ def shared_recipe(run: Path) -> str:
         for key, value in recipe.items()
         if key not in ("training", "evaluation")
     }
+    if model := (kept.get("summaries") or {}).get("model"):
+        kept["summaries"]["model"] = public_name(model)
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def _without_folders(frame: pl.DataFrame) -> pl.DataFrame:
+    """Texts' generators by name, wherever they lie on this machine."""
+    if "generator" not in frame.columns:
+        return frame
+    names = {one: public_name(one) for one in frame["generator"].unique().drop_nulls()}
+    return frame.with_columns(pl.col("generator").replace(names))
 
 
 def _user_key(run: Path) -> bytes:

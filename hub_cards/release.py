@@ -1,7 +1,9 @@
 """Send a run to the Hub: one commit a repository, and the tag, which marks the release, once all commits are in.
 
-Everything large is uploaded before the first commit; new repositories are private until the last tag is set. So a
-release that was interrupted anywhere is not to be seen by whoever pins the tag, and repeating the command completes it.
+The Hub changes one repository at a time. So everything large is uploaded first, and every commit is tried on a branch
+that nobody reads and compared with its folder; only when all are accepted do the main branches move, one short request
+each. New repositories are private until the last tag is set. A release that was interrupted anywhere is not to be seen
+by whoever pins the tag, and repeating the command completes it.
 """
 
 import copy
@@ -9,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_session
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, SpaceStage, get_session
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -28,7 +31,7 @@ from huggingface_hub.utils.sha import git_hash
 from mllm_msr.hub_cards.cards import TAGS, read_facts
 from mllm_msr.hub_cards.publishing import build_hub, repo_ids
 from mllm_msr.hub_cards.spaces import SPACE_SDKS, build_spaces
-from mllm_msr.hub_cards.terms import warnings
+from mllm_msr.hub_cards.terms import kept_private, warnings
 
 REPO_TYPES = {
     "dataset": "dataset",
@@ -37,6 +40,7 @@ REPO_TYPES = {
     "model": "model",
 }  # the model speaks of the rest
 MADE_BY_THE_HUB = {".gitattributes", "README.md"}  # in a repository that nobody has used yet
+STAGE = "release-in-preparation"  # the branch on which a commit is tried
 T = TypeVar("T")
 
 
@@ -53,13 +57,11 @@ class Repository:
         self.name: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type}
         self.files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         self.revision = "main"
-        self._hashed: list[CommitOperationAdd] = []
 
+    @cached_property
     def additions(self) -> list[CommitOperationAdd]:
-        """Every file, hashed once; as copies, since the client notes on them how far it has come."""
-        if not self._hashed:
-            self._hashed = [CommitOperationAdd(self.path(file), str(file)) for file in self.files]
-        return [copy.copy(one) for one in self._hashed]
+        """Every file, hashed once; the client notes on them what it has uploaded."""
+        return [CommitOperationAdd(self.path(file), str(file)) for file in self.files]
 
     def path(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
@@ -101,7 +103,8 @@ def publish(
     Args:
         parts: of "model", "dataset", "metric" and "space"; all by default.
         collection: also gather them in a collection named for the run and the tag.
-        public: make the repositories public, once all are whole; new ones are private otherwise.
+        public: make the repositories public, once all are whole, but for those whose source forbids it; new ones are
+            private otherwise.
         create_pr: propose the changes as one pull request a repository, with neither tags nor collection.
         tag: names the release in every repository.
 
@@ -111,9 +114,12 @@ def publish(
     """
     run = Path(run)
     repositories = plan(run, namespace, tag, parts, **choices)
+    facts = read_facts(run)
+    closed = kept_private(facts)
+    opened = [one for one in repositories if public and one.part not in closed]
     for repository in repositories:
-        _show(repository, public)
-    for warning in warnings(read_facts(run), public):
+        _show(repository, repository in opened)
+    for warning in warnings(facts, public):
         print(f"warning: {warning}")
     if dry_run:
         print("dry run: nothing was sent")
@@ -131,17 +137,23 @@ def publish(
             patiently(_open, repository, tag, create_pr)
         for repository in repositories:
             patiently(_upload, repository, create_pr)
-        commits = {one.part: patiently(_commit, one, tag, create_pr) for one in repositories}
+        title = f"Release {tag}" if tag else "Release"
+        if not create_pr:
+            for repository in repositories:
+                patiently(_try, repository, title)
+        commits = {one.part: patiently(_commit, one, title, create_pr) for one in repositories}
         if not create_pr:
             for repository in repositories:
                 if tag:
                     patiently(_tag, repository, commits[repository.part], tag)
+            for repository in opened:
+                patiently(_make_public, repository)
             for repository in repositories:
-                if public:
-                    patiently(_make_public, repository)
+                if repository.part == "space":
+                    patiently(_wake, repository)
             if collection:
-                patiently(_collect, f"{read_facts(run)['recipe'].get('name') or run.name} {tag or ''}".strip()[:59],
-                          namespace, repositories, public)  # fmt: skip
+                name = f"{facts['recipe'].get('name') or run.name} {tag or ''}".strip()[:59]
+                patiently(_collect, name, namespace, repositories, bool(opened))
     for repository in repositories:
         print(f"{repository.repo_id} ({repository.part}): {commits[repository.part]}")
     return commits
@@ -214,7 +226,7 @@ def _changes(
     there = {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in _tree(api, repository, head)}
     there.pop(".gitattributes", None)
     changes: list[CommitOperationAdd | CommitOperationDelete] = []
-    for file, addition in zip(repository.files, repository.additions(), strict=True):
+    for file, addition in zip(repository.files, repository.additions, strict=True):
         known = there.pop(addition.path_in_repo, "")
         sha256 = addition.upload_info.sha256.hex()
         if known != sha256 and not (len(known) == 40 and known == git_hash(file.read_bytes())):
@@ -230,12 +242,32 @@ def _upload(api: HfApi, repository: Repository, create_pr: bool) -> None:
         api.preupload_lfs_files(**repository.name, additions=additions, create_pr=create_pr)
 
 
-def _commit(api: HfApi, repository: Repository, tag: str | None, create_pr: bool) -> str:
+def _try(api: HfApi, repository: Repository, title: str) -> None:
+    """Make the commit on a branch of its own, so that what the Hub refuses, it refuses before any main has moved."""
+    if STAGE in {one.name for one in api.list_repo_refs(**repository.name).branches}:
+        api.delete_branch(**repository.name, branch=STAGE)  # an earlier try was interrupted
+    head = _head(api, repository)
+    if changes := _changes(api, repository, head):
+        api.create_branch(**repository.name, branch=STAGE, revision=head)
+        tried = _send(api, repository, changes, title, head, revision=STAGE)
+        if _changes(api, repository, tried):
+            raise RuntimeError(f"the Hub has made other files of {repository.repo_id} than were sent; nothing is shown")
+        api.delete_branch(**repository.name, branch=STAGE)
+
+
+def _send(api: HfApi, repository: Repository, changes: list[Any], title: str, head: str, **where: Any) -> str:
+    """One commit on ``head``; of copies, as the client commits an operation only once."""
+    operations = [copy.copy(one) for one in changes]
+    return api.create_commit(
+        **repository.name, operations=operations, commit_message=title, parent_commit=head, **where
+    ).oid
+
+
+def _commit(api: HfApi, repository: Repository, title: str, create_pr: bool) -> str:
     """One commit that makes the repository equal to the folder, on the head that is read now; none if it is so.
 
     A pull request that an earlier try has opened is found again by its title, so that there is never a second one.
     """
-    title = f"Release {tag}" if tag else "Release"
     opens = create_pr
     if create_pr:
         for one in api.get_repo_discussions(**repository.name, discussion_type="pull_request"):
@@ -245,10 +277,8 @@ def _commit(api: HfApi, repository: Repository, tag: str | None, create_pr: bool
     changes = _changes(api, repository, head)
     if not changes:
         return head
-    pinned: dict[str, Any] = {"create_pr": True} if opens else {"revision": repository.revision}
-    return api.create_commit(
-        **repository.name, operations=changes, commit_message=title, parent_commit=head, **pinned
-    ).oid
+    where: dict[str, Any] = {"create_pr": True} if opens else {"revision": repository.revision}
+    return _send(api, repository, changes, title, head, **where)
 
 
 def _tag(api: HfApi, repository: Repository, commit: str, tag: str) -> None:
@@ -259,6 +289,12 @@ def _tag(api: HfApi, repository: Repository, commit: str, tag: str) -> None:
 def _make_public(api: HfApi, repository: Repository) -> None:
     if api.repo_info(**repository.name).private:
         api.update_repo_settings(**repository.name, private=False)
+
+
+def _wake(api: HfApi, repository: Repository) -> None:
+    """Start a Space again that has failed: it began before what it shows was tagged, or public."""
+    if api.get_space_runtime(repository.repo_id).stage == SpaceStage.RUNTIME_ERROR:
+        api.restart_space(repository.repo_id)
 
 
 def _collect(api: HfApi, title: str, namespace: str, repositories: list[Repository], public: bool) -> None:

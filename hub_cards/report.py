@@ -78,8 +78,13 @@ def write_report(run: Path) -> Path:
         subtitle=_subtitle(metrics),
         headline=headline(metrics),
         findings=findings(metrics),
-        sampled=(metrics.get("n_candidates") or 0) < (catalogue(run) or 0),
+        sampled=(metrics.get("n_candidates") or 0) < (catalogue_size(run) or 0),
         against=evidence.against(metrics),
+        catalogue=evidence.catalogue(metrics),
+        among_all=[METRIC_NAMES[key] for key in evidence.AMONG_ALL],
+        why_they_differ=evidence.WHY_THEY_DIFFER,
+        agreement=evidence.agreement(metrics),
+        backbone=_backbone(run),
         compared=[METRIC_NAMES[key] for key in evidence.COMPARED],
         checks=evidence.checks(metrics),
         slices=evidence.slice_tables(metrics),
@@ -99,9 +104,11 @@ def write_report(run: Path) -> Path:
 
 
 def _public_recipe(path: Path) -> str:
-    """The recipe without the folder of the raw data, which is a path of this machine."""
+    """The recipe without the folder of the raw data and that of a local model, which are paths of this machine."""
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     recipe.get("source", {}).pop("folder", None)
+    if Path(recipe.get("training", {}).get("model_name_or_path") or "").is_absolute():
+        recipe["training"]["model_name_or_path"] = Path(recipe["training"]["model_name_or_path"]).name
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else ""
 
 
@@ -110,7 +117,14 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def catalogue(run: Path) -> int | None:
+def _backbone(run: Path) -> str | None:
+    """The name of the pretrained model that was fine-tuned; None for the demo's own, which has read nothing."""
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if (run / "config.yaml").exists() else {}
+    name = recipe.get("training", {}).get("model_name_or_path", "demo")
+    return None if name == "demo" else "The model before training" if Path(name).is_dir() else name
+
+
+def catalogue_size(run: Path) -> int | None:
     """How many items the run's catalogue has, if that is known."""
     return read_json(run / "data/report.json").get("statistics", {}).get("items")
 
@@ -131,6 +145,7 @@ def _subtitle(metrics: dict) -> str:
     for key, words in (("n_users", "{:,} users"), ("n_candidates", "{:,} candidates each")):
         parts += [words.format(metrics[key])] if metrics.get(key) else []
     parts += [f"{metrics[key]} {key}" for key in ("protocol", "split") if metrics.get(key)]
+    parts += [f"model {metrics['model_of']}"] if metrics.get("model_of") else []
     return ", ".join(parts)
 
 
@@ -188,6 +203,8 @@ def _score_charts(scores: pl.DataFrame | None) -> list:
     if scores is None or scores.is_empty():
         return []
     names = ordered_rows({"rows": dict.fromkeys(scores["row"].unique().sort())})
+    if len(names) > len(evidence.CURVES):
+        names = [row for row in names if row in evidence.CURVES] or names
     curves, rocs = [], []
     for row in names:
         own = scores.filter(pl.col("row") == row)

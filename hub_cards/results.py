@@ -47,6 +47,7 @@ ROW_MEANINGS = {
     "oracle": "ranked by the true taste, which only a generator knows: the best that is possible",
 }
 OURS = "mllm_msr"
+TRAINED = ("sasrec", "gru4rec", "svd", "knn", "tfidf")
 
 
 def row_name(row: str) -> str:
@@ -134,30 +135,42 @@ def headline(metrics: dict) -> str | None:
     candidates = metrics.get("n_candidates")
     among = f" of {candidates} candidates" if candidates else ""
     sentence = f"{percent(rows[OURS]['hr@5']['value'])}% of users find their next choice in the top five{among}"
-    others = [
-        f"{phrase} {percent(rows[row]['hr@5']['value'])}%"
-        for row, phrase in (("popularity", "popularity manages"), ("random", "chance"))
-        if "hr@5" in rows.get(row, {})
-    ]
+    others: list[str] = []
+    for row in (strongest_baseline(metrics, "hr@5"), "popularity", "random"):
+        if "hr@5" in rows.get(row, {}):
+            name = "chance" if row == "random" else row_name(row) + ("" if others else " manages")
+            others.append(f"{name} {percent(rows[row]['hr@5']['value'])}%")
     return f"{sentence}; {', '.join(others)}." if others else f"{sentence}."
 
 
+def strongest_baseline(metrics: dict, key: str) -> str:
+    """The row of the trained baselines with the highest value of ``key``; "" if there is none."""
+    values = {row: metrics["rows"][row][key]["value"] for row in TRAINED if key in metrics["rows"].get(row, {})}
+    return max(values, key=lambda row: values[row], default="")
+
+
 def findings(metrics: dict) -> list[dict[str, str]]:
-    """What the rows say beside each other, as ``{"figure", "words"}``; intervals that overlap are called so."""
+    """What the rows say beside each other, as ``{"figure", "words"}``; what users cannot tell apart is called so."""
     rows = {row: values["auc"] for row, values in metrics["rows"].items() if "auc" in values}
     if OURS not in rows:
         return []
     ours = rows[OURS]
     said = [{"figure": percent(ours["value"]), "words": f"AUC, percent ({interval(ours)}); chance is 50"}]
+    strongest = strongest_baseline(metrics, "auc")
     for row, words in (
+        (strongest, f"AUC against {row_name(strongest)}, the strongest baseline"),
         ("popularity", "AUC against popularity"),
         ("no_sft", "AUC from fine-tuning"),
         ("blank_images", "AUC from the pictures, against blank ones"),
     ):
         if row not in rows:
             continue
-        apart = ours["ci95"][0] > rows[row]["ci95"][1] or ours["ci95"][1] < rows[row]["ci95"][0]
-        doubt = "" if apart else " (the 95% intervals overlap)"
+        if paired := metrics.get("against", {}).get(row, {}).get("auc"):
+            apart, why = paired["ci95"][0] > 0 or paired["ci95"][1] < 0, "the 95% interval of the difference spans 0"
+        else:
+            apart = ours["ci95"][0] > rows[row]["ci95"][1] or ours["ci95"][1] < rows[row]["ci95"][0]
+            why = "the 95% intervals overlap"
+        doubt = "" if apart else f" ({why})"
         said.append({"figure": f"{100 * (ours['value'] - rows[row]['value']):+.1f}", "words": words + doubt})
     if "oracle" in rows and rows["oracle"]["value"] > 0.5 < ours["value"]:
         share = (ours["value"] - 0.5) / (rows["oracle"]["value"] - 0.5)

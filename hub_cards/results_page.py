@@ -1,8 +1,10 @@
 """``results.md``: a run's results as Markdown to paste; and several runs side by side."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import polars as pl
 
 from mllm_msr.hub_cards import evidence
 from mllm_msr.hub_cards.results import (
@@ -16,8 +18,11 @@ from mllm_msr.hub_cards.results import (
     row_name,
     write_page,
 )
+from mllm_msr.training.diagnostics import agreement
+from mllm_msr.training.metrics import paired_differences
 
 SIDE_BY_SIDE = ("auc", "hr@5", "mrr@5", "ndcg@5")
+AGREEMENT = ("largest difference of a logit", "rank correlation", "users with another first, percent")
 
 
 def write_results(run: Path) -> Path:
@@ -47,6 +52,17 @@ def results_page(metrics: dict) -> str:
             "## Ours less each row\n\nPoints; paired bootstrap over users; p two-sided, not corrected.",
             table(["", *names], rows),
         ]
+    if among := evidence.catalogue(metrics):
+        head = [f"{METRIC_NAMES[key]} sampled | all items" for key in evidence.AMONG_ALL]
+        rows = [
+            [row_name(row["row"]), *(f"{percent(c['value'])} ({interval(c)})" for c in row["cells"])]
+            for row in among["rows"]
+        ]
+        parts += [
+            f"## Among all items\n\n{among['users']} users, their choices among sampled candidates and among all "
+            f"{among['items']:,.0f} items they never chose. {among['order']} {evidence.WHY_THEY_DIFFER}",
+            table(["", *head], rows),
+        ]
     for one in evidence.slice_tables(metrics):
         head = [one["title"], *(f"{part['name']} ({part['users']} users)" for part in one["parts"])]
         rows = [
@@ -63,6 +79,12 @@ def results_page(metrics: dict) -> str:
     if rows := [[row_name(row), percent(tied), correlation] for row, tied, correlation in evidence.checks(metrics)]:
         head = ["", "users whose choice is tied, percent", "rank correlation with popularity"]
         parts += ["## Ties and popularity", table(head, rows)]
+    if ways := evidence.agreement(metrics):
+        parts += [
+            f"## Do other ways of computing agree?\n\nOurs on {ways['users']} users, against the scores evaluated "
+            f"({ways['way']}).",
+            table(["", *AGREEMENT], ways["others"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,6 +94,8 @@ def _conditions(metrics: dict) -> str:
         for key in ("n_users", "n_candidates", "protocol", "split", "seed")
         if metrics.get(key) is not None
     ]
+    if metrics.get("model_of"):
+        facts.append(f"model {metrics['model_of']}")
     if metrics.get("candidate_hash"):
         facts.append(f"candidates `{metrics['candidate_hash']}`")
     return ", ".join(facts) + "."
@@ -110,8 +134,49 @@ def compare(runs: Sequence[Path]) -> str:
     hashes = {metrics.get("candidate_hash") for metrics in found.values()}
     if len(hashes) > 1:
         said += "\n\nNot the same candidates: compare the differences between rows, not the figures."
+    if paired := beside_the_first(dict(zip(found, runs, strict=True))):
+        gaps = (f"{METRIC_NAMES[key]} | p" for key in evidence.COMPARED)
+        head = ["", *gaps, *AGREEMENT, "words that preferences share, percent"]
+        said += (
+            f"\n\n{row_name(OURS)} less that of {next(iter(found))}, points, paired by user; and how far they agree:"
+        )
+        said += "\n\n" + table(head, paired)
     facts = [f"- {label}: {metrics.get('dataset')}, {_conditions(metrics)}" for label, metrics in found.items()]
     return said + "\n\n" + "\n".join(facts)
+
+
+def beside_the_first(runs: Mapping[str, Path]) -> list[list[str]]:
+    """Our scores in each run against those in the first, where both ranked the same candidates for the same users:
+    differences in points, how far the scores agree, and what share of all words in two runs' preferences both have."""
+    (_, first), *others = runs.items()
+    lines = []
+    for label, run in others:
+        files = [Path(one) / "scores.parquet" for one in (first, run)]
+        if not all(file.is_file() for file in files):
+            continue
+        keys = ["user_id", "item_id", "label"]
+        one, two = (pl.read_parquet(file).filter(row=OURS).select(*keys, "logit").sort(keys) for file in files)
+        if one.is_empty() or not one.select(keys).equals(two.select(keys)):
+            continue
+        found = paired_differences(one["user_id"], one["label"], two["logit"], one["logit"])
+        cells = (evidence.difference(found[key]) for key in evidence.COMPARED)
+        gaps = [f"{cell['difference']} ({cell['interval']}) | {cell['p']}" for cell in cells]
+        agreed = evidence.agreement_cells(agreement(one["user_id"], one["logit"], two["logit"]))
+        lines.append([label, *gaps, *agreed, _words_shared(Path(first), Path(run))])
+    return lines
+
+
+def _words_shared(first: Path, second: Path) -> str:
+    """Of the words in a user's preference after a step in either run, the share in both, in percent; mean over all."""
+    files = [run / "summaries/preferences.parquet" for run in (first, second)]
+    if not all(file.is_file() for file in files):
+        return ""
+    words = pl.col("preference").str.to_lowercase().str.extract_all(r"\w+")
+    one, two = (pl.read_parquet(file).select("user_id", "step", words) for file in files)
+    both = one.join(two, on=["user_id", "step"])
+    union = both["preference"].list.set_union(both["preference_right"]).list.len().to_numpy()
+    common = both["preference"].list.set_intersection(both["preference_right"]).list.len().to_numpy()
+    return percent((common[union > 0] / union[union > 0]).mean()) if (union > 0).any() else ""
 
 
 def _label(run: Path, runs: Sequence[Path]) -> str:

@@ -28,7 +28,7 @@ def study_markdown(study: dict) -> str:
     """Every cell's figures and its difference from the first, in percent and points."""
     rows = []
     for entry in study["cells"]:
-        cells = [entry_name(entry)]
+        cells = [entry_name(entry) + ("" if entry["same_candidates"] else " (other candidates)")]
         for key in SHOWN:
             result = entry["metrics"][key]
             spread = f", seeds ±{percent(result['seed_std'])}" if result["seed_std"] is not None else ""
@@ -45,7 +45,7 @@ def study_markdown(study: dict) -> str:
     parts = [
         f"# {study['study']}",
         f"Percent and points, {first['users']} users; 95 % intervals by bootstrap over users; differences paired by "
-        "user (none where the candidates differ); p two-sided, not corrected.",
+        "user (none where the users differ); p two-sided, not corrected.",
         table(head, rows),
         "Beside the first:\n\n" + verdicts(study) if verdicts(study) else "",
     ]

@@ -1,6 +1,7 @@
 """Whose data and weights a run rests on, and what their terms allow: for the cards and for whoever publishes.
 
-The table of sources says what their own pages and readmes say, in short; it is no legal advice, and terms change.
+The table of sources says in short what their readmes and owners say, each with what was read and when; it is no legal
+advice, and terms change.
 """
 
 from functools import cache
@@ -17,20 +18,26 @@ SOURCE_TERMS = {
         "forbids": "redistribution and commercial use without permission; implying endorsement",
         "link": "https://grouplens.org/datasets/movielens/",
         "pictures": "posters and overviews belong to the studios and to TMDB, whose own terms apply",
+        "log": "100k and 1M: not to be passed on without permission; ml-latest and 32M: only under the same conditions",
+        "read": "readmes of 100k, 1M, ml-latest-small and 32M, in others' copies, November 2026",
     },
     "microlens": {
         "name": "MicroLens (Westlake University)",
-        "allows": "non-commercial research, citing the paper",
-        "forbids": "commercial use; passing on texts, covers and videos, which belong to their authors",
+        "allows": "use in research, citing the paper; its page names no licence",
+        "forbids": "offering changed copies of the data set for download; share the code that makes them instead",
         "link": "https://github.com/westlake-repl/MicroLens",
-        "pictures": "covers belong to the authors of the videos",
+        "pictures": "titles, covers and videos belong to the authors of the videos",
+        "log": "a split of it is a changed copy: not to be passed on",
+        "read": "readme of its repository, as of commit 033cac7, November 2026",
     },
     "amazon": {
         "name": "Amazon Reviews (McAuley Lab, UCSD)",
-        "allows": "research, citing the paper; no licence is stated for texts and pictures",
+        "allows": "research, citing the paper; the lab says that it cannot assign a licence",
         "forbids": "nothing beyond that is granted: texts and pictures belong to reviewers, sellers and Amazon",
         "link": "https://amazon-reviews-2023.github.io",
         "pictures": "product pictures belong to sellers and Amazon",
+        "log": "no licence, so no permission to pass it on",
+        "read": "the lab's answers to questions about the licence, as quoted by others, November 2026",
     },
 }
 # fmt: on
@@ -39,12 +46,12 @@ PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "c
 
 
 @cache
-def backbone_license(backbone: str | None) -> str | None:
+def backbone_license(backbone: str | None, revision: str | None = None) -> str | None:
     """The licence a backbone on the Hub states; None if it has none or the Hub does not answer at once."""
     if not backbone or "/" not in backbone:
         return None
     try:
-        data = HfApi().model_info(backbone, timeout=5).card_data
+        data = HfApi().model_info(backbone, revision=revision, timeout=5).card_data
     except (HfHubHTTPError, HTTPError, OSError, ValueError):
         return None
     fields = data.to_dict() if data else {}
@@ -83,7 +90,7 @@ def warnings(facts: dict[str, Any], public: bool) -> list[str]:
     training = recipe.get("training") or {}
     found = conflicts(
         recipe.get("license"),
-        backbone_license(training.get("model_name_or_path")),
+        backbone_license(training.get("model_name_or_path"), training.get("model_revision")),
         source,
     )
     if not recipe.get("license"):
@@ -91,7 +98,17 @@ def warnings(facts: dict[str, Any], public: bool) -> list[str]:
     if public and source in SOURCE_TERMS:
         terms = SOURCE_TERMS[source]
         found.append(
-            f"{terms['name']} forbids {terms['forbids']}; histories and candidates are part of it, so ask first or "
-            f"keep the data set private ({terms['link']})"
+            f"{' and '.join(kept_private(facts))} stay private: they show histories of {terms['name']} "
+            f"({terms['log']}). With permission, open them in their settings on the Hub. Its terms: {terms['link']}"
         )
     return found
+
+
+def kept_private(facts: dict[str, Any]) -> tuple[str, ...]:
+    """The parts of a release that ``--public`` does not open, as they pass on the log of a source that forbids it.
+
+    >>> kept_private({"recipe": {"source": {"type": "amazon"}}}), kept_private({"recipe": {}})
+    (('dataset', 'space'), ())
+    """
+    source = (facts["recipe"].get("source") or {}).get("type")
+    return ("dataset", "space") if source in RESTRICTED_SOURCES else ()

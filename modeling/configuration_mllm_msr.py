@@ -11,7 +11,11 @@ class MllmMsrConfig(PreTrainedConfig):
 
     Args:
         vlm_config: the configuration of the image-text-to-text backbone, as an object or a dict with its `model_type`.
-        interaction: how user and candidate meet; `joint` puts both into one causal sequence (the paper's way).
+        interaction: how user and candidate meet. `joint` puts both into one causal sequence (the paper's way). In
+            `late` they do not see each other, and only the last few tokens, which ask for the answer, see both: so
+            each user and each candidate is computed once, whatever it is paired with.
+        user_limit: with `late`, the most tokens of a user, and the position at which candidates begin.
+        item_limit: with `late`, the most tokens of a candidate; answers begin at `user_limit + item_limit`.
         answer_token_ids: `{"yes": [...], "no": [...]}`, the first tokens of the two answers as the backbone's chat
             template writes them; the one to train on comes first, other spellings after it. The two must not overlap.
         backbone_name_or_path: where the backbone came from; an adapter repository is loaded on top of it.
@@ -26,6 +30,8 @@ class MllmMsrConfig(PreTrainedConfig):
 
     vlm_config: Any = None
     interaction: str = "joint"
+    user_limit: int = 512
+    item_limit: int = 1024
     answer_token_ids: dict[str, list[int]] | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
@@ -33,8 +39,8 @@ class MllmMsrConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.interaction != "joint":
-            raise ValueError(f"interaction={self.interaction!r} is not known; there is 'joint'")
+        if self.interaction not in ("joint", "late"):
+            raise ValueError(f"interaction={self.interaction!r} is not known; there are 'joint' and 'late'")
         if self.answer_token_ids is not None:
             yes, no = set(self.answer_token_ids["yes"]), set(self.answer_token_ids["no"])
             if not yes or not no or yes & no:

@@ -17,7 +17,9 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_mllm_msr import MllmMsrConfig
 from .families import FAMILIES
 from .lora import adapter_layers, merge_adapter, save_adapter
+from .packing import TYPES, pack_joint, pack_late
 
+TEXTUAL = ("input_ids", "attention_mask", *TYPES)
 ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
 
@@ -69,6 +71,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             )
         self.backbone = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.post_init()
+        there = {type(module).__name__ for module in self.modules()}  # CLIP also names layers of its text side
+        self._no_split_modules = there & set(self._no_split_modules or ())
 
     @classmethod
     def from_backbone(
@@ -84,7 +88,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """An untrained recommender around a stock backbone.
 
         Args:
-            id_or_path: a Hub id or a folder, with `revision` as everywhere in transformers.
+            id_or_path: a Hub id or a folder, with `revision` as everywhere in transformers. A trained recommender in
+                the place of a backbone is loaded whole, its adapter merged, to be trained further.
             processor: the backbone's [`MllmMsrProcessor`], which knows the answers' tokens.
             kwargs: as in `from_pretrained` (`device_map`, ...).
         """
@@ -94,6 +99,14 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             revision = extract_commit_hash(config_file, None) or revision
         where = {"revision": revision} if revision else {}
         vlm_config = AutoConfig.from_pretrained(id_or_path, **where, **hub)
+        given = {"attn_implementation": attn_implementation, "quantization_config": quantization_config, "dtype": dtype}
+        kwargs.update({name: value for name, value in given.items() if value is not None})
+        if vlm_config.model_type == cls.config_class.model_type:  # one of ours, to be trained further
+            model: Any = cls.from_pretrained(id_or_path, **where, **kwargs)
+            merge_adapter(model)
+            for name in ("adapter", "backbone_name_or_path", "backbone_revision"):  # no adapter could name it
+                setattr(model.config, name, None)
+            return model
         config = cls.config_class(
             vlm_config=vlm_config,
             answer_token_ids=processor.answer_token_ids if processor is not None else None,
@@ -102,8 +115,6 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         )
         if getattr(vlm_config, "quantization_config", None) is not None:  # the backbone's checkpoint is quantised
             config.quantization_config = vlm_config.quantization_config
-        given = {"attn_implementation": attn_implementation, "quantization_config": quantization_config, "dtype": dtype}
-        kwargs.update({name: value for name, value in given.items() if value is not None})
         return cls.from_pretrained(id_or_path, config=config, **where, **kwargs)
 
     # ---- a transformers model in all but its layers, which are the backbone's ------------------------------------
@@ -127,6 +138,11 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.backbone.get_decoder()
 
+    def enable_input_require_grads(self) -> None:
+        """What gradient checkpointing needs under an adapter; the frozen vision tower is to keep no graph."""
+        decoder: Any = self.get_decoder()
+        decoder.enable_input_require_grads()
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own `generate`."""
         return self.backbone.generate(*args, **kwargs)
@@ -138,6 +154,11 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_features: list[torch.Tensor] | None = None,
+        owners: torch.LongTensor | None = None,
+        users: Any = None,
+        items: Any = None,
+        answer_ids: Any = None,
+        pairs: Any = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The backbone's forward pass and output.
@@ -147,13 +168,47 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only (0: of all).
             image_features: what `image_features` returned for the batch's pictures, in their order, in place of
                 `pixel_values` and its companions.
+            owners: (B,) rows with equal numbers begin alike, and what they share is computed once: see `blocks.py`.
+            users, items, answer_ids, pairs: in place of `input_ids`, what the processor's `blocks` returned, and
+                (2, P) which user and which item make a pair (`interaction="late"`).
+
+        Returns:
+            The backbone's output; with `owners` or `pairs` its `logits` are those of the answers, (B, V) or (P, V).
         """
-        if image_features is not None:
-            kwargs.pop("pixel_values", None)
-            kwargs["mm_encoder_outputs"] = {"image": self._picture_features(image_features)}
+        if users is not None:
+            kwargs.update({name: value for name, value in items.items() if name not in TEXTUAL})
+        if users is not None:
+            return self.answers(pack_late(self, users, items, answer_ids, pairs), image_features, **kwargs)
+        if owners is not None:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+            return self.answers(pack_joint(self, batch, owners), image_features, **kwargs)
         return self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, logits_to_keep=logits_to_keep, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **self._pictures(image_features, kwargs),
         )
+
+    def answers(
+        self, packed: dict[str, Any], image_features: list[torch.Tensor] | None = None, **pictures: Any
+    ) -> ModelOutput:
+        """The backbone's output for a row from `packing.py`, its logits (P, V): those of the last token of each leaf.
+
+        Args:
+            image_features, pictures: as in `forward`; what else a batch of the processor has is not looked at.
+        """
+        known = self._pictures(image_features, pictures)
+        output = self.backbone(**{name: value for name, value in known.items() if name not in TEXTUAL} | packed)
+        output.logits = output.logits[0]
+        return output
+
+    def _pictures(self, image_features: list[torch.Tensor] | None, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with features, if they are given, in place of pixels."""
+        if image_features is None:
+            return batch
+        kept = {name: value for name, value in batch.items() if name != "pixel_values"}
+        return {**kept, "mm_encoder_outputs": {"image": self._picture_features(image_features)}}
 
     @torch.no_grad()
     def image_features(self, num_image_tokens: list[int] | None = None, **batch: Any) -> list[torch.Tensor]:
@@ -199,10 +254,18 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def score(self, **batch: Any) -> RecommendationOutput:
-        """Score the B pairs of a batch from the processor, padded on the left: all answers are due at the end."""
+        """Score the B pairs of a batch from the processor, padded on the left: all answers are due at the end.
+
+        With `interaction="late"` the P pairs of what the processor's `blocks` returned.
+        """
         if "labels" in batch:
             raise ValueError("a batch with labels already has its answers; call the processor without labels to score")
-        logits = self.answer_logits(self(**batch, logits_to_keep=1).logits[:, -1])
+        if (self.config.interaction == "late") != ("users" in batch):
+            wanted = "blocks(...) and pairs" if self.config.interaction == "late" else "whole prompts"
+            raise ValueError(f"a model with interaction={self.config.interaction!r} scores {wanted} of the processor")
+        whole = "users" not in batch and "owners" not in batch
+        logits = self(**batch, logits_to_keep=1).logits[:, -1] if whole else self(**batch).logits
+        logits = self.answer_logits(logits)
         return RecommendationOutput(logits=logits, probabilities=logits.sigmoid())
 
     # ---- adapters, loading and saving ------------------------------------------------------------------------------

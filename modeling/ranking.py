@@ -1,23 +1,25 @@
 """Rank candidates for many users at once, computing nothing twice.
 
-In one causal sequence (``interaction="joint"``) everything before the candidate depends on the user alone. So the
-user's prefix runs once and its keys and values serve all candidates, and a picture is encoded once whatever the users.
-The result is that of the plain forward of every pair. Where it would not be, because the backbone's attention or
-positions are not plain, pairs are scored one whole prompt each.
+In one causal sequence (``interaction="joint"``) everything before the candidate depends on the user alone: it runs once
+for all candidates, and a picture is encoded once whatever the users. With ``late`` a user and a candidate are computed
+once each, and a pair costs only the tokens that ask for the answer (``late_ranking.py``). The result is that of the
+plain forward of every pair. Where it would not be, because the backbone's attention or positions are not plain, prompts
+are scored whole.
 """
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .families import FAMILIES
-
-SHIFTING_ROPE = frozenset({"dynamic", "longrope"})  # rotations that depend on the length of the whole prompt
+from .item_cache import ItemCache
+from .late_ranking import LatePlan
+from .packing import BlocksTooLong, block_limits, pack_joint
+from .shown import Shown
 
 
 class Recommender:
@@ -26,19 +28,35 @@ class Recommender:
     Args:
         model: ``MllmMsrForRecommendation``.
         processor: ``MllmMsrProcessor``.
-        token_budget: tokens of one forward; bounds memory.
-        share_prefix: by default wherever it changes nothing; `False` never; `True` refuses, with the reason, where
-            scores would change. `shares_prefix` and `obstacle` say what became of it.
+        token_budget: tokens of one forward; bounds the memory it works in.
+        memory_gb: what may be kept of users and candidates to be used again; by default half of the free memory of the
+            model's device.
+        cache: folder in which what a ``late`` model keeps of candidates outlives the process; see ``index``.
+        share_prefix: ``joint`` only; by default wherever it changes nothing; `False` never; `True` refuses, with the
+            reason, where scores would change. `shares_prefix` and `obstacle` say what became of it.
     """
 
-    def __init__(self, model: Any, processor: Any, token_budget: int = 8192, share_prefix: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        token_budget: int = 8192,
+        memory_gb: float | None = None,
+        cache: str | os.PathLike | None = None,
+        share_prefix: bool | None = None,
+    ) -> None:
         self.model, self.processor, self.token_budget = model.eval(), processor, token_budget
-        self.longest = 64  # tokens of the longest row met so far
-        self.obstacle, self.window = prefix_limits(model.config.vlm_config)
-        if share_prefix and self.obstacle:
-            raise ValueError(f"prefixes cannot be shared: {self.obstacle}; leave share_prefix out")
+        self.memory = int(memory_gb * 1e9) if memory_gb is not None else _free_memory(model.device) // 2
+        self.longest = 64  # tokens that a pair of the longest batch so far has cost
+        self.obstacle, self.window = block_limits(model.config.vlm_config)
+        self.late = model.config.interaction == "late"
+        if (share_prefix or self.late) and self.obstacle:
+            raise ValueError(f"prompts cannot share what they have in common: {self.obstacle}")
+        if cache is not None and not self.late:
+            raise ValueError("a joint model computes candidates anew for every user: leave `cache` out")
         self.demanded = bool(share_prefix)
         self.shares_prefix = self.obstacle is None and share_prefix is not False
+        self.cache = ItemCache(Path(cache), model, processor) if cache is not None else None
 
     @torch.inference_mode()
     def score(
@@ -52,40 +70,26 @@ class Recommender:
 
         Args:
             users: U of ``{"preference": str, "recent": [{"summary": str}, ...]}``.
-            candidates: U lists of item ids.
-            catalogue: ``{"title", "text", "image"}`` by item id.
+            candidates: U lists of item ids; users of one list, as of a whole catalogue, may share the object.
+            catalogue: ``{"title", "text", "image"}`` by item id; an item is asked for when it is needed.
             progress: label of a progress bar.
 
         Returns:
             U float32 arrays, each of shape (its number of candidates,).
         """
         out = [np.empty(len(row), dtype=np.float32) for row in candidates]
-        pairs = [(user, place) for user, row in enumerate(candidates) for place in range(len(row))]
-        shown = _Shown(self.model, self.processor, catalogue)
-        with tqdm(total=len(pairs), desc=progress, unit="pair", disable=progress is None) as bar:
-            start = 0
-            while start < len(pairs):  # as many pairs as the budget allows for the longest row met so far
-                chunk = pairs[start : start + max(1, self.token_budget // self.longest)]
-                items = [candidates[user][place] for user, place in chunk]
-                counted = self.processor.shortened.copy()
-                batch = self.processor(
-                    preferences=[users[user]["preference"] for user, _ in chunk],
-                    candidates=shown.candidates(items),
-                    recent=[users[user].get("recent", []) for user, _ in chunk],
-                ).to(self.model.device)
-                owners = [user for user, _ in chunk]
-                lengths = self._shared_lengths(batch, owners)
-                width = int((batch["attention_mask"].sum(1) - lengths).max())
-                self.longest = max(self.longest, width)
-                if len(chunk) > max(1, self.token_budget // self.longest):
-                    self.processor.shortened = counted
-                    continue  # these rows are longer than any before, so take fewer of them
-                score = self._score_shared if lengths.any() else self._score_plain
-                logits = score(batch, shown.features(items), owners, lengths)
-                for (user, place), logit in zip(chunk, logits.tolist(), strict=True):
-                    out[user][place] = logit
-                start += len(chunk)
-                bar.update(len(chunk))
+        names = list(dict.fromkeys(item for row in {id(row): row for row in candidates}.values() for item in row))
+        code = {item: number for number, item in enumerate(names)}
+        coded = {id(row): np.fromiter((code[item] for item in row), np.int64, len(row)) for row in candidates}
+        rows = [coded[id(row)] for row in candidates]
+        with tqdm(total=sum(map(len, rows)), desc=progress, unit="pair", disable=progress is None) as bar:
+            if not rows:
+                return out
+            if self.late:
+                plan = LatePlan(self.model, self.processor, self.token_budget, self.memory, self.cache)
+                plan.score(users, rows, names, catalogue, out, bar)
+            else:
+                self._score_joint(users, rows, names, catalogue, out, bar)
         return out
 
     def rank(
@@ -105,90 +109,82 @@ class Recommender:
         logits = self.score(users, [list(catalogue)] * len(users), catalogue, progress)
         return [in_order(candidates, row, top_k) for row in logits]
 
-    def _shared_lengths(self, batch: Any, owners: list[int]) -> torch.Tensor:
-        """(B,) how many leading tokens each row shares with its owner's others; 0 where sharing would change scores.
+    def index(self, catalogue: Mapping[str, Mapping[str, Any]], progress: str | None = None) -> tuple[int, int, int]:
+        """Fill the ``cache`` ahead, and delete from it what is not in ``catalogue`` any more.
 
-        They end before the first picture and before the last token, at which the answer is read.
+        Returns:
+            How many candidates were computed, how many were there, and how many were deleted.
         """
-        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        if not self.shares_prefix:
-            return lengths
-        rows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
-        for owner in set(owners):
-            own = [number for number, other in enumerate(owners) if other == owner]
-            length = min(len(rows[number]) for number in own) - 1
-            first = rows[own[0]][:length]
-            same = torch.stack([rows[number][:length] == first for number in own]).all(0)
-            same &= first != self.model.config.vlm_config.image_token_id
-            lengths[own] = same.long().cumprod(0).sum()
-        width = int(lengths.max() + (mask.sum(1) - lengths).max())
-        if self.window is not None and width > self.window:
-            if self.demanded:
-                raise ValueError(
-                    f"prefixes cannot be shared: prompts of {width} tokens are longer than the sliding window of "
-                    f"{self.window}; leave share_prefix out or set the processor's max_length"
-                )
-            lengths.zero_()
-        return lengths
+        if self.cache is None:
+            raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
+        paths = {item: self.cache.path(catalogue[item]) for item in catalogue}
+        missing = [item for item, path in paths.items() if not path.is_file()]
+        plan = LatePlan(self.model, self.processor, self.token_budget, self.memory, self.cache)
+        with torch.inference_mode(), tqdm(total=len(missing), desc=progress, disable=progress is None) as bar:
+            for count in plan.encode_items(missing, catalogue):
+                bar.update(count)
+        return len(missing), len(paths) - len(missing), self.cache.prune(paths.values())
 
-    def _score_plain(
-        self, batch: Any, features: list[torch.Tensor], owners: list[int], lengths: torch.Tensor
-    ) -> torch.Tensor:
-        """Every pair a full sequence."""
-        return self.model.score(**batch, **({"image_features": features} if features else {})).logits
+    def _score_joint(
+        self,
+        users: Sequence[Mapping[str, Any]],
+        rows: list[np.ndarray],
+        names: Sequence[str],
+        catalogue: Mapping[str, Mapping[str, Any]],
+        out: list[np.ndarray],
+        bar: Any,
+    ) -> None:
+        """Fill ``out``: as many candidates at a time as have pictures that may be kept, for all users."""
+        shown = Shown(self.model, self.processor, catalogue)
+        shown.candidates(names[:8])
+        chunk = max(1, int(self.memory / max(1, shown.nbytes) * min(8, len(names))))
+        for first in range(0, len(names), chunk):
+            if first:
+                shown.forget()
+            wanted = [np.flatnonzero((row >= first) & (row < first + chunk)) for row in rows]
+            owners = np.repeat(np.arange(len(rows)), [len(places) for places in wanted])
+            places = np.concatenate(wanted)
+            start = 0
+            while start < len(owners):  # as many pairs as the budget allows, going by what the last ones took
+                some = slice(start, start + max(1, self.token_budget // self.longest))
+                pairs = list(zip(owners[some].tolist(), places[some].tolist(), strict=True))
+                logits = self._score_pairs(users, [(user, names[rows[user][place]]) for user, place in pairs], shown)
+                if logits is None:
+                    continue  # these take more than any before, so take fewer of them
+                for (user, place), logit in zip(pairs, logits.tolist(), strict=True):
+                    out[user][place] = logit
+                start += len(pairs)
+                bar.update(len(pairs))
 
-    def _score_shared(
-        self, batch: Any, features: list[torch.Tensor], owners: list[int], lengths: torch.Tensor
-    ) -> torch.Tensor:
-        """Each owner's prefix once, then each candidate's suffix on a copy of its keys and values."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        where = self._positions(batch)  # (B, L) or (3, B, L)
-        place = torch.arange(ids.shape[1], device=ids.device)
-        begin = ids.shape[1] - mask.sum(1)
-        cut = begin + lengths  # (B,) the column at which a row's suffix begins
-
-        numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
-        first = torch.tensor([owners.index(owner) for owner in numbers], device=ids.device)  # (U,) a row of each
-        width = int(lengths.max())
-        columns = cut[first, None] - width + place[:width]  # (U, width)
-        prefix_mask = (columns >= begin[first, None]).long()
-        columns = columns.clamp(min=0)
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        self.model(
-            input_ids=ids[first].gather(1, columns),
-            attention_mask=prefix_mask,
-            position_ids=torch.take_along_dim(where[..., first, :], columns.expand(*where.shape[:-2], -1, -1), -1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        row_of = torch.tensor([numbers[owner] for owner in owners], device=ids.device)  # (B,)
-        cache.batch_select_indices(row_of)
-
-        rest = slice(int(cut.min()), None)
-        more: dict[str, Any] = {"image_features": features} if features else {}
-        if "token_type_ids" in batch:  # pictures whose tokens see each other; there are none in a prefix
-            types = batch["token_type_ids"] * (place >= cut[:, None])
-            more["token_type_ids"] = torch.nn.functional.pad(types[:, rest], (width, 0))
-        return self.model.score(
-            input_ids=ids[:, rest],
-            attention_mask=torch.cat([prefix_mask[row_of], (place >= cut[:, None]).long()[:, rest]], dim=1),
-            position_ids=where[..., rest],
-            past_key_values=cache,
-            use_cache=True,
-            **more,
-        ).logits
-
-    def _positions(self, batch: Any) -> torch.Tensor:
-        """The position of each token of a batch, as the backbone counts them: (B, L), or (3, B, L) with rows and
-        columns of pictures."""
-        mask = batch["attention_mask"]
-        if not FAMILIES[self.model.config.vlm_config.model_type].grid_positions:
-            return (mask.cumsum(-1) - 1).clamp(min=0)
-        return self.model.base_model.get_rope_index(
-            batch["input_ids"], batch["mm_token_type_ids"], batch.get("image_grid_thw"), attention_mask=mask
-        )[0]
+    def _score_pairs(
+        self, users: Sequence[Mapping[str, Any]], pairs: list[tuple[int, str]], shown: Shown
+    ) -> torch.Tensor | None:
+        """(B,) logits of some pairs in one forward; None if they take more tokens than allowed."""
+        items = [item for _, item in pairs]
+        counted = self.processor.shortened.copy()
+        batch = self.processor(
+            preferences=[users[user]["preference"] for user, _ in pairs],
+            candidates=shown.candidates(items),
+            recent=[users[user].get("recent", []) for user, _ in pairs],
+        ).to(self.model.device)
+        features = shown.features(items)
+        packed = None
+        if self.shares_prefix:
+            owners = torch.tensor([user for user, _ in pairs], device=self.model.device)
+            try:
+                packed = pack_joint(self.model, batch, owners)
+            except BlocksTooLong as error:
+                if self.demanded:
+                    raise ValueError(f"{error}: leave share_prefix out or set the processor's max_length") from error
+        tokens = packed["input_ids"].numel() if packed else batch["input_ids"].numel()
+        self.longest = max(self.longest, -(-tokens // len(pairs)))
+        if tokens > self.token_budget and len(pairs) > 1:
+            self.longest = max(self.longest, self.token_budget // len(pairs) + 1)
+            self.processor.shortened = counted
+            return None
+        if packed is None:
+            return self.model.score(**batch, **features).logits
+        return self.model.answer_logits(self.model.answers(packed, **(dict(batch) | features)).logits)
 
 
 def in_order(
@@ -200,70 +196,11 @@ def in_order(
     return [{**candidates[i], "logit": float(logits[i]), "score": float(scores[i])} for i in best]
 
 
-def prefix_limits(vlm_config: Any) -> tuple[str | None, int | None]:
-    """Why a backbone's prompts cannot continue a shared prefix, if so, and up to how many tokens they can, if limited.
-
-    Sliding windows are measured over padding, too, so they are left alone until a batch is too wide for them; up to
-    there they are plain attention.
-    """
-    if vlm_config.model_type not in FAMILIES:
-        return f"it is not known how {vlm_config.model_type} counts positions", None
-    text = vlm_config.get_text_config(decoder=True)
-    rope = getattr(text, "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    if kinds & SHIFTING_ROPE:
-        return f"rotary positions of type {kinds & SHIFTING_ROPE} depend on the whole prompt", None
-    layers = DynamicCache(config=text).layers  # what transformers itself would keep of each layer
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return f"the layers {sorted(set(text.layer_types))} of {text.model_type} are not all plain attention", None
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    return None, min(windows, default=None)
-
-
-class _Shown:
-    """The catalogue's pictures, each prepared and encoded once, when it is first needed.
-
-    A backbone of a family not known to take such features gets the pixels, prepared once.
-    """
-
-    def __init__(self, model: Any, processor: Any, catalogue: Mapping[str, Mapping[str, Any]]) -> None:
-        self.model, self.processor, self.catalogue = model, processor, catalogue
-        self.known: dict[str, tuple[Any, torch.Tensor]] = {}  # item -> its picture without pixels, its features
-        self.takes_features = model.config.vlm_config.model_type in FAMILIES
-        self.prepared: dict[str, Any] = {}  # item -> its picture with pixels, for want of features
-
-    def candidates(self, items: list[str]) -> list[dict[str, Any]]:
-        """What the processor is given: pictures that are already prepared stand in for images."""
-        seen = self.known if self.takes_features else self.prepared
-        new = [item for item in dict.fromkeys(items) if self._has_image(item) and item not in seen]
-        pictures = self.processor.pictures([self.catalogue[item]["image"] for item in new])
-        if not self.takes_features:
-            self.prepared.update(zip(new, pictures, strict=True))
-            return [{**self.catalogue[item], "image": self.prepared.get(item)} for item in items]
-        for alike in _alike(dict(zip(new, pictures, strict=True))):
-            names = alike[0][1].tensors
-            tensors = {name: torch.cat([picture.tensors[name] for _, picture in alike]) for name in names}
-            features = self.model.image_features(
-                [picture.num_image_tokens for _, picture in alike],
-                **{name: tensor.to(self.model.device) for name, tensor in tensors.items()},
-            )
-            for (item, picture), feature in zip(alike, features, strict=True):
-                self.known[item] = (picture.light(), feature)
-        return [
-            {**self.catalogue[item], "image": self.known[item][0] if item in self.known else None} for item in items
-        ]
-
-    def features(self, items: list[str]) -> list[torch.Tensor]:
-        return [self.known[item][1] for item in items if item in self.known]
-
-    def _has_image(self, item: str) -> bool:
-        return self.catalogue[item].get("image") is not None
-
-
-def _alike(pictures: dict[str, Any]) -> list[list[tuple[str, Any]]]:
-    """Pictures grouped by the shapes of their tensors, so that each group can be encoded as one batch."""
-    groups: dict[Any, list[tuple[str, Any]]] = {}
-    for item, picture in pictures.items():
-        shapes = tuple((name, tensor.shape) for name, tensor in picture.tensors.items())
-        groups.setdefault(shapes, []).append((item, picture))
-    return list(groups.values())
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free where a model is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return 2 * 10**9

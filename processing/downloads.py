@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+GIVE_UP_AFTER = 32  # URLs, if not one picture has ever come
 
 
 @dataclass
@@ -36,7 +37,10 @@ class Downloads:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def fetch(self, urls: Iterable[str]) -> dict[str, Path | str]:
-        """Fetch what is not there yet; returns url -> path of the file, or the reason why there is none."""
+        """Fetch what is not there yet; returns url -> path of the file, or the reason why there is none.
+
+        Raises ConnectionError if none of the first URLs could be reached and no file is there: this machine is offline.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "manifest.jsonl"
         gone = _gone(manifest)
@@ -52,17 +56,26 @@ class Downloads:
                 missing.append((url, path))
         if not missing:
             return found
+        answered = bool(found)
         with (
             manifest.open("a", encoding="utf-8") as log,
             ThreadPoolExecutor(self.workers) as pool,
             tqdm(total=len(missing), desc="downloads", unit="file") as bar,
         ):
-            for (url, path), (error, lasting) in zip(missing, pool.map(self._one, missing), strict=True):
+            outcomes = zip(missing, pool.map(self._one, missing), strict=True)
+            for number, ((url, path), (error, lasting)) in enumerate(outcomes, start=1):
                 found[url] = error or path
                 line = {"url": url, "file": None if error else path.name, "error": error, "lasting": lasting}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 bar.update()
+                answered = answered or error is None or lasting
+                if number >= GIVE_UP_AFTER and not answered:
+                    pool.shutdown(cancel_futures=True)
+                    raise ConnectionError(
+                        f"pictures: none of the first {number} could be fetched ({error}, {url}); run the same command "
+                        "again where they can be reached, or leave the pictures out of the catalogue"
+                    )
         return found
 
     def _one(self, task: tuple[str, Path]) -> tuple[str | None, bool]:

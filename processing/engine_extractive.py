@@ -80,6 +80,26 @@ class ExtractiveEngine:
         return ", ".join(sorted(score, key=lambda word: -score[word])[: self.preference_words])
 
 
+class TitlesEngine:
+    """No model and no words of its own: an item's summary is its title, a preference all titles, oldest first."""
+
+    generator, revision, batch_size = "titles", "1", 256
+
+    def prompt_hash(self, task: Task) -> str:
+        return task
+
+    def settings(self, task: Task) -> str:
+        return ""
+
+    def generate(
+        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Text | Exception]:
+        if task != "preference":
+            return [Text(one.get("title") or "", True) for one in inputs]
+        told = ([one.get("previous") or "", *(item["title"] for item in one["items"])] for one in inputs)
+        return [Text("; ".join(filter(None, titles)), True) for titles in told]
+
+
 def keywords(text: str) -> list[str]:
     """Lower-case words of three letters or more that are not among the commonest."""
     return [word for word in re.findall(r"[^\W\d_]{3,}", text.lower()) if word not in _COMMON]

@@ -26,6 +26,7 @@ from mllm_msr.processing.engines import MAX_NEW_TOKENS, EngineUnavailable, Task,
 AGAIN = {"temperature": 0.7, "top_p": 0.9, "room": 1.5}  # for a second answer
 GIVE_UP_AFTER = 3  # requests in a row that failed on the way, each after all its tries
 OF_THE_INPUT = (400, 413, 415, 422)  # too long, or refused as it is: another may well pass
+CUT_SHORT = ("length", "content_filter")
 PASSING = (408, 409, 425, 429)  # and all above 499
 LONGEST_PAUSE = 60.0  # seconds
 # Names of control tokens, which a server may take for such within a text: <|im_end|>, </s>, <image>, [INST]
@@ -50,6 +51,7 @@ class OpenAIEngine:
         prompts: templates by task.
         noun: what an item is called in the prompts.
         base_url: up to and with ``/v1``; by default ``OPENAI_BASE_URL``.
+        revision: what it has loaded, which no server tells: another name makes all texts anew.
         requests_per_minute: begin no more than so many.
         timeout: seconds without a byte after which a request has failed.
     """
@@ -61,6 +63,7 @@ class OpenAIEngine:
         noun: str = "item",
         *,
         base_url: str | None = None,
+        revision: str | None = None,
         max_new_tokens: Mapping[str, int] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -77,7 +80,7 @@ class OpenAIEngine:
                 f"no server: set summaries.base_url or OPENAI_BASE_URL to http(s)://.../v1, not {base_url!r}"
             )
         self.url = f"{str(base_url).rstrip('/')}/chat/completions"
-        self.generator, self.revision, self.prompts, self.noun = model, "", prompts, noun
+        self.generator, self.revision, self.prompts, self.noun = model, revision or "", prompts, noun
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
         self.temperature, self.top_p = temperature, top_p
         self.concurrency, self.batch_size, self.timeout, self.tries = concurrency, batch_size, timeout, tries
@@ -89,7 +92,7 @@ class OpenAIEngine:
         return prompt_digest(self.prompts[task], self.noun)
 
     def settings(self, task: Task) -> str:
-        return f"temperature {self.temperature}, top_p {self.top_p}, {self.max_new_tokens[task]}"
+        return f"temperature {self.temperature}, top_p {self.top_p}, {self.max_new_tokens[task]}, {AGAIN}"
 
     def generate(
         self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
@@ -124,7 +127,7 @@ class OpenAIEngine:
                 choice = self._post(body)["choices"][0]
                 text = choice["message"]["content"] or ""
                 self._lost_in_a_row = 0
-                return Text(text.strip(), choice.get("finish_reason") != "length")
+                return Text(text.strip(), choice.get("finish_reason") not in CUT_SHORT)
             except urllib.error.HTTPError as error:
                 said = error.read(500).decode(errors="replace").replace(os.environ.get("OPENAI_API_KEY") or "\0", "***")
                 problem = RuntimeError(f"{self.url} answered {error.code}: {said}")

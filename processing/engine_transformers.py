@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BatchFeature,
-    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -21,7 +20,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from mllm_msr.processing.decoding import OwnSeeds, decode
 from mllm_msr.processing.engines import MAX_NEW_TOKENS, EngineUnavailable, Task, Text, prompt_digest
+from mllm_msr.processing.picture_memory import KEY, PictureMemory, takes_features
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.storage import folder_digest
 
@@ -29,25 +30,8 @@ logger = logging.getLogger(__name__)
 AGAIN = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "room": 1.5}  # for a second answer
 
 
-class OwnSeeds(LogitsProcessor):
-    """Sampling by a seed of each row: the noise that makes the largest logit a draw from the softmax (Gumbel).
-
-    Row b's noise comes from its own generator alone, so whatever is in the batch beside it changes nothing.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores (B, V) -> (B, V) in float32."""
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.log()
-
-
 class TransformersEngine:
-    """Batched generation, greedy or sampled.
+    """Batched generation, greedy or sampled. A text that has ended leaves its batch; equal pictures are encoded once.
 
     The model is loaded when the first text is wanted. A batch of more than ``token_budget`` tokens is divided; one that
     does not fit into memory is halved, and what then fits becomes the budget.
@@ -83,6 +67,7 @@ class TransformersEngine:
         self.temperature, self.top_p = temperature, top_p
         self.dtype, self.model_kwargs = dtype, model_kwargs
         self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
+        self.memory = PictureMemory(self.processor)
         self.config = AutoConfig.from_pretrained(name_or_path, revision=revision)
         local = Path(name_or_path)
         self.revision: str = folder_digest(local) if local.is_dir() else self.config._commit_hash or revision or ""
@@ -111,7 +96,7 @@ class TransformersEngine:
     def settings(self, task: Task) -> str:
         how = f"temperature {self.temperature}, top_p {self.top_p}" if self.temperature else "greedy"
         quantised = self.model_kwargs.get("quantization_config")
-        more = [self.dtype, self.processor.max_length, str(quantised) if quantised else None]
+        more = [self.dtype, self.processor.max_length, str(quantised) if quantised else None, AGAIN]
         return f"{how}, {self.max_new_tokens[task]}, {more}"
 
     @torch.inference_mode()
@@ -135,6 +120,7 @@ class TransformersEngine:
             parts, self.token_budget = 2, tokens // 2  # outside the handler, whose traceback holds the tensors
             logger.warning("out of memory with %d prompts of %d tokens: from now on smaller batches", rows, width)
             del batch
+            self.memory.forget()
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
         size = -(-rows // parts)
@@ -146,20 +132,38 @@ class TransformersEngine:
     def _encode(self, task: Task, inputs: Sequence[Mapping[str, Any]]) -> BatchFeature:
         if task == "preference":
             return self.processor.preference([one["items"] for one in inputs], [one["previous"] for one in inputs])
-        return self.processor.item_summary([dict(one) for one in inputs], task)
+        items = [dict(one) for one in inputs]
+        if any(one.get("image") is not None for one in items) and takes_features(self.model):
+            self.memory.forget(all_but=self.batch_size)
+            for one in items:
+                one["image"] = self.memory.stand_in(one["image"]) if one.get("image") is not None else None
+        return self.processor.item_summary(items, task)
 
     def _answer(self, batch: BatchFeature, limit: int, seeds: Sequence[int], again: bool) -> list[Text | Exception]:
-        batch = batch.to(self.model.device, self.model.dtype)
+        model: Any = self.model
+        batch = batch.to(model.device, model.dtype)
+        if (keys := batch.pop(KEY, None)) is not None:
+            batch["mm_encoder_outputs"] = self.memory.shown(model, keys.tolist())
         temperature = max(self.temperature, AGAIN["temperature"]) if again else self.temperature
-        steps: list[Any] = [RepetitionPenaltyLogitsProcessor(AGAIN["repetition_penalty"])] if again else []
+        penalty = max(model.generation_config.repetition_penalty or 1.0, AGAIN["repetition_penalty"] if again else 1.0)
+        steps = LogitsProcessorList()
+        if penalty > 1:  # of what is written: a prompt's padding depends on the batch
+            steps.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=batch["input_ids"].shape[1]))
         if temperature:
             top_p = min(self.top_p, AGAIN["top_p"]) if again else self.top_p
-            steps += [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), OwnSeeds(seeds, self.model.device)]
-        ids = self.model.generate(
-            **batch, max_new_tokens=limit, do_sample=False, logits_processor=LogitsProcessorList(steps)
+            steps += [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+        new: list[list[int]] = model.generate(
+            **batch,
+            max_new_tokens=limit,
+            do_sample=False,
+            use_cache=True,
+            repetition_penalty=1.0,
+            logits_processor=steps,
+            cache_implementation="dynamic",
+            custom_generate=decode,
+            own_seeds=OwnSeeds(seeds, model.device) if temperature else None,
         )
-        new = ids[:, batch["input_ids"].shape[1] :].tolist()
-        ends = self.model.generation_config.eos_token_id
+        ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [Text(text.strip(), bool(ends.intersection(row))) for text, row in zip(texts, new, strict=True)]

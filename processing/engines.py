@@ -1,7 +1,7 @@
 """Text engines: prompt variables in, texts out, in the order of the input.
 
 ``transformers`` runs a (multimodal) language model in this process, batched; ``openai`` asks a server; ``extractive``
-uses no model at all. An engine is whatever offers what :class:`Engine` names.
+and ``titles`` use no model at all. An engine is whatever offers what :class:`Engine` names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,9 +87,9 @@ def prompt_digest(prompt: str, noun: str, *more: Any) -> str:
 class SummaryOptions:
     """The ``summaries`` section of a recipe."""
 
-    engine: Literal["transformers", "openai", "extractive"] = "transformers"
+    engine: Literal["transformers", "openai", "extractive", "titles"] = "transformers"
     model: str = ""  # Hub id or folder; for a server, the name it goes by there
-    revision: str | None = None
+    revision: str | None = None  # of a Hub model; for a server, any name: texts of another are made anew
     # what is asked
     item_prompts: Literal["single", "paper"] = "single"  # one prompt an item, or image, text and their fusion apart
     images: bool = True  # False: the ablation without pictures
@@ -117,12 +117,12 @@ class SummaryOptions:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("engine", ("transformers", "openai", "extractive")),
+            ("engine", ("transformers", "openai", "extractive", "titles")),
             ("item_prompts", ("single", "paper")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"summaries.{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
-        if not self.model and self.engine != "extractive":
+        if not self.model and self.engine not in ("extractive", "titles"):
             raise ValueError(f"summaries.model: name the model of the {self.engine} engine")
         for name in ("block_size", "batch_size", "concurrency", "tries"):
             if getattr(self, name) < 1:
@@ -148,24 +148,22 @@ class SummaryOptions:
 def build_engine(options: SummaryOptions, prompts: Mapping[str, str] | None = None, noun: str = "item") -> Engine:
     """The engine of a recipe. Nothing is loaded before the first text is wanted."""
     limits = MAX_NEW_TOKENS | options.max_new_tokens
-    if options.engine == "extractive":
-        from mllm_msr.processing.engine_extractive import ExtractiveEngine
+    if options.engine in ("extractive", "titles"):
+        from mllm_msr.processing.engine_extractive import ExtractiveEngine, TitlesEngine
 
-        return ExtractiveEngine()
+        return ExtractiveEngine() if options.engine == "extractive" else TitlesEngine()
     if options.engine == "openai":
         from mllm_msr.processing.engine_openai import OpenAIEngine
 
+        asked = ("revision", "temperature", "top_p", "concurrency", "requests_per_minute", "timeout", "tries")
         return OpenAIEngine(
             options.model,
             {**PROMPTS, **(prompts or {})},
             noun,
             base_url=options.base_url,
             max_new_tokens=limits,
-            **{
-                name: getattr(options, name)
-                for name in ("temperature", "top_p", "concurrency", "requests_per_minute", "timeout", "tries")
-            },
             batch_size=max(options.batch_size, options.concurrency),
+            **{each: getattr(options, each) for each in asked},
         )
     from mllm_msr.processing.engine_transformers import TransformersEngine
     from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor

@@ -1,5 +1,8 @@
 """From tasks and summaries to what the recommender reads: preference, recent items, candidate."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import polars as pl
 
 from mllm_msr.processing.chat import chat_parts
@@ -70,9 +73,7 @@ def training_examples(contexts: pl.DataFrame, items: pl.DataFrame, prompt: str, 
     )
     asked, answered = [], []
     for row in rows.iter_rows(named=True):
-        recent = [{"summary": summary} for summary in row["recent"]]
-        values = {**row, "recent": recent, "image": True if row["image"] else None}
-        parts = chat_parts(prompt, values, noun)
+        parts = recommendation_parts(row, prompt, noun)
         content = [_part("text", part) if isinstance(part, str) else _part("image") for part in parts]
         asked.append([{"role": "user", "content": content}])
         answered.append([{"role": "assistant", "content": [_part("text", "Yes" if row["label"] else "No")]}])
@@ -81,6 +82,17 @@ def training_examples(contexts: pl.DataFrame, items: pl.DataFrame, prompt: str, 
         .with_columns(pl.Series("prompt", asked, MESSAGES), pl.Series("completion", answered, MESSAGES))
         .select("task_id", "user_id", "item_id", "label", "preference", "recent", "title", "prompt", "completion")
     )
+
+
+def recommendation_parts(row: Mapping[str, Any], prompt: str, noun: str) -> list[Any]:
+    """The finished prompt of one candidate, see :func:`~mllm_msr.processing.chat.chat_parts`.
+
+    It is made of ``preference``, ``recent`` (list of str), ``title``, ``text`` and ``image`` (whether there is one) of
+    ``row`` and of nothing else that stands there: no id and no label can get in.
+    """
+    values = {name: row[name] for name in ("preference", "title", "text")}
+    recent = [{"summary": summary} for summary in row["recent"] or ()]
+    return chat_parts(prompt, {**values, "recent": recent, "image": True if row["image"] else None}, noun)
 
 
 def _part(kind: str, text: str | None = None) -> dict[str, str | None]:

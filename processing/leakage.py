@@ -3,6 +3,7 @@
 import polars as pl
 
 SHOWN = 5  # offending rows in a message
+SLICE = 50_000  # texts cut into words at a time
 TARGET = pl.col("candidates").list.get(pl.col("labels").list.arg_max()).alias("target")
 
 
@@ -107,19 +108,51 @@ def check_shown_counts(tasks: pl.DataFrame, popularity: pl.DataFrame) -> None:
 
 
 def check_no_ids(texts: pl.Series, ids: pl.Series, allowed: pl.Series | None = None) -> None:
-    """No text (a prompt, a summary) has a raw user or item id as a word; or raise.
+    """No generated text (a summary, a preference) has a raw user or item id as a word; or raise.
 
-    Only ids of at least six letters and digits with a digit among them can be told from ordinary words and years, so
-    shorter ones are not looked for. Words that occur in ``allowed`` (titles, descriptions) may stand anywhere.
+    In what a model wrote, only ids of at least six characters with a digit among them can be told from ordinary words,
+    numbers and years, so shorter ones are not looked for here; :mod:`mllm_msr.proof` says why they cannot be there.
+    Words that occur in ``allowed`` (titles, descriptions) may stand anywhere.
     """
-    words = pl.col("word").str.extract_all(r"[\p{L}\p{N}_-]+")
-    found = pl.DataFrame({"text": texts, "word": texts}).with_columns(words).explode("word").drop_nulls()
-    ids = ids.filter((ids.str.len_chars() >= 6) & ids.str.contains(r"\p{N}"))
-    found = found.filter(pl.col("word").is_in(ids.unique().implode()))
-    if allowed is not None:
-        usual = pl.DataFrame({"word": allowed}).select(words).explode("word").drop_nulls()
-        found = found.join(usual, on="word", how="anti")
+    ids = ids.filter((ids.str.len_chars() >= 6) & ids.str.contains(r"\p{N}")).unique().implode()
+    texts = texts.drop_nulls().unique(maintain_order=True)
+    slices = (texts.slice(start, SLICE) for start in range(0, len(texts) or 1, SLICE))
+    found = pl.concat(_words(part).filter(pl.col("word").is_in(ids)) for part in slices)
+    if len(found) and allowed is not None:
+        quoted = allowed.filter(allowed.str.contains_any(found["word"].unique().implode()))
+        found = found.join(_words(quoted), on="word", how="anti")
     _none(found.select("word", pl.col("text").str.slice(0, 300)), "raw ids in a text")
+
+
+def _words(texts: pl.Series) -> pl.DataFrame:
+    """text, word: both the runs of letters and digits, and what stands between blanks, for ids such as "a.b/7"."""
+    plain = pl.col("text").str.extract_all(r"[\p{L}\p{N}_-]+")
+    whole = pl.col("text").str.extract_all(r"[\p{L}\p{N}_](?:\S*[\p{L}\p{N}_])?")
+    words = pl.DataFrame({"text": texts}).with_columns(pl.concat_list(plain, whole).list.unique().alias("word"))
+    return words.explode("word").drop_nulls()
+
+
+def check_own_words(items: pl.DataFrame) -> None:
+    """No item is called or described by its own id (a column mapped by mistake); or raise.
+
+    An id among other words of a title or a description is the source's own wording, and stays.
+    """
+    is_id = pl.any_horizontal(pl.col("title", "text") == pl.col("item_id"))
+    _none(items.select("item_id", "title", "text").filter(is_id), "titles or descriptions that are the item's id")
+
+
+def check_used_preferences(tasks: pl.DataFrame, preferences: pl.DataFrame, block_size: int) -> None:
+    """The preference that each task is asked with (step ``n // block_size`` of n items of history) has read only what
+    stands in that task's history, nothing later than its cutoff; or raise."""
+    step = (pl.col("history").list.len() // block_size).cast(pl.Int64).alias("step")
+    used = tasks.select("task_id", "user_id", step, "history", "cutoff").join(
+        preferences.select("user_id", "step", "read_item_ids", "last_timestamp"), on=["user_id", "step"]
+    )
+    beyond = pl.col("read_item_ids").list.set_difference("history").alias("beyond")
+    used = used.with_columns(beyond).filter(
+        (pl.col("beyond").list.len() > 0) | (pl.col("last_timestamp") > pl.col("cutoff"))
+    )
+    _none(used, "tasks with a preference that has read beyond their history")
 
 
 def _check_preferences(tasks: pl.DataFrame, interactions: pl.DataFrame, preferences: pl.DataFrame) -> None:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,19 @@ from mllm_msr.processing.cleaning import CleanData, clean
 from mllm_msr.processing.coded import Array, CodedLog, user_starts
 from mllm_msr.processing.downloads import Downloads
 from mllm_msr.processing.images import BrokenImage, normalise, thumbnail
-from mllm_msr.processing.leakage import LeakageError, check_leakage, check_popularity, check_shown_counts, countable
+from mllm_msr.processing.leakage import (
+    LeakageError,
+    check_leakage,
+    check_own_words,
+    check_popularity,
+    check_shown_counts,
+    countable,
+)
 from mllm_msr.processing.options import PrepareOptions
 from mllm_msr.processing.raw import EXAMPLES, RawData
 from mllm_msr.processing.tasks import SPLITS, TaskPlan, hash_lines
 
-__all__ = ["PrepareOptions", "popularity_figures", "prepare", "print_statistics", "statistics_table"]
+__all__ = ["PrepareOptions", "popularity_figures", "prepare", "statistics_table"]
 
 URL = "^https?://"
 IMAGE_ROWS = 64  # pictures held at a time, and rows of a row group
@@ -57,6 +65,7 @@ TASK_SCHEMA = pa.schema(
     }
 )
 LOG_SCHEMA = pa.schema({"user_id": pa.string(), "item_id": pa.string(), "timestamp": pa.int64()})
+SEEN_SCHEMA = pa.schema({"user_id": pa.string(), "item_id": pa.string()})
 THUMBNAIL_SCHEMA = pa.schema({"item_id": pa.string(), "thumbnail": pa.binary()})
 POPULARITY_SCHEMA = pa.schema({"item_id": pa.string(), "count": pa.int64()})
 ITEM_FEATURES = Features(
@@ -65,36 +74,43 @@ ITEM_FEATURES = Features(
 
 
 def prepare(
-    raw: RawData, output: Path, config: PrepareOptions, source: str, image_cache: Path | None = None
+    raw: RawData, output: Path, config: PrepareOptions, source: str, inputs: Sequence[Any] = ()
 ) -> dict[str, Any]:
     """Clean, split, sample and write; returns the report that is also written as ``report.json``.
 
     Writes interactions, items (pictures embedded, read by ``datasets`` as an ``Image`` column), tasks and popularity as
-    Parquet into the folder ``output``, and a README.md that makes ``load_dataset(output, "items")`` work. The caller
-    moves the folder into place when it is whole. ``source`` names the data in the report. Pictures given by URL are
-    fetched into ``image_cache`` (default: a folder of that name beside ``output``). Memory: the log and one batch of
-    pictures or tasks. Raises ValueError when nothing is left, LeakageError when the tasks are not sound.
+    Parquet into the folder ``output``, under ``max_history`` also ``seen``, the pairs that it cut off, and a README.md
+    that makes ``load_dataset(output, "items")`` work. The caller moves the folder into place when it is whole.
+    ``source`` names the data in the report, ``inputs`` are its files and their hashes. Pictures given by URL are
+    fetched into the folder ``image_cache`` beside ``output``. Memory: the log and one batch of pictures or tasks.
+    Raises ValueError when nothing is left, LeakageError when the tasks are not sound.
     """
     output.mkdir(parents=True, exist_ok=True)
-    data = clean(raw, config, output)
-    every = data.items
-    if config.missing_images == "drop":  # then pictures must be known before cleaning drops
-        every = clean(raw, _keeping(config), output).items
-    files, lost = _download(every, image_cache or output.parent / "image_cache")
-    raw.items, data.items, every = (_local(table, files) for table in (raw.items, data.items, every))
-    if config.missing_images == "drop":
-        unusable, broken = _broken(every, config)
+    dropping = config.missing_images == "drop"  # then the pictures of all that may stay must be known before cleaning
+    data = clean(raw, _keeping(config) if dropping else config, output)
+    files, lost = _download(data.items, output.parent / "image_cache")
+    data.items = _local(data.items, files)
+    if dropping:
+        unusable, broken = _broken(data.items, config)
         lost += broken
         data.log.close()
-        data = clean(replace(raw, items=_without_pictures(raw.items, unusable)), config, output)
+        usable = _without_pictures(_local(raw.items, files), unusable)
+        data = clean(replace(raw, items=usable), config, output)
+    check_own_words(data.items)
     with _writer(output / "interactions.parquet", LOG_SCHEMA) as write:
         for rows in data.log.parts():
             write(data.log.frame(rows))
+    if config.max_history is not None:  # so that the negatives can be proved again without the raw data
+        with _writer(output / "seen.parquet", SEEN_SCHEMA) as write:
+            for rows in data.log.parts("seen"):
+                write(data.log.frame(rows))
     broken_ids: dict[str, list[str]] = {}
     n_images = _write_items(output, data.items, config, broken_ids)
     protocol = _write_tasks(output, data.log, config)
     report = {
         "source": source,
+        "inputs": list(inputs),
+        "version": version("mllm-msr"),
         "options": asdict(config),
         "cleaning": data.table,
         "skipped": raw.skipped + lost + _noted("broken image", broken_ids),
@@ -381,12 +397,10 @@ def statistics_table(report: dict[str, Any]) -> str:
         lines.append(
             f"{split:<12}{protocol[f'{split}_tasks']:>10,} tasks, {tied:,} targets tied in time with the item before"
         )
+    for name, count in protocol.items():
+        if name.startswith("targets_") and count:
+            lines.append(f"{count:>8,}  targets refused: {name.removeprefix('targets_').replace('_', ' ')}")
     for split, figures in protocol["popularity"].items():
         lines.append(f"popularity, {split}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     lines += [f"{row['count']:>8,}  {row['what']}" for row in report["skipped"]]
     return "\n".join(lines)
-
-
-def print_statistics(report: dict[str, Any]) -> None:
-    """Print :func:`statistics_table`."""
-    print(statistics_table(report))

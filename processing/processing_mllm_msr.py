@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 
 from .pictures import Picture, build_backbone_processor, collate_pictures
 from .prompts import PROMPTS
-from .safe_text import Controls, Field, anchor, mark, split
+from .safe_text import OPEN, Controls, Field, Row, addition, anchor, mark, split
 
 ANSWERS = {"yes": ("Yes", "yes", " Yes", " yes"), "no": ("No", "no", " No", " no")}
 SHORTEN = (  # which texts lose their ends when a prompt is too long, in this order
@@ -24,22 +23,6 @@ SHORTEN = (  # which texts lose their ends when a prompt is too long, in this or
 )
 TYPE_IDS = {"Gemma3Processor": "token_type_ids"}  # how a backbone calls its token types, where not mm_token_type_ids
 TEXTUAL = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
-
-
-@dataclass
-class Row:
-    """A prompt before it is encoded."""
-
-    pieces: list[str | int]  # its trusted texts, and the numbers of the fields between them
-    fields: dict[int, Field]  # those that the prompt prints
-
-    @property
-    def text(self) -> str:
-        return "".join(self.fields[piece].value if isinstance(piece, int) else piece for piece in self.pieces)
-
-    @property
-    def texts(self) -> list[Field]:
-        return [field for field in self.fields.values() if field.name != "image"]
 
 
 class MllmMsrProcessor(ProcessorMixin):
@@ -97,7 +80,7 @@ class MllmMsrProcessor(ProcessorMixin):
         begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         self._lead = [tokenizer.bos_token_id] if begins else []
         self._skeletons: dict[str, list[str | int]] = {}
-        self._wanted: dict[str, list[int]] = {}
+        self._wanted: dict[tuple[str, bool], list[int]] = {}
         self._jinja = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
         self._image_text: str | None = None
         self._answers: dict[str, list[int]] | None = None
@@ -129,6 +112,10 @@ class MllmMsrProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(id_or_path, **where)
         config = transformers.AutoConfig.from_pretrained(id_or_path, **where)
         own = {"prompts": prompts, "item_noun": item_noun, "max_length": max_length}
+        if config.model_type == "mllm_msr":  # a trained recommender in its place
+            whole = cls.from_pretrained(id_or_path, revision=revision or "main")
+            kind, settings = whole.backbone_processor_class, whole.backbone_processor_kwargs
+            return cls(whole.image_processor, tokenizer, kind, settings, chat_template=whole.chat_template, **own)
         name = transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES.get(config.model_type)
         if name is None:
             return cls(None, tokenizer, chat_template=tokenizer.chat_template, **own)
@@ -199,6 +186,29 @@ class MllmMsrProcessor(ProcessorMixin):
             answers = [tokens["yes" if label else "no"][0] for label in labels]
         return self._batch([self._row("recommendation", row) for row in rows], answers, room=1)
 
+    def blocks(
+        self, users: list[dict[str, Any]], candidates: list[dict[str, Any]], limits: tuple[int, int]
+    ) -> dict[str, Any]:
+        """What a model with `interaction="late"` reads, each user and each candidate once, whatever the pairs.
+
+        Args:
+            users: each with `preference` and, if there are any, `recent` items.
+            candidates: each with `title` and, if there are any, `text` and `image`.
+            limits: the most tokens of a user and of a candidate, `config.user_limit` and `config.item_limit`.
+
+        Returns:
+            `users` and `items`, batches padded on the left, the latter with the backbone's picture tensors; either is
+            left out where none was given; `answer_ids` (A,), with which every prompt ends.
+        """
+        batch: dict[str, Any] = {"answer_ids": torch.tensor(self._encode([self._row("late_answer", {})])[0])}
+        for kind, prompt, rows, limit in (
+            ("users", "late_user", users, limits[0]),
+            ("items", "late_item", candidates, limits[1]),
+        ):
+            if rows:
+                batch[kind] = self._batch([self._row(prompt, row) for row in rows], limit=limit)
+        return batch
+
     def pictures(self, images: Sequence[Any]) -> list[Picture]:
         """Each picture made ready once, to stand for it as `image` of any candidate in any later batch.
 
@@ -216,6 +226,11 @@ class MllmMsrProcessor(ProcessorMixin):
         ids = self._tokenize([text])[0]
         tensors = {key: value for key, value in data.items() if key not in TEXTUAL}
         return Picture(text, ids.count(self._soft_token), tensors)
+
+    def prints_image(self, prompt: str) -> bool:
+        """Whether `prompt` shows an item's picture, if it has one; a template of one's own need not."""
+        row = self._row(prompt, {"preference": "x", "recent": [], "title": "x", "text": "x", "image": "x"})
+        return any(field.name == "image" for field in row.fields.values())
 
     @property
     def answer_token_ids(self) -> dict[str, list[int]]:
@@ -258,12 +273,20 @@ class MllmMsrProcessor(ProcessorMixin):
         key = json.dumps([prompt, marked], sort_keys=True)
         if key not in self._skeletons:
             text = self._jinja.from_string(self.prompts[prompt]).render({**marked, "noun": self.item_noun}).strip()
-            self._skeletons[key] = split(self._chat(text))
+            self._skeletons[key] = split(self._framed(prompt, text))
         pieces = self._skeletons[key]
         numbers = [piece for piece in pieces if isinstance(piece, int)]
         if sum(fields[number].name == "image" for number in numbers) > 1:
             raise ValueError(f"the prompt {prompt!r} shows its image more than once")
-        return Row(pieces, {number: fields[number] for number in numbers})
+        printed = {number: fields[number] for number in numbers}
+        return Row(pieces, printed, begins=prompt not in ("late_item", "late_answer"))
+
+    def _framed(self, prompt: str, text: str) -> str:
+        """The text in a chat, or, of one of the three parts of a chat, with the end of the chat that is next to it."""
+        if not prompt.startswith("late_"):
+            return self._chat(text)
+        before, after = self._chat(OPEN).split(OPEN)
+        return {"late_user": f"{before}{text}\n", "late_item": text, "late_answer": f"{text}{after}"}[prompt]
 
     def _chat(self, text: str, answer: str | None = None) -> str:
         """The rendered conversation, up to where the answer begins or, if it is given, with it."""
@@ -296,7 +319,7 @@ class MllmMsrProcessor(ProcessorMixin):
         if self._image_text is None:
             before, after = self._render([None, anchor(0)]).split(anchor(0))
             plain_before, plain_after = self._render([anchor(0)]).split(anchor(0))
-            self._image_text = (_addition(before, plain_before) or _addition(after, plain_after)).strip()
+            self._image_text = (addition(before, plain_before) or addition(after, plain_after)).strip()
             if self._image_text.count(self._backbone.image_token) != 1:
                 raise ValueError(f"the chat template shows a picture as {self._image_text!r}, which is not understood")
         return self._image_text
@@ -304,19 +327,22 @@ class MllmMsrProcessor(ProcessorMixin):
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str | Row]) -> list[list[int]]:
         """Token ids; a beginning-of-sequence token is added where the tokenizer would and the template did not."""
-        rows = self._tokenize(texts)
+        rows = [text if isinstance(text, Row) else Row([text], {}) for text in texts]
+        encoded = self._tokenize([row.text for row in rows])
         if not self._lead:
-            return rows
-        bos = self.tokenizer.bos_token
-        return [row if text.startswith(bos) else self._lead + row for text, row in zip(texts, rows, strict=True)]
+            return encoded
+        begun = [not row.begins or row.text.startswith(self.tokenizer.bos_token) for row in rows]
+        return [ids if has else self._lead + ids for has, ids in zip(begun, encoded, strict=True)]
 
-    def _batch(self, rows: list[Row], answers: list[int] | None = None, room: int = 0) -> BatchFeature:
-        """The batch of some prompts; ``room`` tokens of ``max_length`` are kept free for an answer."""
-        data = self._write_pictures(rows)
-        encoded = self._encode([row.text for row in rows])
-        return self._collate([self._fit(row, ids, room) for row, ids in zip(rows, encoded, strict=True)], answers, data)
+    def _batch(
+        self, rows: list[Row], answers: list[int] | None = None, room: int = 0, limit: int | None = None
+    ) -> BatchFeature:
+        """The batch of some prompts of up to ``limit`` tokens, ``room`` of which are kept free for an answer."""
+        data, limit = self._write_pictures(rows), limit or self.max_length
+        ids = [self._fit(row, ids, room, limit) for row, ids in zip(rows, self._encode(rows), strict=True)]
+        return self._collate(ids, answers, data)
 
     def _write_pictures(self, rows: list[Row]) -> dict[str, Any]:
         """Put image tokens where the rows have pictures, and return the backbone's tensors for these."""
@@ -327,10 +353,10 @@ class MllmMsrProcessor(ProcessorMixin):
             shown += pictures
         return collate_pictures(shown)
 
-    def _fit(self, row: Row, ids: list[int], room: int) -> list[int]:
+    def _fit(self, row: Row, ids: list[int], room: int, most: int | None) -> list[int]:
         """The row's ids, free of control tokens that are not the prompt's, and no longer than allowed."""
         ids = self._secure(row, ids)
-        limit = self.max_length - room if self.max_length else len(ids)
+        limit = most - room if most else len(ids)
         for kind, names in SHORTEN:
             fields = [field for field in row.texts if field.name in names]
             if len(ids) > limit and fields:
@@ -338,11 +364,11 @@ class MllmMsrProcessor(ProcessorMixin):
             while len(ids) > limit and any(field.value.strip() for field in fields):
                 longest = max(fields, key=lambda field: len(field.value))
                 longest.value = self._cut(longest.value, len(ids) - limit)
-                ids = self._secure(row, self._encode([row.text])[0])
+                ids = self._secure(row, self._encode([row])[0])
         if len(ids) > limit:
             raise ValueError(
-                f"max_length={self.max_length} leaves no room for the prompt and its pictures alone, which take "
-                f"{len(ids) + room} tokens; raise it or use smaller pictures"
+                f"{'max_length' if most == self.max_length else 'a limit'}={most} leaves no room for the prompt and "
+                f"its pictures alone, which take {len(ids) + room} tokens; raise it or use smaller pictures"
             )
         return ids
 
@@ -359,11 +385,11 @@ class MllmMsrProcessor(ProcessorMixin):
             return ids
         for field in row.texts:
             field.value = self._controls.defuse(field.value)
-        ids = self._encode([row.text])[0]
+        ids = self._encode([row])[0]
         if self._controls.of(ids) != wanted:  # one came about where a text touches another or the prompt
             for field in row.texts:
                 field.value = f" {field.value} "
-            ids = self._encode([row.text])[0]
+            ids = self._encode([row])[0]
         if self._controls.of(ids) != wanted:
             raise ValueError(f"these texts cannot be encoded without control tokens: {[f.value for f in row.texts]}")
         return ids
@@ -372,9 +398,9 @@ class MllmMsrProcessor(ProcessorMixin):
         """The control tokens of the row's prompt and pictures, its texts aside."""
         shown = [row.fields[p].value if isinstance(p, int) and row.fields[p].name == "image" else p for p in row.pieces]
         text = "".join("x" if isinstance(piece, int) else piece for piece in shown)
-        if text not in self._wanted:
-            self._wanted[text] = self._controls.of(self._encode([text])[0])
-        return self._wanted[text]
+        if (text, row.begins) not in self._wanted:
+            self._wanted[text, row.begins] = self._controls.of(self._encode([Row([text], {}, row.begins)])[0])
+        return self._wanted[text, row.begins]
 
     def _collate(self, rows: list[list[int]], answers: list[int] | None, data: dict[str, Any]) -> BatchFeature:
         """Pad on the left; append the answers, if any, and supervise nothing else."""
@@ -394,14 +420,6 @@ class MllmMsrProcessor(ProcessorMixin):
             batch["labels"] = torch.full_like(batch["input_ids"], -100)
             batch["labels"][:, -1] = torch.tensor(answers)
         return BatchFeature({**batch, **data})
-
-
-def _addition(text: str, plain: str) -> str:
-    """What ``text`` has that ``plain`` has not, in one piece."""
-    start = next((i for i, (a, b) in enumerate(zip(text, plain, strict=False)) if a != b), min(len(text), len(plain)))
-    kept = len(plain) - start  # as many characters at the end may be alike
-    end = next((i for i in range(kept) if text[-1 - i] != plain[-1 - i]), kept)
-    return text[start : len(text) - end]
 
 
 MllmMsrProcessor.register_for_auto_class()

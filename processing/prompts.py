@@ -12,10 +12,15 @@ template                  variables (``noun`` is always there: item, video, prod
 ``fusion``                ``title``, ``text_summary``, ``image_summary``
 ``preference``            ``items`` (each ``title``, ``summary``), ``previous`` (empty at the first step)
 ``recommendation``        ``preference``, ``recent`` (each ``title``, ``summary``), ``title``, ``text``, ``image``
+``late_user``             ``preference``, ``recent``
+``late_item``             ``title``, ``text``, ``image``
+``late_answer``           none
 ========================  ===========================================================================================
 
 ``{{ image }}`` is where the picture goes; it is empty when there is none. In ``recommendation`` everything about the
-user comes before the candidate, so that candidates can share the computation of what precedes them.
+user comes before the candidate, so that candidates can share the computation of what precedes them. With
+``interaction="late"`` the three ``late_`` templates take its place: what the chat begins with comes before the user,
+and what it ends with after ``late_answer``, whose tokens are all that a pair costs.
 """
 
 PROMPTS = {
@@ -62,4 +67,16 @@ PROMPTS = {
         "{% if image %}Picture of the candidate: {{ image }}\n{% endif %}"
         "Will the user choose this {{ noun }}? Answer Yes or No."
     ),
+    "late_user": (
+        "{% if preference %}What a user prefers: {{ preference }}\n{% endif %}"
+        "{% if recent %}Most recently the user has chosen:\n{% for item in recent %}- {% if item.title %}"
+        "{{ item.title }}{% if item.summary %}: {% endif %}{% endif %}{{ item.summary }}\n{% endfor %}{% endif %}"
+        "Will the user choose the {{ noun }} that follows? Answer Yes or No."
+    ),
+    "late_item": (
+        "Candidate {{ noun }}: {{ title }}\n"
+        "{% if text %}Description: {{ text }}\n{% endif %}"
+        "{% if image %}Picture of the candidate: {{ image }}{% endif %}"
+    ),
+    "late_answer": "",
 }

@@ -149,11 +149,17 @@ def _spools() -> tuple[tempfile.TemporaryDirectory, Iterator[int]]:
     return tempfile.TemporaryDirectory(prefix="mllm_msr_"), count()  # removed when the process ends
 
 
-def spool(tables: pl.LazyFrame | Iterable[pl.DataFrame]) -> pl.LazyFrame:
-    """A scan of what was parsed once into Parquet, in the system's folder for temporary files (``TMPDIR``)."""
+def spool_folder() -> Path:
+    """An empty folder among the system's temporary files (``TMPDIR``), gone when the process ends."""
     root, numbers = _spools()
     folder = Path(root.name) / str(next(numbers))
     folder.mkdir()
+    return folder
+
+
+def spool(tables: pl.LazyFrame | Iterable[pl.DataFrame]) -> pl.LazyFrame:
+    """A scan of what was parsed once into Parquet, in the system's folder for temporary files (``TMPDIR``)."""
+    folder = spool_folder()
     if isinstance(tables, pl.LazyFrame):
         tables.sink_parquet(folder / "all.parquet", compression="lz4")
     else:
@@ -318,7 +324,10 @@ def interactions_from(
     have = table.collect_schema()
     if missing := [name for name in columns.values() if name not in have]:
         names = [name for name in have if name != "row"]
-        raise ValueError(f"{path}: no column {missing[0]!r}; it has {names}. Name yours by a column mapping.")
+        raise ValueError(
+            f"{path}: no column {missing[0]!r}; it has {names} as its header. Add the header if that is data, or "
+            "name yours by a column mapping (--column; own tables only)."
+        )
     log = table.select("row", *(pl.col(name).alias(ours) for ours, name in columns.items()))
     log = log.with_columns(
         pl.col("user_id", "item_id").cast(pl.String).str.strip_chars(),

@@ -22,6 +22,31 @@ class Field:
     value: Any  # a text, or a tuple of pictures
 
 
+@dataclass
+class Row:
+    """A prompt before it is encoded."""
+
+    pieces: list[str | int]  # its trusted texts, and the numbers of the fields between them
+    fields: dict[int, Field]  # those that the prompt prints
+    begins: bool = True  # whether nothing comes before it
+
+    @property
+    def text(self) -> str:
+        return "".join(self.fields[piece].value if isinstance(piece, int) else piece for piece in self.pieces)
+
+    @property
+    def texts(self) -> list[Field]:
+        return [field for field in self.fields.values() if field.name != "image"]
+
+
+def addition(text: str, plain: str) -> str:
+    """What ``text`` has that ``plain`` has not, in one piece."""
+    start = next((i for i, (a, b) in enumerate(zip(text, plain, strict=False)) if a != b), min(len(text), len(plain)))
+    kept = len(plain) - start  # as many characters at the end may be alike
+    end = next((i for i in range(kept) if text[-1 - i] != plain[-1 - i]), kept)
+    return text[start : len(text) - end]
+
+
 def anchor(index: int) -> str:
     """The sentinel of a field."""
     return f"{OPEN}{index}{CLOSE}"

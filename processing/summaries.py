@@ -62,7 +62,7 @@ def generate_missing(
     engine: Engine,
     task: Task,
     keys: Sequence[str],
-    sizes: Sequence[int],
+    sizes: Sequence[Any],
     load: Load,
     store: TextStore,
     progress: tqdm,
@@ -184,7 +184,7 @@ def summarize_items(
     words = [{"title": title, "text": text} for title, text, _ in rows]
     lengths = [len(title) + len(text) for title, text, _ in rows]
 
-    def write(task: Task, facts: list[Any], sizes: list[int], load: Load) -> list[Known]:
+    def write(task: Task, facts: list[Any], sizes: list[Any], load: Load) -> list[Known]:
         keys = text_keys(engine, task, options.seed, facts)
         with tqdm(total=len(set(keys)), desc=task.replace("_", " "), unit="text") as progress:
             generate_missing(engine, task, keys, sizes, load, store, progress, options.seed)
@@ -196,7 +196,12 @@ def summarize_items(
     tasks: tuple[Task, ...] = ("item_summary",)
     if options.item_prompts == "single":
         facts = [[title, text, mark] for (title, text, _), mark in zip(rows, marks, strict=True)]
-        texts = write("item_summary", facts, lengths, lambda chosen: [{**words[i], **seen(i)} for i in chosen])
+        longest: dict[str, int] = {}  # of the items with the same picture, which go together so that it is encoded once
+        for mark, length in zip(marks, lengths, strict=True):
+            if mark:
+                longest[mark] = max(length, longest.get(mark, 0))
+        sizes = [(longest.get(mark or "", n), mark or "", n) for mark, n in zip(marks, lengths, strict=True)]
+        texts = write("item_summary", facts, sizes, lambda chosen: [{**words[i], **seen(i)} for i in chosen])
     else:
         tasks = ("image_summary", "text_summary", "fusion")
         shown = [i for i, mark in enumerate(marks) if mark]

@@ -1,14 +1,15 @@
 """Own data: a log and a catalogue as CSV, TSV, Parquet, JSON lines or a data set of the Hub, with any column names."""
 
 import json
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import polars as pl
-from datasets import DatasetDict, load_dataset
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset
 
 from mllm_msr.processing.raw import (
     BadRows,
@@ -21,11 +22,13 @@ from mllm_msr.processing.raw import (
     read_csv,
     read_jsonl,
     spool,
+    spool_folder,
 )
 
 LOG_COLUMNS = ("user_id", "item_id", "timestamp")
 ITEM_COLUMNS = ("item_id", "title", "text", "image")
 SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
+PICTURES = 64  # rows with pictures in memory at a time
 
 
 def read_tables(
@@ -71,22 +74,33 @@ def read_tables(
     return RawData(log, catalogue, bad.skipped, ticks)
 
 
-def scan_table(place: str, folder: Path, bad: BadRows, columns: list[str] | None = None) -> pl.LazyFrame:
-    """One table by its suffix, with ``row`` numbers added; of JSON lines only ``columns``, as text, if given."""
+def scan_table(
+    place: str, folder: Path, bad: BadRows, columns: list[str], optional: Iterable[str] = (), picture: str = ""
+) -> pl.LazyFrame:
+    """One table by its suffix, with ``row`` numbers added; of JSON lines only ``columns``, which must be there, and
+    ``optional`` ones, as text. Where the column ``picture`` holds bytes, it has paths of temporary files instead."""
     name = place.lower().removesuffix(".gz")
     if not name.endswith(SUFFIXES):
-        return _data_set(place, folder)
+        data = _data_set(place, folder)
+        schema = pl.DataFrame(pl.from_arrow(data.features.arrow_schema.empty_table())).schema
+        packed, kept = _packed(schema, picture)
+        parts = data.select_columns(kept).with_format("arrow").iter(PICTURES if packed else 10_000)
+        return _spooled(parts, picture if packed else "")
     path = local_file(place) if place.startswith("hf:") else folder / place
     if name.endswith((".csv", ".tsv")):
         return read_csv(path, bad, "\t" if name.endswith(".tsv") else ",")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if name.endswith(".parquet"):
+        packed, kept = _packed(pl.read_parquet_schema(path), picture)
+        if packed:
+            file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)  # else it holds all it has read
+            return _spooled(file.iter_batches(PICTURES, columns=kept), picture)
         return pl.scan_parquet(path, row_index_name="row", row_index_offset=1)
-    return _jsonl(path, bad, columns)
+    return _jsonl(path, bad, columns, optional)
 
 
-def _data_set(place: str, folder: Path) -> pl.LazyFrame:
+def _data_set(place: str, folder: Path) -> Dataset:
     name, _, query = place.removeprefix("hf://datasets/").partition("?")
     options = dict(parse_qsl(query))
     if name == place.partition("?")[0] and not (folder / name).is_dir():
@@ -104,36 +118,58 @@ def _data_set(place: str, folder: Path) -> pl.LazyFrame:
         if len(data) > 1:
             raise ValueError(f"{place}: has the splits {', '.join(data)}; say which: ?split=...")
         (data,) = data.values()
-    parts = data.with_format("arrow").iter(batch_size=10_000)
-    return spool(pl.DataFrame(pl.from_arrow(part)) for part in parts).with_row_index("row", offset=1)
+    return data
 
 
-def _jsonl(path: Path, bad: BadRows, columns: list[str] | None) -> pl.LazyFrame:
-    if columns is not None:
-        keys: dict[str, Any] = {}
-        with open_text(path, bad) as lines:
-            for line in islice(lines, 100):
-                try:
-                    keys |= json.loads(line)
-                except (TypeError, ValueError):  # a bad line; the reader below names it
-                    continue
-        if absent := [name for name in columns if name not in keys]:
-            raise ValueError(f"{path}: no column {absent[0]!r}; it has {list(keys)}. Name yours by a column mapping.")
-        return read_jsonl(path, dict.fromkeys(columns, pl.String), bad)
-    try:
-        return pl.read_ndjson(path, infer_schema_length=None).lazy().with_row_index("row", offset=1)
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path}: not a table of JSON objects of one shape ({error})") from error
+def _packed(schema: Mapping[str, pl.DataType], picture: str) -> tuple[bool, list[str]]:
+    """Whether the column ``picture`` holds bytes or Hugging Face images, and all columns but others that do."""
+    packed = [name for name, kind in schema.items() if kind == pl.Binary or isinstance(kind, pl.Struct)]
+    return picture in packed, [name for name in schema if name == picture or name not in packed]
+
+
+def _spooled(parts: Iterable[Any], picture: str) -> pl.LazyFrame:
+    """Arrow tables as one scan; the bytes of the column ``picture``, if it is given, in files, a part at a time."""
+    folder, numbers = spool_folder(), count()
+
+    def path(value: Any) -> str | None:
+        data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is None:
+            return name
+        file = folder / str(next(numbers))
+        file.write_bytes(data)
+        return str(file)
+
+    def tables() -> Iterator[pl.DataFrame]:
+        for part in parts:
+            table = pl.DataFrame(pl.from_arrow(part))
+            yield table.with_columns(pl.Series(picture, map(path, table[picture]), pl.String)) if picture else table
+
+    return spool(tables()).with_row_index("row", offset=1)
+
+
+def _jsonl(path: Path, bad: BadRows, columns: list[str], optional: Iterable[str]) -> pl.LazyFrame:
+    keys: dict[str, Any] = {}
+    with open_text(path, bad) as lines:
+        for line in islice(lines, 100):
+            try:
+                keys |= json.loads(line)
+            except (TypeError, ValueError):  # a bad line; the reader below names it
+                continue
+    if absent := [name for name in columns if name not in keys]:
+        raise ValueError(f"{path}: no column {absent[0]!r}; it has {list(keys)}. Name yours by a column mapping.")
+    return read_jsonl(path, dict.fromkeys([*columns, *optional], pl.String), bad)
 
 
 def _catalogue(place: str, folder: Path, columns: dict[str, str], bad: BadRows) -> pl.DataFrame:
-    table = scan_table(place, folder, bad)
-    have = table.collect_schema().names()
     names = {name: columns.get(name, name) for name in ITEM_COLUMNS}
     names["item_id"] = columns.get("items.item_id", names["item_id"])
+    needed = [theirs for ours, theirs in names.items() if ours == "item_id" or ours in columns]
+    others = [name for name in names.values() if name not in needed]
+    table = scan_table(place, folder, bad, needed, others, picture=names["image"])
+    have = table.collect_schema().names()
     for ours, theirs in list(names.items()):
         if theirs not in have:
-            if ours == "item_id" or ours in columns:
+            if theirs in needed:
                 have.remove("row")
                 raise ValueError(f"{place}: no column {theirs!r}; it has {have}. Name yours by a column mapping.")
             del names[ours]
@@ -143,18 +179,11 @@ def _catalogue(place: str, folder: Path, columns: dict[str, str], bad: BadRows) 
 
 
 def _images(items: pl.DataFrame, root: Path, bad: BadRows) -> pl.DataFrame:
-    """Turn ``image`` into image_path and image_bytes; a path without a file behind it is noted and becomes null."""
-    kind = items.schema["image"]
-    if kind == pl.Binary:
-        return items.rename({"image": "image_bytes"})
-    if isinstance(kind, pl.Struct):
-        items = items.with_columns(pl.col("image").struct.field("bytes").alias("image_bytes"))
-        items = items.with_columns(pl.col("image").struct.field("path").alias("image"))
+    """Turn ``image`` into image_path; a path without a file behind it is noted and becomes null."""
     paths: list[str | None] = []
     missing: list[str] = []
-    embedded = items["image_bytes"].is_not_null() if "image_bytes" in items.columns else [False] * len(items)
-    for name, has_bytes in zip(items["image"].cast(pl.String), embedded, strict=True):
-        if has_bytes or not name:
+    for name in items["image"].cast(pl.String):
+        if not name:
             paths.append(None)
         elif name.startswith(("http://", "https://")) or (root / name).is_file():
             paths.append(name if name.startswith("http") else str(root / name))

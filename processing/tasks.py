@@ -195,20 +195,9 @@ class Part:
         return np.take_along_axis(items, order, axis=1), (order == 0).astype(np.int64)
 
     def _popular_negatives(self, rows: Array, uniform: Array, counts: Array) -> Array:
-        """``(B, n)`` distinct unseen items, drawn by training count; a user who met nearly all that is popular gets
-        the rest from ``uniform`` ``(B, n)``. Draws that are seen or repeated are passed over."""
         seed, user, n = self.options.seed, self.user[rows] + self.first_user, uniform.shape[1]
-        weight = np.cumsum(counts if counts.any() else np.ones(len(counts), dtype=np.int64))
         draw = noise(seed, "popular", user[:, None], self.position[rows][:, None], np.arange(8 * n)[None])
-        popular = np.searchsorted(weight, (draw % np.uint64(weight[-1])).astype(np.int64), side="right")
-        items = np.concatenate([popular, uniform], axis=1)  # (B, 8n + n)
-        order = np.argsort(items, axis=1, kind="stable")
-        ordered = np.take_along_axis(items, order, axis=1)
-        repeats = np.zeros(items.shape, dtype=bool)
-        np.put_along_axis(repeats, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-        good = ~repeats & ~self.unseen.met(self.user[rows], items)
-        first = np.argsort(~good, axis=1, kind="stable")[:, :n]
-        return np.take_along_axis(items, first, axis=1)
+        return self.unseen.popular(self.user[rows], uniform, counts, draw)
 
 
 class Unseen:
@@ -233,6 +222,21 @@ class Unseen:
         key = user[:, None] * (self.n_items + 1) + rank
         met = np.searchsorted(self.before, key.ravel(), side="right").reshape(key.shape) - self.starts[user][:, None]
         return rank + met
+
+    def popular(self, user: Array, uniform: Array, counts: Array, draw: Array) -> Array:
+        """``(B, n)`` distinct unseen items, drawn by training count with the noise ``draw`` ``(B, R)``; a user who met
+        nearly all that is popular gets the rest from ``uniform`` ``(B, n)``. Draws that are seen or repeated are passed
+        over."""
+        weight = np.cumsum(counts if counts.any() else np.ones(len(counts), dtype=np.int64))
+        popular = np.searchsorted(weight, (draw % np.uint64(weight[-1])).astype(np.int64), side="right")
+        items = np.concatenate([popular, uniform], axis=1)  # (B, R + n)
+        order = np.argsort(items, axis=1, kind="stable")
+        ordered = np.take_along_axis(items, order, axis=1)
+        repeats = np.zeros(items.shape, dtype=bool)
+        np.put_along_axis(repeats, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+        good = ~repeats & ~self.met(user, items)
+        first = np.argsort(~good, axis=1, kind="stable")[:, : uniform.shape[1]]
+        return np.take_along_axis(items, first, axis=1)
 
     def met(self, user: Array, items: Array) -> Array:
         """Whether users ``(B,)`` have met items ``(B, n)``."""

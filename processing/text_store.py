@@ -35,7 +35,10 @@ class TextStore:
         self.rows: dict[str, tuple[str, str]] = {}
         self._seen: dict[str, int] = {}  # file name -> time of the version that was read
         self._watched: dict[Path, tuple[int, float]] = {}  # claim -> its last touch, and when we first saw that
-        files = [path for path in sorted(folder.glob("*.parquet")) if self._read(path, failures=False)]
+        files: list[Path] = []
+        # Once more whenever there are new ones: another process may just have joined those listed before.
+        while new := [path for path in sorted(folder.glob("*.parquet")) if path.name not in self._seen]:
+            files += [path for path in new if self._read(path, failures=False)]
         if len(files) >= MANY and not any(self.claims.iterdir()):
             self._join(files)
 

@@ -17,6 +17,7 @@ from mllm_msr.training.metrics import per_user_metrics
 
 Array = np.ndarray
 Scorer = Callable[[Array, Array], Array]  # item codes of a history, oldest first, and of C candidates, to C scores
+Ranker = Callable[[pl.DataFrame], Array]  # tasks to (N,) values of their candidates, task after task
 RECENT = (5, 10, 20, 50, None)  # items of the history, from its end, that may count
 WORD = re.compile(r"\w+")
 
@@ -85,21 +86,22 @@ def _coded_lists(lists: pl.Series, items: pl.DataFrame) -> list[Array]:
     return np.split(codes, ends[:-1])
 
 
-def _best(scorers: Mapping[tuple, Scorer], validation: CodedTasks, row: str) -> Scorer:
-    quality = {choice: validation.quality(scorer) for choice, scorer in scorers.items()}
+def _best(scorers: Mapping[tuple, Scorer], validation: pl.DataFrame, items: pl.DataFrame, row: str) -> Ranker:
+    known = CodedTasks(validation, items)
+    quality = {choice: known.quality(scorer) for choice, scorer in scorers.items()}
     best = max(quality, key=lambda choice: quality[choice])
     said = ", ".join("all" if part is None else str(part) for part in best)
     print(f"  {row}: {said} of {len(quality)} settings by validation (NDCG@5 {quality[best]:.3f})", flush=True)
-    return scorers[best]
+    return lambda tasks: CodedTasks(tasks, items).values(scorers[best])
 
 
-def knn_values(tasks: pl.DataFrame, validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame) -> Array:
-    """Row ``knn``: (N,) mean similarity of a candidate to the recent history, only its nearest K items counting.
+def knn(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame) -> Ranker:
+    """Row ``knn``: mean similarity of a candidate to the recent history, only its nearest K items counting.
 
     Similarity is the cosine of two items' sets of training users.
 
     Args:
-        tasks, validation: as for :class:`CodedTasks`.
+        validation: as for :class:`CodedTasks`; so are the tasks that the ranker is given.
         items: ``item_id`` of the whole catalogue.
         training: ``user_id``, ``item_id`` of every training interaction.
     """
@@ -115,17 +117,15 @@ def knn_values(tasks: pl.DataFrame, validation: pl.DataFrame, items: pl.DataFram
         return score
 
     scorers = {choice: scorer(*choice) for choice in product((20, 50, 100, 200), RECENT)}
-    return CodedTasks(tasks, items).values(_best(scorers, CodedTasks(validation, items), "knn: neighbours, history"))
+    return _best(scorers, validation, items, "knn: neighbours, history")
 
 
-def svd_values(
-    tasks: pl.DataFrame, validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, seed: int = 0
-) -> Array:
-    """Row ``svd``: PureSVD (Cremonesi et al., RecSys 2010), (N,).
+def svd(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, seed: int = 0) -> Ranker:
+    """Row ``svd``: PureSVD (Cremonesi et al., RecSys 2010).
 
     The user-item matrix of training interactions, 1 or nothing, has D leading right singular vectors V (I, D); a user
     whose history is the indicator h (I,) gives item i the i-th entry of h V V^T, here divided by the square root of the
-    history's length, so that users can be pooled. Arguments as for :func:`knn_values`.
+    history's length, so that users can be pooled. Arguments as for :func:`knn`.
     """
     vectors = leading_vectors(user_item_matrix(training, items), 128, seed)
 
@@ -134,15 +134,15 @@ def svd_values(
         return lambda history, candidates: own[candidates] @ own[history].sum(axis=0) / max(len(history), 1) ** 0.5
 
     scorers = {(rank,): scorer(rank) for rank in (8, 16, 32, 64, 128)}
-    return CodedTasks(tasks, items).values(_best(scorers, CodedTasks(validation, items), "svd: dimensions"))
+    return _best(scorers, validation, items, "svd: dimensions")
 
 
-def tfidf_values(tasks: pl.DataFrame, validation: pl.DataFrame, items: pl.DataFrame) -> Array:
-    """Row ``tfidf``: (N,) mean cosine between a candidate's and the recent history items' words.
+def tfidf(validation: pl.DataFrame, items: pl.DataFrame) -> Ranker:
+    """Row ``tfidf``: mean cosine between a candidate's and the recent history items' words.
 
     Words of title and text, lower case; weight (1 + log count) log((1 + I) / (1 + items with the word)), so that words
     of nearly every item count for nothing in any language.
-    ``items``: ``item_id``, ``title``, ``text``; the others as for :func:`knn_values`.
+    ``items``: ``item_id``, ``title``, ``text``; ``validation`` as for :func:`knn`.
     """
     vectors = word_vectors(items)
 
@@ -159,7 +159,7 @@ def tfidf_values(tasks: pl.DataFrame, validation: pl.DataFrame, items: pl.DataFr
         return score
 
     scorers = {(recent,): scorer(recent) for recent in RECENT}
-    return CodedTasks(tasks, items).values(_best(scorers, CodedTasks(validation, items), "tfidf: history"))
+    return _best(scorers, validation, items, "tfidf: history")
 
 
 def word_vectors(items: pl.DataFrame) -> list[dict[int, float]]:

@@ -1,5 +1,6 @@
 """Rows of the ``sft`` table to batches whose only supervised token is the answer."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +9,8 @@ from datasets import Dataset
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
 
-@dataclass
-class ItemTable:
+@dataclass(eq=False)
+class ItemTable(Mapping):
     """Items by id, their pictures decoded only when asked for.
 
     Args:
@@ -21,6 +22,12 @@ class ItemTable:
 
     def __post_init__(self) -> None:
         self.index = {item_id: row for row, item_id in enumerate(self.items["item_id"])}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
 
     def __getitem__(self, item_id: str) -> dict[str, Any]:
         """``{"title", "text", "image"}`` of one item; KeyError names an unknown id."""

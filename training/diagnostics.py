@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from mllm_msr.training.metrics import ranking_metrics
+from mllm_msr.training.metrics import Values, ranking_metrics
 
 SHOWN = ("auc_user", "hr@5", "ndcg@5")
+COLD = 5  # a user of fewer items
 COUNT_BANDS = (0, 1, 5, 20, 100)  # training interactions of the target: the lower ends of the bands
 
 
@@ -25,7 +26,8 @@ def slices(scores: pl.DataFrame, tasks: pl.DataFrame, popularity: pl.DataFrame) 
 
     Returns:
         ``{"by": "history_length" | "target_train_count" | "popularity_decile", "part": str, "users": int, "rows": {ROW:
-        {metric: {"value", "ci95"}}}}``, parts in rising order. ``history_length`` has the users' quartiles;
+        {metric: {"value", "ci95"}}}}``, parts in rising order. ``history_length`` has the users' quartiles, but cold
+        users, of fewer than ``COLD`` items, apart;
         ``target_train_count`` has 0 (cold items) and bands above; ``popularity_decile`` is the target's place among the
         catalogue's items by training interactions, 1 the least popular tenth, equals together at their lowest place.
         A part without users is left out.
@@ -52,7 +54,10 @@ def slices(scores: pl.DataFrame, tasks: pl.DataFrame, popularity: pl.DataFrame) 
 def _parts(tasks: pl.DataFrame, popularity: pl.DataFrame) -> list[pl.Series]:
     """Each task's part under the three divisions, as names that begin with a number."""
     lengths, counts = tasks["history_length"].to_numpy(), tasks["target_train_count"].to_numpy()
-    ends = np.unique(np.quantile(lengths, [0.0, 0.25, 0.5, 0.75]).astype(np.int64))
+    known = lengths[lengths >= COLD]
+    ends = np.unique([0, 1, COLD, *np.quantile(known, [0.25, 0.5, 0.75]).astype(np.int64)] if len(known) else [0, 1])
+    if len(known) == len(lengths):
+        ends = np.unique([known.min(), *ends[ends > known.min()]])
     all_counts = np.sort(popularity["count"].to_numpy())
     decile = np.minimum(10 * np.searchsorted(all_counts, counts) // max(len(all_counts), 1), 9) + 1
     return [
@@ -125,4 +130,32 @@ def sanity(scores: pl.DataFrame, popularity: pl.DataFrame) -> dict[str, dict[str
     return {
         row: {"tied_users": tied, **({} if r is None else {"popularity_correlation": r})}
         for row, tied, r in means.sort("row").iter_rows()
+    }
+
+
+def agreement(user_ids: Values, logits: Values, others: Values) -> dict[str, float]:
+    """How far two scorings of the same candidates agree, (N,) each.
+
+    Returns ``max_difference`` of two scores of one pair; ``rank_correlation``, Spearman's within a user, ties at their
+    mean rank, averaged over the users where it is defined (left out if there is none); ``first_changed``, the share of
+    users of whom no candidate is first in both.
+
+    >>> agreement(["a", "a", "b", "b"], [1.0, 0.0, 1.0, 0.0], [2.0, 0.0, 0.0, 1.0])
+    {'max_difference': 1.0, 'rank_correlation': 0.0, 'first_changed': 0.5}
+    """
+    frame = pl.DataFrame({"user": pl.Series(user_ids), "one": pl.Series(logits), "other": pl.Series(others)})
+    ranks = frame.with_columns(pl.col("one", "other").rank().over("user").name.suffix("_rank"))
+    is_first = [pl.col(name) == pl.col(name).max() for name in ("one", "other")]
+    users = ranks.group_by("user", maintain_order=True).agg(
+        kept=(is_first[0] & is_first[1]).any(),
+        correlation=pl.when(pl.col("one").n_unique() > 1, pl.col("other").n_unique() > 1).then(
+            pl.corr("one_rank", "other_rank")
+        ),
+    )
+    difference = (frame["one"].cast(pl.Float64) - frame["other"].cast(pl.Float64)).abs().to_numpy()
+    defined = users["correlation"].drop_nulls().to_numpy()
+    return {
+        "max_difference": float(difference.max()),
+        **({"rank_correlation": float(defined.mean())} if len(defined) else {}),
+        "first_changed": float(1 - users["kept"].to_numpy().mean()),
     }

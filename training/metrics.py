@@ -51,7 +51,31 @@ def ranking_metrics(
     >>> result["hr@1"]["ci95"]
     [0.5, 1.0]
     """
-    columns = user_columns(user_ids, labels, logits)
+    return _with_intervals(user_columns(user_ids, labels, logits), n_bootstrap, seed)
+
+
+def place_metrics(
+    above: Values, equal: Values, candidates: Values, n_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, dict]:
+    """The same for users of one positive each of whom only its place is known, as over a whole catalogue.
+
+    Args: ``above`` (U,) candidates with a higher score; ``equal`` (U,) others with the same; ``candidates`` (U,) all
+    of them, the positive included.
+
+    Returns as :func:`ranking_metrics`, without the pooled AUC, for which places do not suffice.
+
+    >>> found = place_metrics([0, 9], [0, 1], [100, 100])  # on top; tenth or eleventh
+    >>> found["hr@1"]["value"], found["hr@10"]["value"]
+    (0.5, 0.75)
+    """
+    a, ties, size = (np.asarray(values, dtype=np.int64) for values in (above, equal, candidates))
+    if not len(a) or not len(a) == len(ties) == len(size) or (a + ties >= size).any() or (a < 0).any():
+        raise ValueError("places: needs users, each with above + equal + 1 <= candidates")
+    none, one = np.zeros(len(a), dtype=np.int64), np.ones(len(a), dtype=np.int64)
+    return _with_intervals(_per_user(_Groups(np.arange(len(a)), ties + 1, one, a, none, size, one)), n_bootstrap, seed)
+
+
+def _with_intervals(columns: dict[str, np.ndarray], n_bootstrap: int, seed: int) -> dict[str, dict]:
     for name, column in columns.items():
         if np.isnan(column).all():
             raise ValueError(f"{name} is undefined for every user: each needs a positive (and, for AUC, a negative)")
@@ -101,7 +125,9 @@ def per_user_metrics(user_ids: Values, labels: Values, logits: Values) -> pl.Dat
     [('a', 0.0), ('b', 0.5)]
     """
     rows = _Rows.read(user_ids, labels, logits)
-    return pl.DataFrame({"user_id": rows.users, **_per_user(rows)}).with_columns(pl.col(METRICS[1:]).fill_nan(None))
+    return pl.DataFrame({"user_id": rows.users, **_per_user(_Groups.of(rows))}).with_columns(
+        pl.col(METRICS[1:]).fill_nan(None)
+    )
 
 
 def auc(labels: Values, scores: Values) -> float:
@@ -262,11 +288,10 @@ def user_columns(user_ids: Values, labels: Values, logits: Values) -> dict[str, 
     """
     rows = _Rows.read(user_ids, labels, logits)
     pooled, influence = _pooled_auc(rows)
-    return {"auc": pooled + influence * len(influence), **_per_user(rows)}
+    return {"auc": pooled + influence * len(influence), **_per_user(_Groups.of(rows))}
 
 
-def _per_user(rows: _Rows) -> dict[str, np.ndarray]:
-    groups = _Groups.of(rows)
+def _per_user(groups: _Groups) -> dict[str, np.ndarray]:
     return {
         "auc_user": _auc_user(groups),
         "hr@1": _hit_rate(groups, 1),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mllm_msr.training.baselines import CodedTasks, item_codes
+from mllm_msr.training.baselines import CodedTasks, Ranker, item_codes
 
 Array = np.ndarray
 
@@ -88,19 +88,18 @@ def _initialise(model: nn.Module, item: nn.Embedding) -> None:
         item.weight[0] = 0
 
 
-def sequence_values(
+def sequence_ranker(
     kind: type[SASRec] | type[GRU4Rec],
-    tasks: pl.DataFrame,
     validation: pl.DataFrame,
     items: pl.DataFrame,
     training: pl.DataFrame,
     seed: int = 0,
     options: SequenceOptions | None = None,
-) -> Array:
-    """Rows ``sasrec`` and ``gru4rec``: (N,) logits of every task's candidates given its history.
+) -> Ranker:
+    """Rows ``sasrec`` and ``gru4rec``: logits of every task's candidates given its history.
 
     Trains on each user's training interactions in the order of ``training``, epoch by epoch, and keeps the weights with
-    the best NDCG@5 on the validation tasks. Arguments as for :func:`mllm_msr.training.baselines.knn_values`.
+    the best NDCG@5 on the validation tasks. Arguments as for :func:`mllm_msr.training.baselines.knn`.
     """
     options = options or SequenceOptions()
     sequences = training.group_by("user_id", maintain_order=True).agg("item_id")["item_id"].to_list()
@@ -110,7 +109,7 @@ def sequence_values(
         model = kind(len(items), options)
         epoch, quality = train(model, sequences, CodedTasks(validation, items), options, seed)
     print(f"  {kind.__name__}: epoch {epoch} is best by validation (NDCG@5 {quality:.3f})", flush=True)
-    return score(model, CodedTasks(tasks, items), options)
+    return lambda tasks: score(model, CodedTasks(tasks, items), options)
 
 
 def train(

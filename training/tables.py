@@ -17,16 +17,17 @@ def load_table(source: str, config: str, split: str) -> Dataset:
     """One table of the derived data set.
 
     Args:
-        source: run directory, dataset folder, or Hub repository name.
+        source: run directory, dataset folder, or repository on the Hub, pinned as ``owner/name@revision``.
         config: "items", "item_summaries", "preferences", "tasks" or "sft".
-        split: tables other than "sft" and "tasks" have "train" only.
+        split: "train" or "validation" of "sft"; "tasks" come whole, as "all"; others have "train" only.
 
     Raises:
         FileNotFoundError: a run directory whose table has not been made yet.
     """
     run = Path(source)
     if not (run / "config.yaml").is_file():
-        return _facts(load_dataset(source, config, split=split))
+        name, _, revision = (source, "", "") if run.exists() else source.partition("@")
+        return _facts(load_dataset(name, config, split=split, revision=revision or None))
     path = run / RUN_FILES[config].format(split=split)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the earlier stages on {run} first (see mllm-msr run --help)")

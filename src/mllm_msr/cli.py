@@ -10,6 +10,8 @@ examples:
   mllm-msr run recipes/movielens_100k.yaml --data DIR      the same on MovieLens-100k
   mllm-msr prepare --interactions log.csv --items items.csv --column user_id=reviewer   own tables, no recipe
   mllm-msr rank demo_output --user u0003 --top-k 10        rank the catalogue for one user
+  mllm-msr rank RUN --users all --output rankings          for all users; `accelerate launch -m mllm_msr.cli rank ...`
+                                                           shares them among processes
   mllm-msr show user u0003 demo_output                     what was read and written of one user, step by step
   mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
 stages, each alone on a run directory; what is finished is skipped, what was interrupted goes on:
@@ -21,6 +23,8 @@ stages, each alone on a run directory; what is finished is skipped, what was int
   mllm-msr report RUN
 evidence:
   mllm-msr evaluate RUN --baselines knn,tfidf,svd,sasrec,gru4rec   further rows on exactly the same candidates
+  mllm-msr evaluate RUN --full-catalogue 100 --agreement 50        among all items; whether number formats agree
+  mllm-msr evaluate RUN --model OTHER --fine-tune 100              cross-domain; without --fine-tune as it is
   mllm-msr study recipes/studies/ablations_demo.yaml               what each part of the method is worth, on the demo
   mllm-msr compare RUN RUN                                 runs side by side
 """
@@ -71,6 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
             known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
             sub.add_argument("--baselines", metavar="A,B", help=f"further rows on the same tasks, of {known}")
             sub.add_argument("--model", metavar="RUN|REPO", help="rank with the model of another run, or of the Hub")
+            some = "fine-tune it on so many of this run's training tasks first; without --model, the recipe's backbone"
+            sub.add_argument("--fine-tune", metavar="N", type=positive, help=some)
+            whole = "also rank the choices of N users (or all) among the whole catalogue"
+            sub.add_argument("--full-catalogue", metavar="N|all", type=positive_or_all, help=whole)
+            ways = "also score N tasks in other number formats and ways of computing, to see whether they agree"
+            sub.add_argument("--agreement", metavar="N", type=positive, help=ways)
 
     study = command("study", "run one recipe under many settings; one table and plot of them all")
     study.add_argument("study", type=Path, help="study file, see recipes/studies/ablations_demo.yaml")
@@ -86,8 +96,14 @@ def build_parser() -> argparse.ArgumentParser:
     who = rank.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", help="user id: the last preference, all unseen items as candidates")
     who.add_argument("--preference", help="a preference in words instead of a user")
+    who.add_argument("--users", metavar="all|A,B", help="many users, into files (resumable; several processes share)")
     rank.add_argument("--items", help="comma-separated candidate item ids (default: all the user has not seen)")
     rank.add_argument("--top-k", type=int, default=10, help="how many to show (default: 10)")
+    rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")
+    index = command("index", "compute ahead what a model with interaction=late keeps of every item, for rank")
+    index.add_argument("run", type=Path, help="run directory with a trained model")
+    for sub in (rank, index):
+        sub.add_argument("--memory-gb", type=float, help="kept of users and items (default: half of what is free)")
 
     publish = command("publish", "release a run on the Hub: model, data set, metric, demo Space")
     publish.add_argument("run", type=Path, help="run directory with a report")
@@ -147,6 +163,16 @@ def count_or_all(text: str) -> str:
     return text
 
 
+def positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def positive_or_all(text: str) -> int | str:
+    return text if text == "all" else positive(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     try:
@@ -170,7 +196,7 @@ def dispatch(options: argparse.Namespace) -> None:
         return
     from mllm_msr import sources, stages
     from mllm_msr.run import Run
-    from mllm_msr.scoring import with_baselines
+    from mllm_msr.scoring import with_evaluation
     from mllm_msr.transfer import with_model_of
 
     match options.command:
@@ -182,8 +208,9 @@ def dispatch(options: argparse.Namespace) -> None:
             stage = stages.summarize_items if options.part == "items" else stages.summarize_users
             stage(Run.open(options.run))
         case "evaluate":
-            run = with_baselines(Run.open(options.run), options.baselines)
-            stages.evaluate(with_model_of(run, options.model) if options.model else run)
+            run = with_evaluation(Run.open(options.run), options.baselines, options.full_catalogue, options.agreement)
+            other = options.model or options.fine_tune
+            stages.evaluate(with_model_of(run, options.model, options.fine_tune) if other else run)
         case "study":
             from mllm_msr.study import run_study
 
@@ -193,8 +220,10 @@ def dispatch(options: argparse.Namespace) -> None:
             from mllm_msr.hub_cards.results_page import compare
 
             print(compare(options.runs))
-        case "rank":
-            stages.rank(options)
+        case "rank" | "index":
+            from mllm_msr import ranking
+
+            getattr(ranking, options.command)(options)
         case "publish":
             stages.publish(options)
         case "show":

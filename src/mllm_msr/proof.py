@@ -1,36 +1,109 @@
-"""The proof against leakage over a whole run: when texts are made, and before anything is published."""
+"""The proof against leakage over a whole run: when texts are made, and before anything is published.
+
+No prompt has a raw id, of whatever length, because (1) the templates print only texts and pictures, never an id, (2)
+each finished prompt is, letter by letter, what its template makes of these, (3) no title or description is an id, and
+(4) no text that was generated has an id in it. Under (4) an id shorter than six characters is not looked for, as it
+cannot be told from a number; but by (1) and (3) the model that wrote the text was never shown one.
+"""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import polars as pl
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mllm_msr.processing.leakage import check_leakage, check_no_ids
+from mllm_msr.processing.examples import recommendation_parts
+from mllm_msr.processing.leakage import (
+    LeakageError,
+    check_leakage,
+    check_no_ids,
+    check_own_words,
+    check_used_preferences,
+)
+from mllm_msr.processing.prompts import PROMPTS
 from mllm_msr.run import Run
 
 
-def prove(run: Run) -> None:
-    """Check tasks, popularity and, where they are there, preferences and all texts that stand in a prompt.
+def prove(run: Run, sft: Path | None = None) -> None:
+    """Check templates, tasks, popularity and, where they are there, preferences, generated texts and finished prompts.
 
-    Raises :class:`~mllm_msr.processing.leakage.LeakageError` with the rows.
+    ``sft`` is the folder of the training prompts, if they have not taken their place yet. Raises
+    :class:`~mllm_msr.processing.leakage.LeakageError` with the rows.
     """
     folder = run.folder
+    check_templates(run.recipe.prompts)
+    report = json.loads((folder / "data/report.json").read_text(encoding="utf-8"))
+    cut = report["options"]["max_history"] is not None
     tasks = pl.read_parquet(folder / "data/tasks.parquet")
     interactions = pl.read_parquet(folder / "data/interactions.parquet")
-    items = pl.read_parquet(folder / "data/items.parquet", columns=["item_id", "title", "text"])
+    shown = pl.col("image").struct.field("bytes").is_not_null().alias("image")
+    catalogue = pl.scan_parquet(folder / "data/items.parquet").select("item_id", "title", "text", shown)
+    items = catalogue.collect(engine="streaming")
     tables = {
         name: pl.read_parquet(folder / f"summaries/{name}.parquet")
         for name in ("items", "preferences")
         if (folder / f"summaries/{name}.parquet").is_file()
     }
+    preferences = tables.get("preferences")
     check_leakage(
         tasks,
         interactions,
         pl.read_parquet(folder / "data/popularity.parquet"),
-        tables.get("preferences"),
-        protocol=json.loads((folder / "data/report.json").read_text(encoding="utf-8"))["protocol"]["name"],
+        preferences,
+        seen=pl.read_parquet(folder / "data/seen.parquet") if cut else None,
+        protocol=report["protocol"]["name"],
     )
+    check_own_words(items)
     columns = {"items": "summary", "preferences": "preference"}
     texts = [table[columns[name]].rename("text") for name, table in tables.items()]
     if texts:
         ids = pl.concat([interactions["user_id"].rename("id"), items["item_id"].rename("id")]).unique()
         check_no_ids(pl.concat(texts), ids, allowed=pl.concat([items["title"], items["text"].rename("title")]))
+    if preferences is not None:
+        check_used_preferences(tasks, preferences, run.block_size)
+        template = {**PROMPTS, **run.recipe.prompts}["recommendation"]
+        for split in ("train", "validation"):
+            if (path := (sft or folder / "sft") / f"{split}.parquet").is_file():
+                rows = pl.read_parquet(path, columns=["task_id", "item_id", "prompt"])
+                check_prompts(rows, run.contexts(split), items, template, run.recipe.item_noun)
+
+
+def check_templates(prompts: Mapping[str, str]) -> None:
+    """A template prints only what its default does: no id, no label; ``ValueError`` names what else it asks for."""
+
+    def variables(template: str) -> set[str]:
+        return meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template))
+
+    for name, template in prompts.items():
+        if name not in PROMPTS:
+            raise ValueError(f"prompts: unknown {name!r}; there are {sorted(PROMPTS)}")
+        known = variables(PROMPTS[name]) | {"noun"}
+        if unknown := variables(template) - known:
+            raise ValueError(f"prompts.{name}: unknown variable {min(unknown)!r}; it may print {sorted(known)}")
+
+
+def check_prompts(
+    examples: pl.DataFrame, contexts: pl.DataFrame, items: pl.DataFrame, template: str, noun: str = "item"
+) -> None:
+    """Each finished prompt is what the template makes of its task's preference and recent summaries and of the
+    candidate's title, text and picture, and of nothing else; or raise LeakageError with the rows.
+
+    Args:
+        examples: ``task_id``, ``item_id``, ``prompt`` as :func:`~mllm_msr.processing.examples.training_examples` makes.
+        contexts: ``task_id``, ``preference``, ``recent``.
+        items: ``item_id``, ``title``, ``text``, ``image`` (whether there is a picture).
+    """
+    rows = examples.join(contexts.select("task_id", "preference", "recent"), on="task_id", how="left")
+    wrong = []
+    for row in rows.join(items, on="item_id", how="left").iter_rows(named=True):
+        (message,) = row["prompt"]
+        asked = [part["text"] if part["type"] == "text" else True for part in message["content"]]
+        if asked != recommendation_parts(row, template, noun):
+            wrong.append((row["task_id"], row["item_id"], asked))
+    if wrong:
+        raise LeakageError(
+            f"leakage: prompts that are not made of their template, preference, recent items and candidate alone: "
+            f"{len(wrong)} rows, such as\n  {wrong[0]}"
+        )

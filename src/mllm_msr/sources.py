@@ -65,7 +65,14 @@ def override(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         training["model_name_or_path"] = options.backbone
     recipe = replace(recipe, source=source, data=data, training=training, evaluation=evaluation)
     settings = dict(pair.split("=", 1) for pair in options.set or ())
-    return with_settings(recipe, {key: yaml.safe_load(value) for key, value in settings.items()})
+    return with_settings(recipe, {key: _value(key, text) for key, text in settings.items()})
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {key}: {text!r} is not valid YAML; put a text in (further) quotes") from error
 
 
 def _absolute(place: str) -> str:

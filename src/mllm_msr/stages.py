@@ -12,9 +12,9 @@ import polars as pl
 
 from mllm_msr.processing.recipe import backbone_path
 from mllm_msr.processing.storage import file_digest, folder_digest, whole_folder, write_parquet, write_text
-from mllm_msr.proof import prove
+from mllm_msr.proof import check_templates, prove
 from mllm_msr.run import Run
-from mllm_msr.scoring import evaluate, item_table, recommender
+from mllm_msr.scoring import evaluate
 from mllm_msr.sources import read_source, source_fingerprint
 
 
@@ -30,13 +30,16 @@ def prepare(run: Run) -> None:
     from mllm_msr.processing.prepare import prepare as write_data
 
     options = PrepareOptions(**run.recipe.data)
+    check_templates(run.recipe.prompts)
 
     def work(key: str) -> None:
         with whole_folder(run.folder / "data") as folder:
-            report = write_data(read_source(run.recipe), folder, options, source=run.recipe.name)
+            report = write_data(read_source(run.recipe), folder, options, source=run.recipe.name, inputs=tables)
         print(statistics_table(report))
 
-    run.stage("prepare", [source_fingerprint(run.recipe.source), asdict(options)], run.folder / "data", work)
+    facts = source_fingerprint(run.recipe.source)
+    tables = [one for one in facts[1:] if isinstance(one, str) or isinstance(one[1], str)]  # not each picture
+    run.stage("prepare", [facts, asdict(options)], run.folder / "data", work)
 
 
 def summary_options(run: Run):
@@ -91,13 +94,13 @@ def summarize_users(run: Run) -> None:
             *summary_tools(run, "preference"),
         )
         write_parquet(frame, output)
-        prove(run)
         print_status(frame, "user_id", "step")
         prompt = {**PROMPTS, **run.recipe.prompts}["recommendation"]
         with whole_folder(run.folder / "sft") as folder:
             for split in ("train", "validation"):
                 examples = training_examples(run.contexts(split), items, prompt, run.recipe.item_noun)
                 write_parquet(examples, folder / f"{split}.parquet")
+            prove(run, folder)
 
     forget_failures(output, run.folder / "sft/train.parquet")
     read = [run.key("summarize items"), file_digest(run.folder / "summaries/items.parquet")]
@@ -177,35 +180,6 @@ def report(run: Run) -> None:
         write_report(run.folder)
 
     run.stage("report", [run.key("evaluate"), run.provenance()["stages"]["evaluate"]], run.folder / "report.html", work)
-
-
-def rank(options: argparse.Namespace) -> None:
-    """Print the best candidates for one user of a run, or for a preference in words."""
-    run = Run.open(options.run)
-    items = item_table(run)
-    seen: set[str] = set()
-    user: dict[str, Any] = {"preference": options.preference or "", "recent": []}
-    if options.user:
-        interactions = pl.read_parquet(run.folder / "data/interactions.parquet").filter(user_id=options.user)
-        if interactions.is_empty():
-            raise ValueError(f"user {options.user!r} has no interactions in {run.folder}")
-        history = interactions["item_id"].to_list()
-        steps = pl.read_parquet(run.folder / "summaries/preferences.parquet").filter(user_id=options.user).sort("step")
-        summaries = dict(
-            pl.read_parquet(run.folder / "summaries/items.parquet").select("item_id", "summary").iter_rows()
-        )
-        recent = history[steps.height * run.block_size :]
-        user = {
-            "preference": steps["preference"][-1] if steps.height else "",
-            "recent": [{"summary": summaries[item]} for item in recent],
-        }
-        seen = set(history)
-    wanted = options.items.split(",") if options.items else [item for item in items.index if item not in seen]
-    candidates = [{"item_id": item, **items[item]} for item in wanted]
-    (best,) = recommender(run).rank([user], candidates, options.top_k, progress="ranking")
-    print(f"preference: {user['preference'] or '(none)'}")
-    for place, candidate in enumerate(best, 1):
-        print(f"{place:3d}  {candidate['score']:.3f}  {candidate['item_id']}  {candidate['title']}")
 
 
 def publish(options: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def start_cell(folder: Path, recipe: Recipe, donors: Sequence[Run]) -> Run:
     provenance = {**known, "stages": {}}
     for stages, outputs, _ in SHARED[: _agreement(donor.recipe, recipe)]:
         for name in outputs:
-            shutil.copytree(donor.folder / name, folder / name, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(donor.folder / name, folder / name, copy_function=link_file, dirs_exist_ok=True)
         provenance["stages"] |= {stage: known["stages"][stage] for stage in stages}
     write_text(folder / "provenance.json", json.dumps(provenance, indent=2))
     return run
@@ -144,7 +144,7 @@ def _agreement(one: Recipe, other: Recipe) -> int:
     return len(SHARED)
 
 
-def _link(source: str, target: str) -> None:
+def link_file(source: str, target: str) -> None:
     """A second name of a file that is only ever replaced; a copy where the file system has no such thing."""
     try:
         os.link(source, target)
@@ -165,7 +165,8 @@ def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
 
     Runs of several folds put their users together; runs of several seeds are averaged user by user. Intervals are
     bootstraps over users and ``seed_std`` the standard deviation of the metric over seeds. The difference is that from
-    our row of the first cell, paired by user; it is left out where the two did not rank the same candidates.
+    our row of the first cell, paired by user; it is left out where the users are others. ``same_candidates``: whether
+    these were ranked in both; if not, the difference is as fair but less exact.
     """
     from mllm_msr.training.metrics import METRICS, resampled_means
 
@@ -183,7 +184,7 @@ def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
             }
             if reference is None:
                 reference = shown, users, values
-            elif reference[0] == shown and reference[1].equals(users):
+            elif reference[1].equals(users):
                 gaps = values - reference[2]
                 resampled = resampled_means(gaps, 2000, 0)
                 ends = np.nanquantile(resampled, [0.025, 0.975], axis=0)
@@ -194,7 +195,8 @@ def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
                         "difference_ci95": [float(ends[0, i]), float(ends[1, i])],
                         "p": float(min(1.0, 2 * (wrong + 1) / (len(resampled) + 1))),
                     }
-            entries.append({"cell": cell, "row": row, "runs": len(runs), "users": len(users), "metrics": metrics})
+            facts = {"cell": cell, "row": row, "runs": len(runs), "users": len(users)}
+            entries.append({**facts, "same_candidates": reference[0] == shown, "metrics": metrics})
     return entries
 
 

@@ -1,40 +1,96 @@
-"""Cross-domain: the tasks of one data set, ranked by the model of another."""
+"""Cross-domain: the tasks of one data set, ranked by the model of another, as it is or fine-tuned a little."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import polars as pl
+
 from mllm_msr.processing.recipe import load_recipe
-from mllm_msr.processing.storage import folder_digest, write_text
+from mllm_msr.processing.storage import folder_digest, whole_folder, write_parquet, write_text
 from mllm_msr.run import Run
-from mllm_msr.scoring import DEFAULT_ROWS
+from mllm_msr.scoring import DEFAULT_ROWS, data_key
+from mllm_msr.study import link_file
 
 
-def with_model_of(run: Run, place: str) -> Run:
+def with_model_of(run: Run, place: str | None, fine_tune: int | None = None) -> Run:
     """``run`` under another model: the run directory ``RUN/transfer/<model>``, with the same data and summaries.
 
-    ``place``: another run directory, a model folder, or a repository of the Hub (``OWNER/NAME[@REVISION]``). What is
-    evaluated and reported there leaves ``run`` as it was. The row ``no_sft`` is left out: it is of the run's backbone.
+    What is evaluated and reported there leaves ``run`` as it was.
+
+    Args:
+        place: another run directory, a model folder, or a repository of the Hub (``OWNER/NAME[@REVISION]``); None: the
+            backbone of the run's own recipe.
+        fine_tune: train that model first, as the recipe says, on so many of the run's training tasks, drawn by seed;
+            the row ``no_sft`` is then the model before that. Without it the model is taken as it is, and the row is
+            left out: it would be of the run's own backbone.
     """
-    model, name, revision = find_model(place)
+    if not fine_tune:
+        model, name, revision = find_model(place or "")
+        other = _beside(run, name, [row for row in _rows(run) if row != "no_sft"], f"trained on {name}")
+        training = {"model_name_or_path": name, "model_revision": revision}
+        other = Run.create(other.folder, replace(other.recipe, training=training))
+        _link(other.folder / "model", model)
+        provenance = other.provenance()
+        users = run.key("summarize users")
+        provenance["stages"]["train"] = {**provenance["stages"].get("train", {}), "key": f"{users} {name} {revision}"}
+        write_text(other.folder / "provenance.json", json.dumps(provenance, indent=2))
+        return other
+    from mllm_msr.stages import train
+
+    rows = list(dict.fromkeys([*_rows(run), "no_sft"]))
+    if place is None:
+        other = _beside(run, f"backbone-{fine_tune}", rows, f"the backbone, fine-tuned on {fine_tune} tasks")
+    else:
+        model, name, revision = find_model(place)
+        told = f"trained on {name}, fine-tuned on {fine_tune} tasks"
+        other = _beside(run, f"{name}-{fine_tune}", rows, told)
+        _link(other.folder / f"start-{revision[:12]}", model)  # a name that changes with what is in it
+        start = str(other.folder.resolve() / f"start-{revision[:12]}")
+        training = {**run.recipe.training, "model_name_or_path": start}
+        training.pop("model_revision", None)
+        other = Run.create(other.folder, replace(other.recipe, training=training))
+    with whole_folder(other.folder / "sft") as folder:
+        for split in ("train", "validation"):
+            examples = pl.read_parquet(run.folder / f"sft/{split}.parquet")
+            if split == "train":
+                examples = examples_of(examples, fine_tune, run.recipe.training.get("seed", 0))
+            write_parquet(examples, folder / f"{split}.parquet")
+    train(other)
+    return other
+
+
+def _rows(run: Run) -> list[str]:
+    return list(run.recipe.evaluation.get("rows", DEFAULT_ROWS))
+
+
+def _beside(run: Run, name: str, rows: list[str], told: str) -> Run:
+    """The run directory of another model; ``told``: what the report says of it."""
     folder = run.folder / "transfer" / name.strip("/").replace("/", "--")
-    evaluation = {
-        **run.recipe.evaluation,
-        "rows": [row for row in run.recipe.evaluation.get("rows", DEFAULT_ROWS) if row != "no_sft"],
-    }
-    training = {"model_name_or_path": name, "model_revision": revision}
-    other = Run.create(folder, replace(run.recipe, training=training, evaluation=evaluation))
-    for part, target in (("data", run.folder / "data"), ("summaries", run.folder / "summaries"), ("model", model)):
-        link = folder / part
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.resolve(), target_is_directory=True)
+    evaluation = {**run.recipe.evaluation, "rows": rows, "model_of": told}
+    other = Run.create(folder, replace(run.recipe, evaluation=evaluation))
+    for part in ("data", "summaries"):
+        _link(folder / part, run.folder / part)
+    scores = f"scores/{data_key(run)}"  # of the baselines, which are the same
+    if (run.folder / scores).is_dir():
+        shutil.copytree(run.folder / scores, folder / scores, copy_function=_copy_missing, dirs_exist_ok=True)
     provenance, known = other.provenance(), run.provenance()
-    provenance["stages"] |= {stage: facts for stage, facts in known["stages"].items() if stage != "evaluate"}
-    users = run.key("summarize users")
-    provenance["stages"]["train"] = {**provenance["stages"].get("train", {}), "key": f"{users} {name} {revision}"}
-    provenance["stages"].pop("report", None)
+    own = ("train", "evaluate", "report")
+    provenance["stages"] |= {stage: facts for stage, facts in known["stages"].items() if stage not in own}
     write_text(folder / "provenance.json", json.dumps(provenance, indent=2))
     return other
+
+
+def _copy_missing(source: str, target: str) -> None:
+    if not Path(target).exists():
+        link_file(source, target)
+
+
+def _link(link: Path, target: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.resolve(), target_is_directory=True)
 
 
 def find_model(place: str) -> tuple[Path, str, str]:
@@ -50,3 +106,10 @@ def find_model(place: str) -> tuple[Path, str, str]:
     name, _, revision = place.partition("@")
     found = Path(snapshot_download(name, revision=revision or None))  # names what is neither a folder nor a repository
     return found, name, found.name
+
+
+def examples_of(examples: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
+    """The rows of ``count`` tasks drawn by seed, in their order."""
+    tasks = examples["task_id"].unique(maintain_order=True)
+    chosen = tasks.gather(np.sort(np.random.default_rng(seed).permutation(len(tasks))[:count]))
+    return examples.filter(pl.col("task_id").is_in(chosen.implode()))

@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
         return None
 
-    do_GET = do_HEAD = do_POST = do_PUT = serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
     def hang_up(self) -> None:
         self.close_connection = True
@@ -203,6 +203,9 @@ class Handler(BaseHTTPRequestHandler):
         sha = self.server.resolve(repo, rev)
         siblings = [{"rfilename": path} for path in repo["commits"][sha]["files"]]
         told = {"id": name, "sha": sha, "private": repo["private"], "siblings": siblings, "tags": []}
+        readme = self.server.files(kind, name, sha).get("README.md", b"").decode()
+        if readme.startswith("---"):
+            told["cardData"] = yaml.safe_load(readme.split("---")[1])
         return 200, told, {"X-Repo-Commit": sha}
 
     @route("GET", "/api/{T}/{ID}/tree/{REV}(?:/(?P<folder>.+))?")
@@ -254,6 +257,25 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(409, "Reference already exists")
         repo["refs"][tag] = self.server.resolve(repo, rev)
         return 200, {}, {}
+
+    @route("POST|DELETE", "/api/{T}/{ID}/branch/{REV}")
+    def branch(self, kind, name, rev):
+        repo, branch = self.server.repo(kind, name, self.user, write=True), f"refs/heads/{rev}"
+        if self.command == "DELETE":
+            if repo["refs"].pop(branch, None) is None:
+                raise Refused(404, f"Invalid rev id: {rev}", "RevisionNotFound")
+        elif branch in repo["refs"]:
+            raise Refused(409, "Reference already exists")
+        else:
+            repo["refs"][branch] = self.server.resolve(repo, json.loads(self.body).get("startingPoint", "main"))
+        return 200, {}, {}
+
+    @route("GET|POST", "/api/spaces/{ID}/(?:runtime|restart)")
+    def runtime(self, name):
+        repo = self.server.repo("space", name, self.user, write=self.command == "POST")
+        if self.command == "POST":
+            repo["stage"] = "BUILDING"
+        return 200, {"stage": repo.get("stage", "BUILDING"), "hardware": {"current": None, "requested": None}}, {}
 
     @route("POST", "/api/{T}/{ID}/preupload/{REV}")
     def preupload(self, kind, name, rev):

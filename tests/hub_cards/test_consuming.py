@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.resources import files
@@ -12,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from gradio_client import Client
 from hub_server import Hub
 from hub_storage import READ, WRITE
 from huggingface_hub import HfApi
@@ -44,6 +46,12 @@ for streaming in (False, True):
         for split in get_dataset_split_names(repo, name, **pinned):
             rows = list(load_dataset(repo, name, split=split, streaming=streaming, **pinned))
             print("ROWS", streaming, name, split, len(rows))
+"""
+APP = """
+import runpy
+from huggingface_hub import snapshot_download
+folder = snapshot_download("org/mllm-msr-demo-app", repo_type="space", revision="v1")
+runpy.run_path(folder + "/app.py", run_name="__main__")
 """
 METRIC = """
 import evaluate, json
@@ -83,13 +91,19 @@ def send(hub: Hub, run: Path, tag: str, **more) -> None:
         publish(run, "org", dry_run=False, tag=tag, api=HfApi(hub.url, token=WRITE), **more)
 
 
-def fresh(hub: Hub, home: Path, *command: str) -> str:
-    """The output of a process that knows the Hub and has nothing in its caches."""
-    for name, colour in (("first.jpg", "red"), ("second.jpg", "blue")):
-        Image.new("RGB", (40, 30), colour).save(home / name)
+def knowing(hub: Hub, home: Path) -> dict[str, str]:
+    """The environment of a process that knows the Hub and has nothing in its caches."""
     own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": READ, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1"}
     environment = {**os.environ, **own, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("HF_HUB_OFFLINE", None)
+    return environment
+
+
+def fresh(hub: Hub, home: Path, *command: str) -> str:
+    """The output of such a process, with the pictures that the cards' examples open."""
+    for name, colour in (("first.jpg", "red"), ("second.jpg", "blue")):
+        Image.new("RGB", (40, 30), colour).save(home / name)
+    environment = knowing(hub, home)
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr[-4000:]
     assert READ not in done.stdout + done.stderr and hub.leaks == []
@@ -182,7 +196,7 @@ def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, fabricated, tmp_path
 
 def test_training_from_the_published_data_set(hub, published, tmp_path):
     flags = {
-        "dataset_name": "org/mllm-msr-demo-data",
+        "dataset_name": "org/mllm-msr-demo-data@v1",
         "model_name_or_path": "demo",
         "output_dir": str(tmp_path / "out"),
         "max_steps": "1",
@@ -194,6 +208,46 @@ def test_training_from_the_published_data_set(hub, published, tmp_path):
         "use_cpu": "true",
     }
     options = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    start = len(hub.log)
     fresh(hub, tmp_path, "-m", "accelerate.commands.launch", "--cpu", sft.__file__, *options)
     assert (tmp_path / "out/config.json").is_file()
-    assert any("sft/train" in path for route, path, _ in hub.log if route == "file")
+    pinned = hub.repos["dataset", "org/mllm-msr-demo-data"]["refs"]["refs/tags/v1"]
+    read = [path for route, path, status in hub.log[start:] if route == "file" and status < 300]
+    assert any("sft/train" in path for path in read) and not any("/resolve/main/" in path for path in read)
+    assert all(f"/resolve/{pinned}/" in path for path in read if path.endswith(".parquet"))
+
+
+def test_the_demo_space_shows_model_and_data_by_their_ids(hub, published, tmp_path):
+    """Its app, fetched by name, in a process that has neither the package nor anything in its caches."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**knowing(hub, tmp_path), "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": port}
+    environment |= {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"}
+    start, said = len(hub.log), tmp_path / "said.txt"
+    with said.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join([WITHOUT_PACKAGE, APP])],
+            env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if "http://" in line), None)
+        assert line, said.read_text()[-3000:]
+        page = Client(line.split()[-1], verbose=False)
+        user = sorted(pl.read_parquet(published[0] / "data/tasks.parquet").filter(split="test")["user_id"])[0]
+        past, words, ranking = page.predict(user, True, True, api_name="/choose")
+        assert len(past) >= 7 and words.count('class="step"') == len(past) // 3
+        captions = [one["caption"].removeprefix("★ ") for one in ranking]
+        assert [caption.split(".")[0] for caption in captions] == [str(place) for place in range(1, 11)]
+        scores = [float(caption.split()[1]) for caption in captions]
+        assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+    finally:
+        process.terminate()
+        process.wait()
+    read = [path for route, path, status in hub.log[start:] if route == "file" and status < 300]
+    tags = {kind: hub.repos[kind, name]["refs"]["refs/tags/v1"] for kind, name in (
+        ("model", "org/mllm-msr-demo"), ("dataset", "org/mllm-msr-demo-data"))}  # fmt: skip
+    for kind, file in (("model", "model.safetensors"), ("dataset", "items/train-00000-of-00001.parquet")):
+        assert any(path.endswith(f"/resolve/{tags[kind]}/{file}") for path in read)
+    assert READ not in said.read_text() and hub.leaks == []

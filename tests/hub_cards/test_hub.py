@@ -23,6 +23,8 @@ MODEL, DATA, METRIC, SPACE = (
     ("space", "org/mllm-msr-demo-app"),
 )
 ALL = (MODEL, DATA, METRIC, SPACE)
+FOLDERS = {MODEL: "model", DATA: "dataset", METRIC: "ranking_metrics", SPACE: "space"}
+SERVED: tuple = ("commit", lambda: None)  # no fault: this one is let through
 COMMIT_TITLES = ["Release v1", "initial commit"]
 
 
@@ -44,18 +46,22 @@ def release(make_run, monkeypatch):
 
 def assert_whole(hub: Hub, send, titles=COMMIT_TITLES, repositories=ALL) -> None:
     """Every repository equals its folder, in one commit that bears the tag; and no token went astray."""
-    folders = {MODEL: "model", DATA: "dataset", METRIC: "ranking_metrics", SPACE: "space"}
     for repository in repositories:
-        folder = send.run / "hub" / folders[repository]
-        files = hub.files(*repository, "v1")
-        files.pop(".gitattributes")
-        assert files == {
-            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-        }
+        assert shown(hub, repository, "v1") == built(send, repository)
         assert hub.history(*repository) == titles
         refs = hub.repos[repository]["refs"]
         assert refs["refs/heads/main"] == refs["refs/tags/v1"]
+        assert [ref for ref in refs if ref.startswith("refs/heads/")] == ["refs/heads/main"]
     assert hub.leaks == []
+
+
+def shown(hub: Hub, repository: tuple[str, str], revision: str = "main") -> dict[str, bytes]:
+    return {path: content for path, content in hub.files(*repository, revision).items() if path != ".gitattributes"}
+
+
+def built(send, repository: tuple[str, str]) -> dict[str, bytes]:
+    folder = send.run / "hub" / FOLDERS[repository]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_release_is_one_commit_a_repository_and_repeating_it_sends_nothing(release):
@@ -119,16 +125,16 @@ def test_whatever_fails_on_the_way_the_release_is_whole_and_single(release, faul
 
 def test_a_head_that_moves_meanwhile_is_read_again(release):
     with Hub() as hub:
-        hub.faults = [("commit", lambda: hub.push(*DATA, "notes.txt", b"in between"))]
+        hub.faults = [SERVED] * 4 + [("commit", lambda: hub.push(*DATA, "notes.txt", b"in between"))]
         release(hub)
-        assert Counter(status for route, _, status in hub.log if route == "commit") == {412: 1, 200: 4}
+        assert Counter(status for route, _, status in hub.log if route == "commit") == {412: 1, 200: 8}
         assert_whole(hub, release, ["Release v1", "by somebody else", "initial commit"], [DATA])
         assert_whole(hub, release, repositories=[MODEL, METRIC, SPACE])
 
 
 def test_what_gives_up_between_repositories_shows_no_release_and_is_completed_later(release):
     with Hub() as hub:
-        hub.faults = [("commit", "lose"), *[("commit", "503")] * 9]
+        hub.faults = [SERVED] * 4 + [("commit", "lose"), *[("commit", "503")] * 9]
         with pytest.raises(RuntimeError, match="the Hub refused; repeating is safe"):
             release(hub, tries=4, public=True)
         assert hub.history(*DATA) == COMMIT_TITLES  # its reply was lost; yet it is not public, and nothing has the tag
@@ -138,25 +144,98 @@ def test_what_gives_up_between_repositories_shows_no_release_and_is_completed_la
         assert_whole(hub, release)
 
 
-@pytest.mark.parametrize("route", ["store", "commit", "tag"])
-def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route):
-    """The second request of the route kills the client in its midst."""
+def test_no_main_branch_moves_before_every_commit_has_been_tried(release):
+    """A public release follows another; its second trial is refused, and then all goes well."""
+    with Hub() as hub:
+        release(hub, tag="v0", public=True)
+        before = {repository: shown(hub, repository) for repository in ALL}
+        (release.run / "model/tokenizer.json").write_text('{"version": 2}')
+        hub.faults = [SERVED, ("commit", "403 Private repository storage limit reached")]
+        with pytest.raises(RuntimeError, match="storage quota is used up"):
+            release(hub)
+        assert {repository: shown(hub, repository) for repository in ALL} == before
+        assert not any("refs/tags/v1" in repo["refs"] for repo in hub.repos.values())
+        start = len(hub.log)
+        release(hub)
+        assert_whole(hub, release, ["Release v1", "Release v0", "initial commit"], [MODEL, DATA, SPACE])
+        assert shown(hub, METRIC, "v1") == before[METRIC]  # nothing of it has changed: a tag, and no commit
+        log = [(route, path) for route, path, _ in hub.log[start:]]
+        moved = [place for place, (route, path) in enumerate(log) if route == "commit" and "/commit/main" in path]
+        tried = [place for place, (route, path) in enumerate(log) if route == "commit" and "/commit/main" not in path]
+        assert len(moved) == len(tried) == 3 and max(tried) < min(moved)
+        last = max(place for place, (route, _) in enumerate(log) if route == "tag")
+        assert {route for route, _ in log[min(moved) : last]} <= {"info", "tree", "validate", "commit", "refs", "tag"}
+
+
+def test_a_commit_that_does_not_hold_what_was_sent_moves_nothing(release):
+    with Hub() as hub:
+
+        def lose_a_file():
+            (tried,) = (
+                repo["refs"][ref] for repo in hub.repos.values() for ref in repo["refs"] if "preparation" in ref
+            )
+            hub.repos[DATA]["commits"][tried]["files"].pop("recipe.yaml")
+
+        hub.faults = [("tree", lambda: None)] * 9 + [
+            ("tree", lose_a_file)
+        ]  # the tree of the first commit that is tried
+        with pytest.raises(RuntimeError, match="has made other files of org/mllm-msr-demo-data than were sent"):
+            release(hub)
+        assert hub.faults == [] and all(hub.history(*repository) == ["initial commit"] for repository in ALL)
+        release(hub)
+        assert_whole(hub, release)
+
+
+def test_a_space_that_started_before_its_model_was_there_is_started_again(release):
+    with Hub() as hub:
+        release(hub)
+        for stage, then in (("RUNTIME_ERROR", "BUILDING"), ("RUNNING", "RUNNING")):
+            hub.repos[SPACE]["stage"] = stage
+            release(hub)
+            assert hub.repos[SPACE]["stage"] == then
+
+
+def test_public_does_not_open_the_histories_of_a_source_that_forbids_it(release, capsys):
+    recipe = (release.run / "config.yaml").read_text().replace("type: demo", "type: movielens")
+    (release.run / "config.yaml").write_text(recipe)
+    with Hub() as hub:
+        release(hub, public=True, collection=True)
+        assert {one for one, repo in hub.repos.items() if repo["private"]} == {DATA, SPACE}
+    said = capsys.readouterr().out
+    assert "dataset org/mllm-msr-demo-data (private)" in said and "model org/mllm-msr-demo (public)" in said
+    assert "warning: dataset and space stay private: they show histories of MovieLens" in said
+
+
+@pytest.mark.parametrize(("route", "number"), [("store", 2), ("commit", 2), ("commit", 5), ("tag", 2)])
+def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route, number):
+    """That request of the route kills the client in its midst; but for the uploads, with a public release before it."""
     script = "from mllm_msr.hub_cards.release import publish; import sys; publish(sys.argv[1], 'org', False, tag='v1')"
     environment = {"HF_TOKEN": WRITE, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1"}
     with Hub() as hub:
+        before = {}
+        if route != "store":
+            release(hub, tag="v0", public=True)
+            before = {repository: shown(hub, repository) for repository in ALL}
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(release.run)],
             env={**os.environ, **environment, "HF_ENDPOINT": hub.url},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        hub.faults = [(route, lambda: None), (route, lambda: (process.send_signal(signal.SIGKILL), process.wait()))]
+        kill = (route, lambda: (process.send_signal(signal.SIGKILL), process.wait()))
+        hub.faults = [(route, lambda: None)] * (number - 1) + [kill]
         said = process.communicate()[0]
         assert process.returncode == -signal.SIGKILL and hub.faults == []
         tagged = [name for name, repo in hub.repos.items() if "refs/tags/v1" in repo["refs"]]
-        assert MODEL not in tagged  # the model's is the last
+        assert MODEL not in tagged and (route == "tag" or not tagged)  # the model's is the last
+        now = {repository: shown(hub, repository) for repository in before}
+        new = [repository for repository in before if now[repository] != before[repository]]
+        assert all(now[repository] == built(release, repository) for repository in new)  # each whole, at any moment
+        assert bool(new) == (number > 2 or route == "tag")
         release(hub)
-        assert_whole(hub, release)
+        titles = ["Release v1", *(["Release v0"] if before else []), "initial commit"]
+        assert_whole(hub, release, titles, [MODEL, DATA, SPACE])
+        assert shown(hub, METRIC, "v1") == built(release, METRIC)
         assert WRITE.encode() not in said
     left = [path for place in (tmp_path, release.run) for path in place.rglob("*") if path.is_file()]
     assert left and not [path for path in left if WRITE.encode() in path.read_bytes()]

@@ -27,6 +27,7 @@ def test_model_folder_has_the_allowed_files_and_no_others(make_run):
         "model.safetensors",
         "modeling_mllm_msr.py",
         "processor_config.json",
+        "recipe.yaml",
         "tokenizer.json",
     ]
     assert (folder / "model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
@@ -106,7 +107,7 @@ def test_the_plan_is_what_lies_in_the_folders(make_run):
     ]
     for one in repositories:
         assert one.files == sorted(path for path in one.folder.rglob("*") if path.is_file())
-        assert [addition.path_in_repo for addition in one.additions()] == [one.path(file) for file in one.files]
+        assert [addition.path_in_repo for addition in one.additions] == [one.path(file) for file in one.files]
     assert '"revision": "v1"' in (run / "hub/model/README.md").read_text()
     assert [one.part for one in plan(run, "org", parts=("model", "metric"))] == ["metric", "model"]
 

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 
 from mllm_msr.hub_cards import report, stories
 from mllm_msr.hub_cards.charts import Line, line_chart, nice_ticks
@@ -75,6 +76,20 @@ def test_what_came_from_data_is_escaped(source):
     assert "<script>" not in source
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in source
     assert "item &lt;b&gt;x9&lt;/b&gt;" in source
+
+
+def test_a_pretrained_backbone_is_told_of_and_no_path_of_this_machine(make_run, tmp_path):
+    run = make_run()
+    assert "What the backbone may have known" not in write_report(run).read_text()  # the demo's has read nothing
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name, said in (
+        ("someone/vlm-7b", "someone/vlm-7b was trained"),
+        (str(tmp_path), "The model before training was"),
+    ):
+        config["training"]["model_name_or_path"] = name
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        page = write_report(run).read_text()
+        assert said in page and str(tmp_path) not in page
 
 
 def test_charts_speak_to_screen_readers(source):

@@ -48,6 +48,16 @@ def test_headline_names_the_baselines_that_are_there():
     assert headline({"rows": {"popularity": row(0.8)}}) is None
 
 
+def test_a_stronger_baseline_is_in_the_headline_and_among_the_findings():
+    metrics = {"rows": {**METRICS["rows"], "sasrec": row(0.9), "knn": row(0.85)}}
+    assert headline(metrics).endswith("in the top five; SASRec manages 90.0%, popularity 72.0%, chance 50.0%.")
+    said = {one["words"]: one["figure"] for one in findings(metrics)}
+    assert said["AUC against SASRec, the strongest baseline"] == "-8.0"
+    metrics["against"] = {"sasrec": {"auc": {"difference": -0.08, "ci95": [-0.2, 0.01], "p": 0.1}}}
+    words = [one["words"] for one in findings(metrics)]
+    assert "AUC against SASRec, the strongest baseline (the 95% interval of the difference spans 0)" in words
+
+
 def test_findings_call_overlap_and_defeat_by_their_names():
     said = {one["words"]: one["figure"] for one in findings(METRICS)}
     assert said["AUC against popularity"] == "+10.0"

@@ -2,6 +2,7 @@
 
 import json
 
+import polars as pl
 import pytest
 
 from mllm_msr.hub_cards import evidence
@@ -93,6 +94,45 @@ def test_runs_side_by_side_say_when_their_candidates_differ(metrics, tmp_path):
         compare([runs[0], tmp_path])
 
 
+def test_runs_of_the_same_candidates_are_compared_user_by_user(make_run, fabricated, tmp_path):
+    one, two = make_run(), fabricated(tmp_path / "two")
+    scores = pl.read_parquet(two / "scores.parquet")
+    worse = pl.when(row="mllm_msr").then(-pl.col("logit")).otherwise("logit")
+    scores.with_columns(worse.alias("logit")).write_parquet(two / "scores.parquet")
+    preferences = pl.read_parquet(two / "summaries/preferences.parquet")
+    preferences.with_columns(pl.col("preference") + " and " + pl.col("preference")).write_parquet(
+        two / "summaries/preferences.parquet"
+    )
+    said = compare([one, two])
+    line = tables(said)[1][-1]
+    assert len({row.count("|") for row in tables(said)[1]}) == 1
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[1] == "two" and cells[2].startswith("-") and float(cells[3]) < 0.05
+    assert cells[9] == "-1.0000" and float(cells[10]) > 50
+    assert 80 < float(cells[11]) < 100  # only the word "and" is new
+    scores.filter(pl.col("user_id") != "u0").write_parquet(two / "scores.parquet")
+    assert len(tables(compare([one, two]))) == 1  # not the same users
+
+
+def test_the_whole_catalogue_is_shown_beside_the_sample_and_a_turned_order_is_named(metrics):
+    def both(sampled: float, full: float) -> dict:
+        names = ("hr@5", "hr@10", "ndcg@5")
+        return {kind: dict.fromkeys(names, row(value)["auc"]) for kind, value in (("sampled", sampled), ("full", full))}
+
+    rows = {"mllm_msr": both(0.8, 0.3), "sasrec": both(0.7, 0.4), "popularity": both(0.5, 0.1)}
+    metrics["full_catalogue"] = {"n_users": 10, "n_candidates": 1400.5, "rows": rows}
+    page = results_page(metrics)
+    assert "| SASRec | 70.0 (69.0-71.0) | 40.0 (39.0-41.0) |" in page
+    turned = "MLLM-MSR is ahead of SASRec among sampled candidates and behind among all items"
+    assert f"By NDCG@5 of these users {turned}." in page and turned in evidence.catalogue_lines(metrics)
+    for one in tables(page):
+        assert len({line.count("|") for line in one}) == 1, one[0]
+    del rows["mllm_msr"]
+    assert "MLLM-MSR is not among them" in results_page(metrics)
+    rows["sasrec"] = both(0.7, 0.2)
+    assert "both put the rows into one order." in results_page(metrics)
+
+
 def test_the_report_shows_the_evidence(make_run, metrics):
     run = make_run()
     (run / "metrics.json").write_text(json.dumps(metrics))
@@ -116,7 +156,8 @@ def test_a_study_says_what_matters_and_what_cannot_be_told(tmp_path):
         if difference is not None:
             ends = [difference - half, difference + half]
             result |= {"difference": difference, "difference_ci95": ends, "p": 0.01}
-        return {"cell": cell, "row": name, "users": 50, "metrics": dict.fromkeys(("auc", "hr@5", "ndcg@5"), result)}
+        facts = {"cell": cell, "row": name, "users": 50, "same_candidates": difference is not None or cell == "full"}
+        return {**facts, "metrics": dict.fromkeys(("auc", "hr@5", "ndcg@5"), result)}
 
     cells = [
         entry("full", "mllm_msr", 0.8, None),
@@ -128,7 +169,7 @@ def test_a_study_says_what_matters_and_what_cannot_be_told(tmp_path):
     page = write_study(tmp_path)
     assert "- full: blank images: 10.0 points of AUC below" in page
     assert "- blocks of <6>: not to be told apart by these users (1.0 points of AUC)" in page
-    assert "other data" in page and "- other data" not in page
+    assert "| other data (other candidates) |" in page and "- other data" not in page
     assert "Failed: x: broke." in page
     (shown,) = tables(page)
     assert len({line.count("|") for line in shown}) == 1

@@ -1,4 +1,4 @@
-"""The demo's page, driven in a real browser."""
+"""`mllm-msr demo --serve` as it is typed: its page asked for over HTTP, and driven in a real browser."""
 
 import os
 import shutil
@@ -7,43 +7,51 @@ import subprocess
 import sys
 import time
 from importlib.resources import files
+from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
 from playwright.sync_api import Error, Page, expect, sync_playwright
 
 from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr.processing.recipe import load_recipe
+from mllm_msr.run import Run
+from mllm_msr.stages import run_all
 
 BASE = str(files("mllm_msr") / "demo" / "base")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SERVE = """
-import sys
-from pathlib import Path
-from mllm_msr.stages import serve
-serve(Path(sys.argv[1]), int(sys.argv[2]))
-"""
+
+
+class Noted(Run):
+    """A run whose stages are noted as done, and not done."""
+
+    def stage(self, name, depends_on, output, work):
+        super().stage(name, depends_on, output, lambda key: None)
 
 
 @pytest.fixture(scope="module")
 def url(fabricated, tmp_path_factory):
-    """The page of a small run, as `mllm-msr demo --serve` serves it."""
+    """The page of a small run that passes for a finished demo."""
     run = fabricated(tmp_path_factory.mktemp("served") / "run")
     shutil.rmtree(run / "model")
     processor = MllmMsrProcessor.from_backbone(BASE)
     model = MllmMsrForRecommendation.from_backbone(BASE, processor=processor, dtype=torch.float32)
     for one in (model, processor):
         one.save_pretrained(run / "model")
+    (run / "report.html").touch()
+    run_all(Noted.create(run, load_recipe(Path(BASE).parent / "recipe.yaml")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {**os.environ, "HF_HOME": str(run / "hf"), "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", SERVE, str(run), port], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    typed = [str(Path(sys.executable).with_name("mllm-msr")), "demo", "--output", str(run), "--serve", "--port", port]
+    process = subprocess.Popen(typed, stdout=subprocess.PIPE, text=True, env={**environment, "PYTHONUNBUFFERED": "1"})
     try:
         assert process.stdout is not None
         line = next((line for line in process.stdout if "http://" in line), None)
         assert line, "the app ended before it was served"
+        assert line.split()[-1] == f"http://127.0.0.1:{port}"
         yield line.split()[-1]
     finally:
         process.terminate()
@@ -65,6 +73,12 @@ def page(url):
         page.wait_for_selector("#shelf img")
         yield page
         browser.close()
+
+
+def test_the_page_answers(url):
+    with urlopen(url) as reply:
+        page = reply.read().decode()
+    assert "MLLM-MSR" in page and "Choose a user" in page and "the model sees pictures" in page
 
 
 def captions(page: Page) -> list[str]:

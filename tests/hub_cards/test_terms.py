@@ -14,7 +14,7 @@ from PIL import Image
 from mllm_msr.hub_cards.cards import model_card
 from mllm_msr.hub_cards.publishing import build_hub
 from mllm_msr.hub_cards.shards import dataset_info, shard
-from mllm_msr.hub_cards.terms import conflicts, warnings
+from mllm_msr.hub_cards.terms import SOURCE_TERMS, conflicts, warnings
 from mllm_msr.processing.prepare import PrepareOptions
 from mllm_msr.rebuild import rebuild
 from mllm_msr.run import Run
@@ -29,7 +29,8 @@ def test_licences_that_promise_too_much_are_said_so():
     assert "GroupLens" in found and "`license: other`" in found
     facts = {"recipe": {"source": {"type": "microlens"}, "license": "other"}}
     assert warnings(facts, public=False) == []
-    assert "keep the data set private" in warnings(facts, public=True)[0]
+    assert "dataset and space stay private" in warnings(facts, public=True)[0]
+    assert all(one["link"].startswith("https://") and one["read"] and one["log"] for one in SOURCE_TERMS.values())
     assert "states no `license`" in warnings({"recipe": {}}, public=False)[0]
 
 
@@ -121,7 +122,8 @@ def test_what_the_terms_keep_out_is_rebuilt_from_the_source(make_run, tmp_path):
     assert set(out["text"]) == {""} and out["image"].null_count() == len(out) and out["title"].null_count() == 0
     assert str(tmp_path) not in (published / "recipe.yaml").read_text()
     card = (published / "README.md").read_text()
-    assert "| [MovieLens (GroupLens)](https://grouplens.org/datasets/movielens/) |" in card
+    assert "| **this data set's**: [MovieLens (GroupLens)](https://grouplens.org/datasets/movielens/) |" in card
+    assert "leaves this repository private" in card
     assert "license_name: movielens-terms" in card
     script = published / "rebuild.py"
     assert script.read_text() == Path(rebuild.__code__.co_filename).read_text()

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.scoring import WAYS
 from mllm_msr.training.metrics import ranking_metrics
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -199,5 +200,59 @@ def test_tasks_of_one_run_are_ranked_by_the_model_of_another(whole):
     own, other = json.loads(before), json.loads((whole / "transfer/model/metrics.json").read_text(encoding="utf-8"))
     assert other["rows"]["mllm_msr"] == own["rows"]["mllm_msr"] and other["candidate_hash"] == own["candidate_hash"]
     assert set(own["rows"]) - set(other["rows"]) == {"no_sft"}
+    for row in ("popularity", "random", "oracle"):  # not scored again
+        (mine,), (taken,) = (
+            list(folder.glob(f"scores/*/{row}.parquet")) for folder in (whole, whole / "transfer/model")
+        )
+        assert mine.stat().st_ino == taken.stat().st_ino
     assert (whole / "metrics.json").read_text(encoding="utf-8") == before
     assert "evaluate: up to date" in run("evaluate", str(whole), "--model", str(whole / "model"))
+
+
+def test_the_model_of_another_run_is_fine_tuned_a_little_on_the_tasks_of_this_one(whole):
+    before = (whole / "metrics.json").read_text(encoding="utf-8")
+    run("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
+    tuned = whole / "transfer/demo-20"
+    examples = pl.read_parquet(tuned / "sft/train.parquet")
+    assert examples["task_id"].n_unique() == 20
+    assert examples.equals(
+        pl.read_parquet(whole / "sft/train.parquet").join(examples.select("task_id").unique(), on="task_id", how="semi")
+    )
+    scores = pl.read_parquet(tuned / "scores.parquet")
+    assert scores.filter(row="no_sft")["logit"].to_list() == pytest.approx(
+        pl.read_parquet(whole / "scores.parquet").filter(row="mllm_msr")["logit"].to_list(), abs=1e-4
+    )  # before it goes on, it is the other run's
+    moved = scores.filter(row="mllm_msr")["logit"] - scores.filter(row="no_sft")["logit"]
+    assert moved.abs().max() > 0.01
+    assert "trained on demo, fine-tuned on 20 tasks" in (tuned / "metrics.json").read_text(encoding="utf-8")
+    config = json.loads((tuned / "model/config.json").read_text(encoding="utf-8"))
+    assert config["adapter"] is None and config["vlm_config"]["model_type"] == "llava"
+    assert (whole / "metrics.json").read_text(encoding="utf-8") == before
+    out = run("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
+    assert "train: up to date" in out and "evaluate: up to date" in out
+
+
+def test_ways_of_computing_and_the_whole_catalogue_are_evaluated_beside_the_table(recipe, whole):
+    out = run("evaluate", str(whole), "--agreement", "4", "--full-catalogue", "5", "--baselines", "knn")
+    metrics = json.loads((whole / "metrics.json").read_text(encoding="utf-8"))
+    ways = metrics["agreement"]["others"]
+    assert set(ways) == set(WAYS) and metrics["agreement"]["n_users"] == 4
+    for way, found in ways.items():
+        assert found["rank_correlation"] > 0.99 and (found["max_difference"] < 1e-3 or way == "bfloat16"), way
+    full = metrics["full_catalogue"]
+    assert full["n_users"] == 5 and set(full["rows"]) == {"mllm_msr", "popularity", "random", "knn", "oracle"}
+    chosen = pl.read_parquet(whole / "data/interactions.parquet").group_by("user_id").len()["len"]
+    assert 41 - chosen.max() <= full["n_candidates"] <= 41 - chosen.min()
+    for row, found in full["rows"].items():  # more candidates put nobody higher
+        assert row == "random" or found["full"]["map"]["value"] <= found["sampled"]["map"]["value"] + 1e-9
+    assert "sampled candidates | all items" in out
+    before = (whole / "metrics.json").read_bytes()
+    (whole / "metrics.json").unlink()
+    again = run("evaluate", str(whole))
+    assert "knn:" not in again  # nothing is fitted to score what is scored
+    assert (whole / "metrics.json").read_bytes() == before
+    run("report", str(whole))
+    page, results = ((whole / name).read_text(encoding="utf-8") for name in ("report.html", "results.md"))
+    for said in ("Among all items", "Do other ways of computing agree?", "bfloat16"):
+        assert said in page and said in results
+    run("run", str(recipe), "--output", str(whole))

@@ -10,6 +10,7 @@ import yaml
 from mllm_msr.cli import build_parser, main
 from mllm_msr.processing.leakage import LeakageError
 from mllm_msr.processing.recipe import load_recipe
+from mllm_msr.processing.storage import file_digest
 from mllm_msr.proof import prove
 from mllm_msr.run import Run
 from mllm_msr.sources import open_recipe, source_fingerprint, source_options
@@ -56,6 +57,7 @@ def test_own_tables_need_no_recipe(shop: Path, capsys: pytest.CaptureFixture[str
     protocol = report(run)["protocol"]
     assert (protocol["name"], protocol["n_negatives"], protocol["seed"]) == ("strict", 4, 3)
     assert protocol["candidate_hash"] in shown
+    assert report(run)["inputs"] == [[name, file_digest(shop / name)] for name in ("log.csv", "goods.csv")]
     assert set(pl.read_parquet(run / "data/items.parquet")["title"]) == {f"Mug {n}" for n in range(16)}
     main(["prepare", str(run / "config.yaml"), "--output", str(run)])
     assert "prepare: up to date" in capsys.readouterr().out
@@ -178,3 +180,56 @@ def test_proof_of_a_run_sees_ids_and_stale_tasks(shop: Path) -> None:
     )
     with pytest.raises(LeakageError, match="raw ids in a text"):
         prove(run)
+
+
+def test_proof_of_a_run_reads_what_max_history_cut_off(shop: Path) -> None:
+    main(["prepare", *own_tables(shop), *FLAGS, "--set", "data.max_history=4", "--output", str(shop / "run")])
+    run = Run.open(shop / "run")
+    prove(run)
+    tasks, seen = (pl.read_parquet(run.folder / f"data/{name}.parquet") for name in ("tasks", "seen"))
+    assert seen.height == 24
+    user, item = seen.row(0)
+    one = (pl.col("user_id") == user) & (pl.col("split") == "test")
+    target = tasks.filter(one).explode("candidates", "labels").filter(labels=1)["candidates"][0]
+    pair = pl.lit(pl.Series([[item, target]]))
+    spoilt = tasks.with_columns(
+        pl.when(one).then(pair).otherwise("candidates").alias("candidates"),
+        pl.when(one).then(pl.lit(pl.Series([[0, 1]]))).otherwise("labels").alias("labels"),
+    )
+    spoilt.write_parquet(run.folder / "data/tasks.parquet")
+    with pytest.raises(LeakageError, match="negatives that the user has met"):
+        prove(run)
+
+
+def test_proof_of_a_run_reads_the_finished_prompts(shop: Path) -> None:
+    run = shop / "run"
+    main(["prepare", *own_tables(shop), *FLAGS, "--output", str(run)])
+    main(["summarize", "items", str(run)])
+    main(["summarize", "users", str(run)])
+    opened, path = Run.open(run), run / "sft/train.parquet"
+    prove(opened)
+    rows = pl.read_parquet(path)
+    (message,) = rows["prompt"][0]
+    message["content"][0]["text"] += " 7"  # an id too short to be told from a number
+    changed = pl.Series("prompt", [[message], *rows["prompt"][1:]], dtype=rows.schema["prompt"])
+    rows.with_columns(changed).write_parquet(path)
+    with pytest.raises(LeakageError, match=r"(?s)prompts that are not made of.* 1 rows"):
+        prove(opened)
+
+
+def test_templates_print_no_ids(shop: Path) -> None:
+    for prompt, message in (
+        ("recommendation='User {{ user_id }}: {{ title }}?'", "unknown variable 'user_id'"),
+        ("recommendation='{{ title }} {{ label }}'", "unknown variable 'label'"),
+        ("advice='{{ title }}'", "unknown 'advice'"),
+        ("recommendation=User: {{ title }}: ?", "not valid YAML; put a text in"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["prepare", *own_tables(shop), *FLAGS, "--set", f"prompts.{prompt}", "--output", str(shop / "run")])
+
+
+def test_ids_as_titles_stop(shop: Path) -> None:
+    flags = [*own_tables(shop), "--column", "title=sku", *FLAGS, "--output", str(shop / "run")]
+    with pytest.raises(SystemExit, match="titles or descriptions that are the item's id"):
+        main(["prepare", *flags])
+    assert not (shop / "run/data").exists()

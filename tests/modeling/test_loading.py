@@ -116,6 +116,25 @@ def test_every_kind_of_repository_scores_the_same(backbone, name: str, tmp_path:
     torch.testing.assert_close(model.answer_logits(answer), expected, atol=1e-5, rtol=0)
 
 
+@FAMILY
+def test_a_trained_recommender_can_be_the_start_of_training(backbone, name: str, tmp_path: Path) -> None:
+    model, processor = make(backbone(name))
+    adapt(model)
+    expected = score(model, processor)
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge().save_pretrained(tmp_path / "whole")
+    for folder in (tmp_path / "adapter", tmp_path / "whole"):
+        processor.save_pretrained(folder)
+        prompts = {"recommendation": processor.prompts["recommendation"] + " Once more."}
+        again = MllmMsrProcessor.from_backbone(str(folder), prompts=prompts, item_noun="film", max_length=400)
+        assert again.prompts["recommendation"].endswith("Once more.") and again.item_noun == "film"
+        again.prompts, again.item_noun = processor.prompts, processor.item_noun
+        start = MllmMsrForRecommendation.from_backbone(str(folder), processor=again).eval()
+        assert torch.allclose(score(start, again), expected, atol=1e-4)
+        assert start.config.adapter is None and start.config.backbone_name_or_path is None
+        adapt(start)  # a fresh adapter goes on top
+
+
 def test_an_adapter_repository_holds_the_adapter_and_no_other_weights(backbone, tmp_path: Path) -> None:
     model, processor = make(backbone("llava"))
     adapt(model)

@@ -14,7 +14,8 @@ from transformers import AutoConfig, Gemma2Config, LlamaConfig, MistralConfig, Q
 
 from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
-from mllm_msr.modeling.ranking import Recommender, prefix_limits
+from mllm_msr.modeling.packing import block_limits
+from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
 USERS = [
@@ -75,7 +76,7 @@ def plain_scores(model, processor, items):
     [
         (MistralConfig(**tiny_models.TEXT, sliding_window=24), 24),
         (Qwen2Config(**tiny_models.TEXT, use_sliding_window=True, sliding_window=24, max_window_layers=1), 24),
-        (Gemma2Config(**tiny_models.TEXT, head_dim=8, sliding_window=4096), 4096),
+        (MistralConfig(**tiny_models.TEXT, sliding_window=4096), 4096),
     ],
     ids=["all layers slide", "one layer slides", "none reaches its window"],
 )
@@ -120,11 +121,13 @@ def test_prefixes_are_shared_where_one_asks_for_it(backbone, family, record_prop
 
 def test_attention_that_cannot_continue_a_prefix_is_refused_with_the_reason(backbone):
     config = MllmMsrForRecommendation.from_backbone(backbone("llava")).config.vlm_config
-    assert prefix_limits(config) == (None, None)
+    assert block_limits(config) == (None, None)
     config.text_config = Qwen3NextConfig(**tiny_models.TEXT)
-    assert "linear_attention" in prefix_limits(config)[0]
+    assert "linear_attention" in block_limits(config)[0]
+    config.text_config = Gemma2Config(**tiny_models.TEXT)
+    assert "caps the logits" in block_limits(config)[0]
     config.text_config = LlamaConfig(**tiny_models.TEXT, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
-    assert "depend on the whole prompt" in prefix_limits(config)[0]
+    assert "depend on the whole prompt" in block_limits(config)[0]
 
 
 def test_a_family_not_in_the_table_is_served_by_the_plain_path(backbone, tmp_path):

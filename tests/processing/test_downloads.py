@@ -82,6 +82,16 @@ def test_rate_and_size_are_limited(site: str, tmp_path: Path) -> None:
     assert set(found.values()) == {"more than 10 bytes"}
 
 
+def test_a_machine_that_is_offline_gives_up(site: str, tmp_path: Path) -> None:
+    downloads = Downloads(tmp_path, per_second=1000, pause=0.01, tries=1)
+    urls = [f"{site}/down{n}" for n in range(200)]
+    with pytest.raises(ConnectionError, match=r"none of the first 32 could be fetched \(.*again"):
+        downloads.fetch(urls)
+    assert len(ASKED) < 200
+    (file,) = downloads.fetch([f"{site}/a"]).values()
+    assert file in downloads.fetch([*urls[:40], f"{site}/a"]).values()  # one has come: others may fail
+
+
 @pytest.mark.parametrize("missing", ["keep", "drop"])
 def test_prepare_fetches_pictures(site: str, tmp_path: Path, missing: Any) -> None:
     rows = [(f"u{user}", f"i{(user + 3 * step) % 10}", step) for user in range(10) for step in range(5)]

@@ -217,6 +217,16 @@ def test_without_a_server_the_remedy_is_named(monkeypatch):
         build_engine(SummaryOptions("openai", "tiny"))
 
 
+def test_another_revision_of_a_served_model_is_another_model():
+    made = [build_engine(SummaryOptions("openai", "tiny", base_url="http://x/v1", revision=name)) for name in "ab"]
+    assert [one.revision for one in made] == ["a", "b"]
+
+
+def test_an_answer_the_server_has_censored_is_not_taken_for_whole():
+    with server(lambda body, n: (200, completion("a mug of", "content_filter"))) as (url, _):
+        assert engine(url).generate("preference", blocks("a"), [7]) == [Text("a mug of", False)]
+
+
 def test_a_prompt_for_a_server_reads_as_in_this_process():
     item = {"title": "Mug", "text": "of clay\n", "image": IMAGE}
     assert chat_parts(PROMPTS["item_summary"], item, "thing") == ["Mug\nof clay\n", IMAGE, "\nDescribe it."]

@@ -7,8 +7,8 @@ from PIL import Image
 
 from mllm_msr.demo import world
 from mllm_msr.demo.school import PROMPTS
-from mllm_msr.processing.engine_extractive import ExtractiveEngine, dominant_colours
-from mllm_msr.processing.engine_transformers import OwnSeeds, TransformersEngine
+from mllm_msr.processing.engine_extractive import ExtractiveEngine, TitlesEngine, dominant_colours
+from mllm_msr.processing.engine_transformers import TransformersEngine
 from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, build_engine
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.recipe import backbone_path
@@ -80,15 +80,6 @@ def test_a_sampled_text_depends_on_its_seed_and_not_on_its_company():
     assert sum(a != b for a, b in zip(together, others, strict=True)) >= 4
 
 
-def test_sampling_by_own_seeds_follows_the_model_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    sampler = OwnSeeds([0], torch.device("cpu"))
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[sampler(torch.zeros(1, 1), logits).argmax()] += 1
-    assert torch.allclose(counts / 4000, logits.softmax(-1)[0], atol=0.03)
-
-
 def test_a_second_answer_has_half_as_much_room_again():
     engine = make()
     engine.max_new_tokens["item_summary"] = 4
@@ -152,7 +143,7 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"engine": "magic", "model": "x"}, "'magic' is none of transformers, openai, extractive"),
+        ({"engine": "magic", "model": "x"}, "'magic' is none of transformers, openai, extractive, titles"),
         ({"model": "x", "blocks": 3}, r"unknown keys \['blocks'\]"),
         ({}, "name the model of the transformers engine"),
         ({"model": "x", "max_new_tokens": {"items": 3}}, r"unknown \['items'\]"),
@@ -162,6 +153,14 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
 def test_a_wrong_option_is_named(section, message):
     with pytest.raises(ValueError, match=message):
         SummaryOptions.from_recipe(section)
+
+
+def test_titles_alone_are_titles_and_nothing_else():
+    engine = TitlesEngine()
+    item = {"title": "The Red Mug", "text": "of stone", "image": Image.new("RGB", (8, 8), "red")}
+    assert [one.text for one in engine.generate("item_summary", [item, {"title": None}])] == ["The Red Mug", ""]
+    block = {"items": [{"title": "B", "summary": "x"}, {"title": "", "summary": "y"}], "previous": "A"}
+    assert engine.generate("preference", [block])[0].text == "A; B"
 
 
 def test_without_a_model_words_and_colours_are_extracted():

@@ -3,7 +3,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from mllm_msr.processing.leakage import LeakageError, check_leakage, check_no_ids
+from mllm_msr.processing.leakage import (
+    LeakageError,
+    check_leakage,
+    check_no_ids,
+    check_own_words,
+    check_used_preferences,
+)
 from mllm_msr.processing.options import PrepareOptions
 from mllm_msr.processing.tasks import TaskPlan
 
@@ -89,6 +95,19 @@ def test_preferences_of_users_without_a_task_may_read_all() -> None:
     check_leakage(TASKS, log, preferences=preferences(*STEPS, ("w", 1, ["a", "b"], 1)))
 
 
+def test_a_preference_fits_the_task_that_uses_it() -> None:
+    check_used_preferences(TASKS, preferences(*STEPS), 3)
+    early = preferences(
+        ("u", 1, ["a", "b", "c", "d"], 2), *STEPS[1:]
+    )  # d is the target of the task u:3, which reads it
+    check_leakage(TASKS, LOG, preferences=early.with_columns(last_timestamp=pl.Series([3, 4, 2])))
+    with pytest.raises(LeakageError, match=r"(?s)read beyond their history: 1 rows.*u:3"):
+        check_used_preferences(TASKS.filter(pl.col("history_length") < 5), early, 3)
+    late = preferences(("u", 1, ["a", "b", "c"], 9))
+    with pytest.raises(LeakageError, match="read beyond their history"):
+        check_used_preferences(TASKS, late, 3)
+
+
 def test_paper_never_trains_on_who_is_held_out() -> None:
     plan = TaskPlan.of(LOG, PrepareOptions(protocol="paper", folds=3, n_negatives=3, min_history=1))
     tasks = pl.concat(plan.chunks())
@@ -122,10 +141,19 @@ def test_numbers_for_ids_are_checked_alike() -> None:
 
 
 def test_raw_ids_in_a_text() -> None:
-    ids = pl.Series(["B00TEST123", "12", "games", "AE1XYZ-9"])
+    ids = pl.Series(["B00TEST123", "12", "games", "AE1XYZ-9", "ann.7@shop/3"])
     fine = pl.Series(["12 games from 1995", "B00TEST1234", ""])
     check_no_ids(fine, ids)
-    for text in ("likes B00TEST123.", "user AE1XYZ-9: 3"):
+    check_no_ids(pl.Series([], dtype=pl.String), ids)
+    for text in ("likes B00TEST123.", "user AE1XYZ-9: 3", "(ann.7@shop/3)", "id=B00TEST123", "B00TEST123/AE1"):
         with pytest.raises(LeakageError, match="raw ids in a text"):
             check_no_ids(pl.Series([*fine, text]), ids)
     check_no_ids(pl.Series(["likes B00TEST123."]), ids, allowed=pl.Series(["Part B00TEST123"]))
+
+
+def test_items_that_are_called_by_their_id() -> None:
+    items = pl.DataFrame({"item_id": ["7", "8"], "title": ["8", "Room 8"], "text": ["", "8 rooms"]})
+    check_own_words(items)
+    for column in ("title", "text"):
+        with pytest.raises(LeakageError, match=r"(?s)that are the item's id: 2 rows.*'item_id': '7'"):
+            check_own_words(items.with_columns(pl.col("item_id").alias(column)))

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from mllm_msr.processing.leakage import check_leakage
-from mllm_msr.processing.prepare import PrepareOptions, popularity_figures, prepare, print_statistics
+from mllm_msr.processing.prepare import PrepareOptions, popularity_figures, prepare, statistics_table
 from mllm_msr.processing.raw import RawData
 from mllm_msr.processing.tasks import candidate_hash, make_tasks
 
@@ -125,15 +125,21 @@ def test_broken_images_are_dropped_like_missing_ones(raw: RawData, tmp_path: Pat
     assert "broken image, item dropped: not an image" in {row["what"] for row in report["skipped"]}
 
 
-def test_statistics(raw: RawData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics(raw: RawData, tmp_path: Path) -> None:
     report = prepare(raw, tmp_path / "data", OPTIONS, "made up")
     statistics = report["statistics"]
     assert (statistics["users"], statistics["items"], statistics["interactions"]) == (12, 20, 72)
     assert (statistics["mean_length"], statistics["sparsity"], statistics["share_tied_times"]) == (6.0, 0.7, 0.0)
-    capsys.readouterr()
-    print_statistics(report)
-    shown = capsys.readouterr().out
-    wanted = ("k-core", "sparsity", "70.00%", "share tied times", "log: oddity", report["protocol"]["candidate_hash"])
+    shown = statistics_table(report)
+    wanted = (
+        "k-core",
+        "sparsity",
+        "12  targets refused: with short history",
+        "70.00%",
+        "share tied times",
+        "log: oddity",
+        report["protocol"]["candidate_hash"],
+    )
     for part in wanted:
         assert part in shown
 

@@ -48,7 +48,7 @@ def test_images_as_bytes_and_as_hugging_face_column(tmp_path: Path) -> None:
     for table in (plain, struct):
         table.write_parquet(tmp_path / "items.parquet")
         raw = read_tables(tmp_path / "log.parquet", tmp_path / "items.parquet", MAPPING)
-        assert raw.items["image_bytes"].to_list() == [png()]
+        assert [Path(path).read_bytes() for path in raw.items["image_path"]] == [png()]
 
 
 def test_without_catalogue_or_with_a_folder_of_images(tmp_path: Path) -> None:
@@ -88,7 +88,8 @@ def test_a_data_set_is_read_as_load_dataset_reads_it(tmp_path: Path) -> None:
     )
     raw = read_tables("shop?name=log", "shop?name=items&split=train", folder=tmp_path)
     assert raw.interactions.collect().rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
-    assert raw.items.select("title", "image_bytes").rows() == [("Seven", png()), ("Eight", None)]
+    (seven, file), eight = raw.items.select("title", "image_path").rows()
+    assert (seven, Path(file).read_bytes(), eight) == ("Seven", png(), ("Eight", None))
     with pytest.raises(ValueError, match="unknown 'config' after"):
         read_tables("shop?config=log", folder=tmp_path)
 
@@ -105,3 +106,14 @@ def test_json_lines_of_mixed_types_and_bad_lines(tmp_path: Path) -> None:
     raw = read_tables(tmp_path / "log.jsonl", on_bad_rows="skip")
     assert raw.interactions.collect().rows() == [("1", "a", 5), ("u2", "3", 7)]
     assert raw.skipped == [{"what": "log.jsonl: not a JSON object", "count": 1, "examples": ["oops"]}]
+
+
+def test_a_catalogue_of_json_lines_with_bad_lines(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    lines = ['{"sku": 7, "name": 1984}', "oops", '{"sku": "8", "name": "Eight", "text": ["a", "b"]}', '{"name": "?"}']
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"items\.jsonl, row 2: not a JSON object: oops"):
+        read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING)
+    raw = read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING, on_bad_rows="skip")
+    assert raw.items.select("item_id", "title").rows() == [("7", "1984"), ("8", "Eight")]
+    assert [row["what"] for row in raw.skipped] == ["items.jsonl: not a JSON object", "items.jsonl: no item_id"]

@@ -119,3 +119,21 @@ def test_many_small_files_become_one(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.parquet"))) == 1
     assert TextStore(tmp_path).rows == store.rows
     assert os.listdir(tmp_path / "claims") == []
+
+
+def test_files_that_another_process_joins_meanwhile_are_read_where_they_now_are(tmp_path, monkeypatch):
+    store = TextStore(tmp_path)
+    for n in range(6):
+        store.add([str(n)], {str(n): (f"text {n}", "ok")})
+    real, listed = TextStore._read, []
+
+    def read(self, path, failures):
+        if not listed:  # it has listed the files, and not read one of them yet
+            listed.append(path)
+            monkeypatch.setattr(text_store, "MANY", 5)
+            TextStore(tmp_path)
+        return real(self, path, failures)
+
+    monkeypatch.setattr(TextStore, "_read", read)
+    assert TextStore(tmp_path).rows == store.rows
+    assert len(list(tmp_path.glob("*.parquet"))) == 1

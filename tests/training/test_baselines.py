@@ -103,9 +103,9 @@ def test_each_finds_two_tastes_and_scores_every_candidate_in_order(row):
     test, validation = tasks.filter(split="test"), tasks.filter(split="validation")
     training = baselines.training_interactions(log, tasks, "strict", popularity)
     if row == "tfidf":
-        values = baselines.tfidf_values(test, validation, items)
+        values = baselines.tfidf(validation, items)(test)
     else:
-        values = {"knn": baselines.knn_values, "svd": baselines.svd_values}[row](test, validation, items, training)
+        values = {"knn": baselines.knn, "svd": baselines.svd}[row](validation, items, training)(test)
     frame = pairs(test)
     assert values.shape == (frame.height,) and np.isfinite(values).all()
     assert (
@@ -118,6 +118,6 @@ def test_items_and_histories_that_training_never_saw_get_nothing():
     training = pl.DataFrame({"user_id": ["x", "x", "y"], "item_id": ["a", "b", "a"]})
     tasks = pl.DataFrame({"history": [["a"], []], "candidates": [["b", "c"], ["a", "b"]], "labels": [[1, 0], [0, 1]]})
     tasks = tasks.with_columns(pl.col("history").cast(pl.List(pl.String)))
-    assert baselines.knn_values(tasks, tasks, items, training).tolist() == [pytest.approx(0.5**0.5), 0.0, 0.0, 0.0]
-    assert np.isfinite(baselines.svd_values(tasks, tasks, items, training)).all()
-    assert not baselines.tfidf_values(tasks, tasks, items).any()
+    assert baselines.knn(tasks, items, training)(tasks).tolist() == [pytest.approx(0.5**0.5), 0.0, 0.0, 0.0]
+    assert np.isfinite(baselines.svd(tasks, items, training)(tasks)).all()
+    assert not baselines.tfidf(tasks, items)(tasks).any()

@@ -49,6 +49,18 @@ def test_every_division_has_every_user_once_and_its_means_add_up(world):
         assert starts == sorted(set(starts))
 
 
+def test_cold_users_are_parts_of_their_own_and_the_others_quarters(world):
+    scores, tasks, popularity = world
+    for lengths, expected in (
+        ([0] * 2 + [3] * 3 + [7] * 28 + [12] * 27, [("0", 2), ("1-4", 3), ("5-6", 0), ("7-11", 28), ("12+", 27)]),
+        ([9] * 30 + [15] * 30, [("9-11", 30), ("15+", 30)]),
+        ([0] * 10 + [2] * 50, [("0", 10), ("1+", 50)]),
+    ):
+        found = diagnostics.slices(scores, tasks.with_columns(pl.Series("history_length", lengths)), popularity)
+        parts = [(one["part"], one["users"]) for one in found if one["by"] == "history_length"]
+        assert parts == [(name, users) for name, users in expected if users]
+
+
 def test_cold_items_are_a_part_of_their_own_and_popular_ones_are_ranked_better_by_popularity(world):
     scores, tasks, popularity = world
     found = diagnostics.slices(scores, tasks, popularity)
@@ -68,6 +80,22 @@ def test_calibration_of_honest_and_of_shifted_probabilities():
     assert diagnostics.calibration(labels, logits + 3)["error"] > 0.2
     assert diagnostics.calibration(labels, logits + 3, shift=-3)["error"] == pytest.approx(honest["error"])
     assert len(diagnostics.calibration(np.array([0, 1]), np.zeros(2))["bins"]) == 1  # equals fall together
+
+
+def test_agreement_of_equal_scaled_and_reversed_scores():
+    users, logits = np.repeat(np.arange(50), 9), RNG.normal(size=450)
+    assert diagnostics.agreement(users, logits, logits) == {
+        "max_difference": 0.0,
+        "rank_correlation": pytest.approx(1.0),
+        "first_changed": 0.0,
+    }
+    doubled = diagnostics.agreement(users, logits, 2 * logits)
+    assert doubled["rank_correlation"] == pytest.approx(1.0) and doubled["first_changed"] == 0.0
+    assert doubled["max_difference"] == pytest.approx(np.abs(logits).max())
+    turned = diagnostics.agreement(users, logits, -logits)
+    assert turned["rank_correlation"] == pytest.approx(-1.0) and turned["first_changed"] == 1.0
+    blind = diagnostics.agreement(users, logits, np.zeros(450))  # all are first, so the first one stays among them
+    assert "rank_correlation" not in blind and blind["first_changed"] == 0.0
 
 
 def test_ties_and_popularity_are_seen(world):

@@ -12,7 +12,7 @@ from mllm_msr.training.sequential_baselines import (
     SASRec,
     SequenceOptions,
     pad_left,
-    sequence_values,
+    sequence_ranker,
     windows,
 )
 
@@ -52,7 +52,7 @@ def test_it_neither_looks_ahead_nor_sees_padding(kind):
 def test_it_learns_order_with_the_whole_softmax_and_a_sampled_one(kind, most_classes):
     tasks, items, training = circle()
     options = SequenceOptions(**{**SMALL.__dict__, "most_classes": most_classes})
-    values = sequence_values(kind, tasks, tasks, items, training, options=options).reshape(len(tasks), -1)
+    values = sequence_ranker(kind, tasks, items, training, options=options)(tasks).reshape(len(tasks), -1)
     chosen = np.array(tasks["labels"].to_list()).argmax(axis=1)
     assert (values.argmax(axis=1) == chosen).mean() > 0.9
 
@@ -64,10 +64,10 @@ def test_one_seed_gives_one_result_and_leaves_the_global_one_alone(kind):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = sequence_values(kind, tasks, tasks, items, training, seed=1, options=options)
+    first = sequence_ranker(kind, tasks, items, training, seed=1, options=options)(tasks)
     assert torch.equal(torch.rand(1), expected)
-    assert np.array_equal(first, sequence_values(kind, tasks, tasks, items, training, seed=1, options=options))
-    assert not np.array_equal(first, sequence_values(kind, tasks, tasks, items, training, seed=2, options=options))
+    assert np.array_equal(first, sequence_ranker(kind, tasks, items, training, seed=1, options=options)(tasks))
+    assert not np.array_equal(first, sequence_ranker(kind, tasks, items, training, seed=2, options=options)(tasks))
 
 
 def test_every_step_of_a_long_sequence_is_learnt_once():

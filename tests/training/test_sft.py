@@ -120,6 +120,51 @@ def test_accelerate_launch_with_a_recipe(small_run, tmp_path):
     assert MllmMsrProcessor.from_pretrained(tmp_path / "out").prompts["recommendation"] == PROMPT
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_frozen_vision_tower_keeps_no_graph(small_run, tmp_path, checkpointing):
+    more = {"max_steps": 1, "eval_strategy": "no", "gradient_checkpointing": checkpointing}
+    trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path, **more)))
+    (tower,) = [module for name, module in trainer.model.named_modules() if name.endswith("vision_tower")]
+    outputs = []
+    for module in tower.modules():
+        module.register_forward_hook(lambda module, given, output: outputs.append(output))
+    trainer.model.zero_grad()
+    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    tensors = [one for output in outputs for one in (output if isinstance(output, tuple) else [output])]
+    tensors = [one if isinstance(one, torch.Tensor) else one[0] for one in tensors if one is not None]
+    assert tensors and not any(tensor.requires_grad for tensor in tensors)
+    grads = {name for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+    assert grads == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
+
+
+def test_answers_have_the_weights_asked_for(small_run, tmp_path):
+    more = {"max_steps": 1, "eval_strategy": "no", "negatives_per_positive": 3, "positive_weight": "balanced"}
+    trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path, **more)))
+    yes, no = (trainer.model.config.answer_token_ids[side][0] for side in ("yes", "no"))
+    assert trainer.answer_weights == pytest.approx({yes: 2.0, no: 2 / 3})  # 2 a Yes = 3 times 2 / 3 a No
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1, -1, -2, -3)])
+    answers = batch["labels"][:, -1]
+    assert answers.tolist() == [yes, yes, no, no, no]
+    with torch.no_grad():
+        logits = trainer.model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, -2]
+        losses = torch.nn.functional.cross_entropy(logits.float(), answers, reduction="none")
+        weighted = trainer.compute_loss(trainer.model.train(), dict(batch))
+        plain = trainer.compute_loss(trainer.model.eval(), dict(batch))
+    assert weighted == pytest.approx(float((losses * torch.tensor([2.0, 2.0, 2 / 3, 2 / 3, 2 / 3])).mean()), abs=1e-5)
+    assert plain == pytest.approx(float(losses.mean()), abs=1e-5)  # what is evaluated stays comparable
+
+
+@pytest.mark.parametrize("wrong", ["many", "0", "-1"])
+def test_a_weight_that_is_none_is_an_error(small_run, tmp_path, wrong):
+    with pytest.raises(ValueError, match="give a number above 0, or 'balanced'"):
+        sft.train(*sft.parse([], **flags(small_run, tmp_path, positive_weight=wrong)))
+
+
+def test_flags_of_qlora_are_understood(small_run, tmp_path):
+    _, _, model_args = sft.parse(["--load_in_4bit", "--use_peft"], **flags(small_run, tmp_path, use_peft=False))
+    assert model_args.load_in_4bit and model_args.use_peft
+
+
 def test_an_unknown_flag_in_a_recipe_is_named(small_run, tmp_path):
     with pytest.raises(ValueError, match="no_such_flag"):
         sft.parse([], **flags(small_run, tmp_path, no_such_flag=1))

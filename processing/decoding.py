@@ -1,0 +1,123 @@
+"""A decoding loop for ``generate(custom_generate=decode)`` that does no work twice, nor for a text that has ended."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64  # tokens
+BY_ROW = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")  # (..., B, L)
+
+
+class OwnSeeds:
+    """Sampling by a seed of each row: the noise that makes the largest logit a draw from the softmax (Gumbel).
+
+    Row b's noise comes from its own generator alone, so whatever is in the batch beside it changes nothing.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """scores (B, V) -> (B, V) in float32."""
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.generators = [self.generators[row] for row in rows]
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for the next ones: the stock layer copies all of them at every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[torch.Tensor] = []  # (B, heads, tokens and room, D) each
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = (key_states, value_states)
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if not self.buffers or end > self.buffers[0].shape[-2]:
+            known, self.buffers = self.buffers, []
+            for n, states in enumerate(new):
+                self.buffers.append(states.new_empty((*states.shape[:-2], end + ROOM, states.shape[-1])))
+                if start:
+                    self.buffers[n][..., :start, :] = known[n][..., :start, :]
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[..., start:end, :] = states
+        return self._look(end)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Copies only the rows that change their places."""
+        end, index = self.get_seq_length(), beam_idx.to(self.device)
+        moved = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
+        for n, buffer in enumerate(self.buffers):
+            buffer[moved, :, :end] = buffer[index[moved], :, :end]
+            self.buffers[n] = buffer[: len(index)]
+        self._look(end)
+
+    def _look(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    own_seeds: OwnSeeds | None = None,
+    **inputs: Any,
+) -> list[list[int]]:
+    """The new tokens of each row: the most likely ones, or with ``own_seeds`` drawn ones.
+
+    They are those of stock greedy search. But that keeps a row until the longest is done, which with texts of unequal
+    lengths is most of the work; here its keys and values go as soon as it has ended, and the others go on without it.
+
+    Args:
+        input_ids: (B, L) prompts, padded on the left.
+        inputs: what else ``generate`` has made ready, the (dynamic) cache and all positions among it.
+    """
+    start = input_ids.shape[1]
+    texts: list[list[int]] = [[] for _ in input_ids]
+    places = list(range(len(input_ids)))  # the row of the whole batch that each row at work is
+    cache, first = inputs["past_key_values"], True
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    while places:
+        step = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **inputs
+        )
+        outputs = model(**step, return_dict=True)
+        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+        scores = logits_processor(input_ids, outputs.logits[:, -1].float())
+        tokens = (own_seeds(scores) if own_seeds else scores).argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, tokens], dim=-1)
+        first = False
+        ended = stopping_criteria(input_ids, None).tolist()
+        if not any(ended):
+            continue
+        for row, place in enumerate(places):
+            if ended[row]:
+                texts[place] = input_ids[row, start:].tolist()
+        count = ended.count(False)
+        last = (row for row in range(count, len(ended)) if not ended[row])
+        left = [next(last) if ended[row] else row for row in range(count)]  # the last ones fill the gaps
+        places = [places[row] for row in left]
+        if left:
+            index = torch.tensor(left, device=input_ids.device)
+            input_ids = input_ids[index]
+            cache.reorder_cache(index)
+            for name in BY_ROW:
+                if inputs.get(name) is not None:
+                    inputs[name] = inputs[name].index_select(-2, index)
+            if own_seeds:
+                own_seeds.keep(left)
+    return texts

@@ -1,0 +1,156 @@
+"""`mllm-msr publish` as it is typed, in a process of its own, on a small run that every stage has made."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from hub_server import Hub
+from hub_storage import WRITE
+
+from mllm_msr.processing.recipe import backbone_path
+
+COMMAND = str(Path(sys.executable).with_name("mllm-msr"))
+MODEL, DATA, METRIC, SPACE = (
+    ("model", "org/mllm-msr-small"),
+    ("dataset", "org/mllm-msr-small-data"),
+    ("space", "org/ranking_metrics"),
+    ("space", "org/mllm-msr-small-app"),
+)
+
+
+def typed(home: Path, endpoint: str, *arguments: str, token: str | None = WRITE) -> subprocess.CompletedProcess:
+    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment |= own | ({"HF_TOKEN": token} if token else {})
+    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=environment, cwd=home)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("typed")
+    recipe = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["name"] = "small"
+    recipe["source"].update(n_users=12, n_items=40)
+    recipe["training"].update(max_steps=1, per_device_train_batch_size=4, eval_strategy="no", save_strategy="no")
+    recipe["evaluation"]["rows"] = ["mllm_msr", "popularity"]
+    (home / "small.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = typed(home, "http://127.0.0.1:9", "run", "small.yaml", "--output", "small")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / "small"
+
+
+def publish(run: Path, hub: Hub, *flags: str) -> str:
+    done = typed(run.parent, hub.url, "publish", str(run), "--namespace", "org", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert WRITE not in done.stdout + done.stderr and hub.leaks == []
+    return done.stdout
+
+
+def test_a_dry_run_shows_all_four_and_asks_the_hub_nothing(run):
+    with Hub() as hub:
+        said = publish(run, hub, "--collection", "--public", "--create-pr", "--dry-run")
+        assert hub.log == []
+    for one in (f"model {MODEL[1]} (public)", f"dataset {DATA[1]}", f"space {SPACE[1]}", f"metric {METRIC[1]}"):
+        assert one in said
+    assert "model.safetensors" in said and "    | # mllm-msr-small" in said and "dry run: nothing was sent" in said
+
+
+def test_the_whole_command_then_parts_of_it(run):
+    with Hub() as hub:
+        publish(run, hub, "--model", "--datasets", "--metric", "--space", "--collection", "--public")
+        assert set(hub.repos) == {MODEL, DATA, METRIC, SPACE}
+        assert not any(repo["private"] for repo in hub.repos.values())
+        assert all("refs/tags/v0.1.0" in repo["refs"] for repo in hub.repos.values())
+        (collection,) = hub.collections.values()
+        assert collection["title"] == "small v0.1.0" and len(collection["items"]) == 4 and not collection["private"]
+
+        publish(run, hub, "--datasets", "--tag", "v2", "--without-images", "--anonymise")
+        assert [one for one, repo in hub.repos.items() if "refs/tags/v2" in repo["refs"]] == [DATA]
+        items = next(path for path in hub.files(*DATA) if path.startswith("items/"))
+        assert pl.read_parquet(hub.files(*DATA)[items])["image"].null_count() == 40
+        users = pl.read_parquet(hub.files(*DATA)["preferences/train-00000-of-00001.parquet"])["user_id"]
+        assert users.str.len_chars().unique().to_list() == [20]
+
+        publish(run, hub, "--model", "--create-pr", "--tag", "v3")
+        assert [pull["title"] for pull in hub.repos[MODEL]["pulls"]] == ["Release v3"]
+        assert not any(repo["pulls"] for one, repo in hub.repos.items() if one != MODEL)
+        assert hub.history(*MODEL) == ["Release v0.1.0", "initial commit"]
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (None, "mllm-msr: not logged in to the Hub: run `hf auth login` or set HF_TOKEN"),
+        ("hf_" + "z" * 34, "mllm-msr: the Hub does not accept the token"),
+    ],
+)
+def test_a_refusal_is_one_line(run, token, message):
+    with Hub() as hub:
+        done = typed(run.parent, hub.url, "publish", str(run), "--namespace", "org", "--metric", token=token)
+        assert hub.repos == {}
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr and "z" * 34 not in done.stdout + done.stderr
+
+
+def test_the_licence_of_the_backbone_is_looked_up_at_its_pinned_revision(run):
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    with Hub() as hub:
+        hub.create("model", "org/base", private=False)
+        pinned = hub.push("model", "org/base", "README.md", b"---\nlicense: gemma\n---\n")
+        hub.push("model", "org/base", "README.md", b"---\nlicense: mit\n---\n")
+        training = {**recipe["training"], "model_name_or_path": "org/base", "model_revision": pinned}
+        try:
+            (run / "config.yaml").write_text(yaml.safe_dump({**recipe, "training": training}), encoding="utf-8")
+            said = publish(run, hub, "--model", "--dry-run")
+        finally:
+            (run / "config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        assert f"/api/models/org/base/revision/{pinned}" in [path for _, path, _ in hub.log]
+        assert set(hub.repos) == {("model", "org/base")}
+    warning = "the backbone's licence is gemma, which apache-2.0 on this model cannot widen: state gemma"
+    assert f"warning: {warning}" in said
+    card = (run / "hub/model/README.md").read_text(encoding="utf-8")
+    assert f"> **Conflict:** {warning}." in card and "The backbone's is `gemma`" in card
+
+
+def test_a_writer_in_a_folder_of_this_machine_is_named_without_it(run):
+    """The summariser of this run is put where somebody's models lie."""
+    recipe = (run / "config.yaml").read_text(encoding="utf-8")
+    texts = {name: pl.read_parquet(run / f"summaries/{name}.parquet") for name in ("items", "preferences")}
+    there = pl.lit("/home/someone/models/writer").alias("generator")
+    try:
+        told = yaml.safe_load(recipe)
+        told["summaries"]["model"] = "/home/someone/models/writer"
+        (run / "config.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
+        for name, frame in texts.items():
+            frame.with_columns(there).write_parquet(run / f"summaries/{name}.parquet")
+        with Hub() as hub:
+            publish(run, hub)
+            files = {f"{one[1]}/{path}": content for one in hub.repos for path, content in hub.files(*one).items()}
+    finally:
+        (run / "config.yaml").write_text(recipe, encoding="utf-8")
+        for name, frame in texts.items():
+            frame.write_parquet(run / f"summaries/{name}.parquet")
+    tables = {path: pl.read_parquet(content) for path, content in files.items() if path.endswith(".parquet")}
+    plain = {path: content.decode(errors="replace") for path, content in files.items() if path not in tables}
+    said = plain | {path: str(frame.rows()) for path, frame in tables.items()}
+    assert not [path for path, text in said.items() if "/home/someone" in text or str(run) in text]
+    written = [frame["generator"].unique().to_list() for frame in tables.values() if "generator" in frame.columns]
+    assert written == [["writer"], ["writer"]]
+    assert json.loads(plain[f"{SPACE[1]}/space.json"])["revision"] == "v0.1.0"
+
+
+def test_the_published_recipe_prepares_the_same_tasks(run, tmp_path):
+    with Hub() as hub:
+        publish(run, hub, "--dry-run")
+    for part in ("model", "dataset"):
+        recipe, again = run / "hub" / part / "recipe.yaml", tmp_path / part
+        done = typed(tmp_path, "http://127.0.0.1:9", "prepare", str(recipe), "--output", str(again))
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads((again / "data/report.json").read_text(encoding="utf-8"))["protocol"]["candidate_hash"]
+        assert found in (run / "hub" / part / "README.md").read_text(encoding="utf-8")
+        assert pl.read_parquet(again / "data/tasks.parquet").equals(pl.read_parquet(run / "data/tasks.parquet"))

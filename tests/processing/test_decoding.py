@@ -1,0 +1,148 @@
+"""Rows that leave their batch, and pictures encoded once: on every family the texts of stock greedy search."""
+
+import io
+
+import polars as pl
+import pytest
+import torch
+from tiny_models import FAMILIES, picture
+
+from mllm_msr.processing.decoding import OwnSeeds
+from mllm_msr.processing.engine_transformers import TransformersEngine
+from mllm_msr.processing.engines import Text
+from mllm_msr.processing.summaries import summarize_items
+from mllm_msr.processing.text_store import TextStore
+
+LIMIT = 24
+SHOWN = (1, 2, None, 1, 3, 1, 2, 4)  # which picture each item has
+
+
+def shown(seed: int | None):
+    return seed and picture(seed, 40 + 16 * (seed % 2), 30)
+
+
+def items() -> list[dict]:
+    return [
+        {"title": f"Film {n} " + "of summers " * n, "text": "", "image": shown(seed)} for n, seed in enumerate(SHOWN)
+    ]
+
+
+def engine_of(folder, **options) -> TransformersEngine:
+    """An engine whose texts end after few tokens or many: any of some tokens ends one, and none comes twice."""
+    engine = TransformersEngine(str(folder), max_new_tokens={"item_summary": LIMIT, "preference": LIMIT}, **options)
+    engine.model.generation_config.no_repeat_ngram_size = 1
+    for weights in engine.model.get_decoder().layers.parameters():
+        if weights.ndim > 1:
+            weights.data *= 4  # so that the next token depends on more than the latest
+    engine.model.generation_config.eos_token_id = list(range(8, len(engine.processor.tokenizer), 16))
+    return engine
+
+
+def stock(engine: TransformersEngine, batch) -> list[Text]:
+    """The texts of transformers' own greedy search."""
+    tokenizer = engine.processor.tokenizer
+    ids = engine.model.generate(**batch, do_sample=False, max_new_tokens=LIMIT, pad_token_id=tokenizer.pad_token_id)
+    new = ids[:, batch["input_ids"].shape[1] :]
+    ends = set(engine.model.generation_config.eos_token_id)
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [Text(text.strip(), bool(ends & set(row))) for text, row in zip(texts, new.tolist(), strict=True)]
+
+
+def encoded_by(engine: TransformersEngine, monkeypatch) -> list[int]:
+    """The pictures that go through the vision tower from now on."""
+    seen: list[int] = []
+    real = engine.memory._encode
+
+    def encode(model, alike):
+        seen.extend(alike)
+        real(model, alike)
+
+    monkeypatch.setattr(engine.memory, "_encode", encode)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_are_those_of_stock_search_and_equal_pictures_are_encoded_once(backbone, family, monkeypatch):
+    engine = engine_of(backbone(family))
+    wanted = stock(engine, engine.processor.item_summary(items()))
+    assert len({len(one.text) for one in wanted}) > 2
+    seen = encoded_by(engine, monkeypatch)
+    assert engine.generate("item_summary", items()) == wanted
+    assert engine.generate("item_summary", items()[::-1]) == wanted[::-1]
+    assert len(seen) == len(set(seen)) == 4
+
+
+def test_a_language_model_writes_what_stock_search_writes(backbone):
+    engine = engine_of(backbone("language_model"))
+    blocks = [
+        {"items": [{"title": "One", "summary": "red " * n}], "previous": "ships" if n % 2 else None} for n in range(8)
+    ]
+    batch = engine.processor.preference([one["items"] for one in blocks], [one["previous"] for one in blocks])
+    wanted = stock(engine, batch)
+    assert len({len(one.text) for one in wanted}) > 2
+    assert engine.generate("preference", blocks) == wanted
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_neither_seeds_nor_penalties_know_of_rows_that_have_left(backbone, again):
+    engine = engine_of(backbone("llava"), temperature=1.0)
+    engine.model.generation_config.update(no_repeat_ngram_size=0, repetition_penalty=1.3)
+    engine.model.generation_config.eos_token_id += [engine.processor.tokenizer.pad_token_id]  # as of Qwen's models
+    together = engine.generate("item_summary", items(), range(8), again)
+    assert len({len(one.text) for one in together}) > 2
+    assert together == [engine.generate("item_summary", [one], [n], again)[0] for n, one in enumerate(items())]
+
+
+def test_a_row_that_has_ended_is_no_more_worked_on(backbone):
+    engine = engine_of(backbone("llava"))
+    rows: list[int] = []
+    engine.model.get_decoder().register_forward_pre_hook(
+        lambda module, given, named: rows.append(len(named["inputs_embeds"])), with_kwargs=True
+    )
+    engine.generate("item_summary", items())
+    assert rows[0] == 8 and rows == sorted(rows, reverse=True) and len(set(rows)) > 2
+
+
+def test_items_with_one_picture_go_together_over_many_batches(backbone, tmp_path, monkeypatch):
+    engine = engine_of(backbone("llava"), batch_size=4)
+    seen = encoded_by(engine, monkeypatch)
+    pictures = []
+    for n in range(18):
+        buffer = io.BytesIO()
+        picture(1 + n % 3).save(buffer, "PNG")
+        pictures.append({"bytes": buffer.getvalue(), "path": None})
+    ids, titles = [f"i{n}" for n in range(18)], [f"Film {n} " + "long " * (n * 7 % 18) for n in range(18)]
+    frame = pl.DataFrame({"item_id": ids, "title": titles, "text": [""] * 18, "image": pictures})
+    summarize_items(frame, engine, TextStore(tmp_path))
+    assert len(seen) == len(set(seen)) == 3
+
+
+def test_no_more_pictures_are_kept_than_two_batches_have(backbone):
+    engine = engine_of(backbone("llava"), batch_size=2)
+    for seed in range(1, 9, 2):
+        engine.generate("item_summary", [{"title": "", "text": "", "image": shown(seed + n)} for n in (0, 1)])
+    assert len(engine.memory.pictures) == len(engine.memory.features) == 4
+    assert not any("pixel_values" in one.tensors for one in engine.memory.pictures.values())
+
+
+def test_pictures_that_do_not_fit_into_memory_are_encoded_in_smaller_batches(backbone, monkeypatch):
+    engine = engine_of(backbone("llava"))
+    wanted, real = engine.generate("item_summary", items()), engine.memory._encode
+    engine.memory.forget()
+
+    def encode(model, alike):
+        if len(alike) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(model, alike)
+
+    monkeypatch.setattr(engine.memory, "_encode", encode)
+    assert engine.generate("item_summary", items()) == wanted
+
+
+def test_sampling_by_own_seeds_follows_the_model_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    sampler = OwnSeeds([0], torch.device("cpu"))
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[sampler(logits).argmax()] += 1
+    assert torch.allclose(counts / 4000, logits.softmax(-1)[0], atol=0.03)

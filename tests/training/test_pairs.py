@@ -1,0 +1,207 @@
+"""Training on whole tasks: packed prompts, and users and items that are computed once (``interaction="late"``)."""
+
+import json
+import math
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+from mllm_msr.modeling.ranking import Recommender
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.training import sft
+from mllm_msr.training.collator import AnswerCollator, ItemTable
+from mllm_msr.training.pair_collators import LateCollator, PackedCollator, known_positives, log_popularity, task_rows
+from mllm_msr.training.pair_trainer import answer_loss, listwise_loss, pair_weights
+from mllm_msr.training.tables import load_table
+
+LIMITS = (96, 96)
+
+
+@pytest.fixture(scope="module")
+def data(small_run):
+    examples = load_table(str(small_run.folder), "sft", "train")
+    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
+    return examples, items, processor, load_table(str(small_run.folder), "tasks", "train")
+
+
+def recommender(processor, **config):
+    model = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), processor=processor, dtype=torch.float32)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def test_tasks_hold_their_rows(data):
+    examples = data[0]
+    tasks = task_rows(examples, examples["task_id"])
+    assert len(tasks) == len(set(examples["task_id"]))
+    shown = [(t["task_id"], item, label) for t in tasks for item, label in zip(t["item_id"], t["label"], strict=True)]
+    assert sorted(shown) == sorted(zip(examples["task_id"], examples["item_id"], examples["label"], strict=True))
+
+
+def test_packed_loss_and_gradients_are_those_of_rows(data):
+    examples, items, processor, _ = data
+    chosen = [row for task in examples["task_id"][:6:2] for row in examples if row["task_id"] == task]
+    model = recommender(processor).train()
+    rows = AnswerCollator(processor, items)(chosen)
+    plain = model(**rows).loss
+    plain.backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    tasks = task_rows(examples, examples["task_id"])
+    wanted = {row["task_id"] for row in chosen}
+    batch = PackedCollator(processor, items)([task for task in tasks if task["task_id"] in wanted])
+    labels, pictures = batch.pop("labels"), batch.pop("pictures")
+    assert pictures["items"] == [item for task in tasks if task["task_id"] in wanted for item in task["item_id"]]
+    loss = answer_loss(model(**batch).logits, labels, model.config.answer_token_ids)
+    loss.backward()
+    assert len(labels) == len(chosen)
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    for name, weight in model.named_parameters():
+        if name in expected:
+            assert torch.allclose(weight.grad, expected[name], atol=1e-5, rtol=1e-4), name
+
+
+def test_late_pairs_everybody_with_everything_but_what_they_chose(data):
+    examples, items, processor, tasks = data
+    known = known_positives(examples, tasks)
+    collator = LateCollator(processor, items, limits=LIMITS, known=known, log_q=log_popularity(examples))
+    rows = list(task_rows(examples, examples["task_id"]))[:8]
+    batch = collator(rows)
+    shown = list(dict.fromkeys(item for row in rows for item in row["item_id"]))
+    assert len(batch["users"]["input_ids"]) == 8 and len(batch["items"]["input_ids"]) == len(shown)
+    pairs = [(user, shown[item]) for user, item in batch["pairs"].T.tolist()]
+    assert len(set(pairs)) == len(pairs) > 8 * 2
+    for (user, item), label in zip(pairs, batch["labels"].tolist(), strict=True):
+        own = dict(zip(rows[user]["item_id"], rows[user]["label"], strict=True))
+        assert label == own.get(item, 0)
+        assert item in own or item not in known[rows[user]["user_id"]]
+    left_out = {(user, item) for user in range(8) for item in shown} - set(pairs)
+    assert left_out and all(item in known[rows[user]["user_id"]] for user, item in left_out)
+    shares = Counter(item for item, label in zip(examples["item_id"], examples["label"], strict=True) if label)
+    common = pairs.index(next(pair for pair in pairs if shares[pair[1]] > 1))
+    expected = math.log(shares[pairs[common][1]] / sum(shares.values()))
+    assert batch["log_q"][common].item() == pytest.approx(expected)
+
+
+def test_late_pairs_can_be_limited_and_own_ones_stay(data):
+    examples, items, processor, _ = data
+    rows = list(task_rows(examples, examples["task_id"]))[:6]
+    own = [(number, label) for number, row in enumerate(rows) for label in row["label"]]
+    limited = LateCollator(processor, items, limits=LIMITS, pairs_per_user=3)(rows)
+    assert Counter(limited["pairs"][0].tolist()) == {user: 3 for user in range(6)}
+    alone = LateCollator(processor, items, limits=LIMITS, in_batch=False)(rows)
+    assert list(zip(alone["pairs"][0].tolist(), alone["labels"].tolist(), strict=True)) == own
+    assert limited["labels"].sum() == alone["labels"].sum() == 6
+
+
+def test_losses_by_hand():
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # tokens: Yes, No, another
+    answers = {"yes": [0], "no": [1]}
+    yes, no = 2 - math.log(math.e**2 + 2), 1 - math.log(math.e + 2)
+    assert answer_loss(logits, torch.tensor([1, 0]), answers).item() == pytest.approx(-(yes + no) / 2)
+    weights = pair_weights(torch.tensor([1, 0, 0, 0]), "balanced")
+    assert weights.tolist() == [3, 1, 1, 1]
+    weighted = answer_loss(logits, torch.tensor([1, 0]), answers, torch.tensor([3.0, 1.0]))
+    assert weighted.item() == pytest.approx(-(3 * yes + no) / 4)
+    differences, users = torch.tensor([1.0, 0.0, 5.0, 2.0]), torch.tensor([0, 0, 1, 1])
+    loss = listwise_loss(differences, torch.tensor([1, 0, 0, 1]), users)
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(3))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_positives_of_a_user_do_not_compete():
+    differences = torch.tensor([3.0, 1.0, 0.0])
+    together = listwise_loss(differences, torch.tensor([1, 1, 0]), torch.zeros(3, dtype=torch.long))
+    expected = (math.log(1 + math.exp(-3)) + math.log(1 + math.exp(-1))) / 2
+    assert together.item() == pytest.approx(expected, rel=1e-5)
+
+
+def flags(run, output, **more):
+    prompts = {**run.recipe.prompts, "late_user": "{{ preference }}", "late_item": "{{ title }} {{ image }}"}
+    return {
+        **run.recipe.training_flags(),
+        "prompts": json.dumps(prompts),
+        "dataset_name": str(run.folder),
+        "output_dir": str(output),
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 3,
+        "max_eval_samples": 4,
+        "logging_steps": 1,
+        "user_limit": LIMITS[0],
+        "item_limit": LIMITS[1],
+        **more,
+    }
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_path):
+    options = {"interaction": "late", "negatives_per_positive": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path / "whole", **options)))
+    sft.save_recommender(trainer, tmp_path / "model")
+    pairs = [entry["pairs"] for entry in trainer.state.log_history if "pairs" in entry]
+    assert min(pairs) > 3 * 3  # more than the tasks' own
+    assert all(0 <= entry["eval_auc"] <= 1 for entry in trainer.state.log_history if "eval_auc" in entry)
+
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
+    again = sft.train(*sft.parse([], **flags(small_run, tmp_path / "cut", **options)))
+    assert losses(again)[-2:] == pytest.approx(losses(trainer)[-2:], abs=1e-6)
+    sft.save_recommender(again, tmp_path / "again")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    model, processor = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
+    assert (model.config.interaction, model.config.user_limit, model.config.item_limit) == ("late", *LIMITS)
+    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    names = list(items)[:5]
+    (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], [items[name] for name in names])
+    assert len({one["logit"] for one in ranked}) == 5
+
+
+def test_packed_training_is_training_on_rows(small_run, tmp_path):
+    """With everything in one batch, whatever the order."""
+    count = len(set(load_table(str(small_run.folder), "sft", "train")["task_id"]))
+    options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
+    rows = flags(small_run, tmp_path / "rows", **options) | {"per_device_train_batch_size": 2 * count}
+    packed = flags(small_run, tmp_path / "packed", **options, packed=True) | {"per_device_train_batch_size": count}
+    plain, ours = (sft.train(*sft.parse([], **some)) for some in (rows, packed))
+    assert losses(ours) == pytest.approx(losses(plain), abs=1e-4)
+
+
+def test_cached_picture_features_and_a_listwise_loss(small_run, tmp_path):
+    options = {"interaction": "late", "pair_loss": "listwise", "save_strategy": "no", "eval_strategy": "no"}
+    options["log_q_correction"] = True
+    found = []
+    for cached in (False, True):
+        folder = tmp_path / str(cached)
+        found.append(sft.train(*sft.parse([], **flags(small_run, folder, **options, cache_image_features=cached))))
+    assert losses(found[1]) == pytest.approx(losses(found[0]), abs=1e-5)
+    assert found[0].features is None and len(found[1].features) > 5
+    with pytest.raises(ValueError, match="before the decoder to be frozen"):
+        more = {"cache_image_features": True, "use_peft": False}
+        sft.train(*sft.parse([], **flags(small_run, tmp_path / "full", **options, **more)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"interaction": "early"},
+        {"pair_loss": "listwise"},
+        {"packed": True, "log_q_correction": True},
+        {"cache_image_features": True},
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(small_run, tmp_path, wrong):
+    with pytest.raises(ValueError, match="--"):
+        sft.parse([], **flags(small_run, tmp_path, **wrong))
