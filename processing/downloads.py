@@ -62,19 +62,18 @@ class Downloads:
             ThreadPoolExecutor(self.workers) as pool,
             tqdm(total=len(missing), desc="downloads", unit="file") as bar,
         ):
-            outcomes = zip(missing, pool.map(self._one, missing), strict=True)
-            for number, ((url, path), (error, lasting)) in enumerate(outcomes, start=1):
-                found[url] = error or path
-                line = {"url": url, "file": None if error else path.name, "error": error, "lasting": lasting}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.update()
-                answered = answered or error is None or lasting
-                if number >= GIVE_UP_AFTER and not answered:
-                    pool.shutdown(cancel_futures=True)
+            for part in (missing[:GIVE_UP_AFTER], missing[GIVE_UP_AFTER:]):
+                for (url, path), (error, lasting) in zip(part, pool.map(self._one, part), strict=True):
+                    found[url] = error or path
+                    line = {"url": url, "file": None if error else path.name, "error": error, "lasting": lasting}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                    bar.update()
+                    answered = answered or error is None or lasting
+                if len(part) == GIVE_UP_AFTER and not answered:
                     raise ConnectionError(
-                        f"pictures: none of the first {number} could be fetched ({error}, {url}); run the same command "
-                        "again where they can be reached, or leave the pictures out of the catalogue"
+                        f"pictures: none of the first {len(part)} could be fetched ({error}, {url}); run the same "
+                        "command again where they can be reached, or leave the pictures out of the catalogue"
                     )
         return found
 
