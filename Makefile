@@ -26,7 +26,7 @@ demo: .venv/installed ## run the whole method on the embedded data set; results 
 	$(BIN)/mllm-msr demo --output demo_output
 
 test: .venv/developing ## run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Type checkers do not see the package-dir mapping, so they read an installed copy.
 check: .venv/developing ## lint, formatting and types

@@ -39,8 +39,9 @@ def study_markdown(study: dict) -> str:
                 cells.append(f"{gap} p {'< 0.001' if result['p'] < 0.001 else format(result['p'], '.3f')}")
             else:
                 cells.append("")
-        rows.append(cells)
-    head = ["", *(f"{METRIC_NAMES[key]} | against the first" for key in SHOWN)]
+        took = [seconds for seconds in entry.get("train_seconds", []) if seconds is not None]
+        rows.append([*cells, f"{sum(took) / len(took):.0f} s" if took else ""])
+    head = ["", *(f"{METRIC_NAMES[key]} | against the first" for key in SHOWN), "trained for"]
     first = study["cells"][0]
     parts = [
         f"# {study['study']}",

@@ -195,7 +195,8 @@ def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
                         "difference_ci95": [float(ends[0, i]), float(ends[1, i])],
                         "p": float(min(1.0, 2 * (wrong + 1) / (len(resampled) + 1))),
                     }
-            facts = {"cell": cell, "row": row, "runs": len(runs), "users": len(users)}
+            took = [run.provenance()["stages"].get("train", {}).get("seconds") for run in runs]
+            facts = {"cell": cell, "row": row, "runs": len(runs), "users": len(users), "train_seconds": took}
             entries.append({**facts, "same_candidates": reference[0] == shown, "metrics": metrics})
     return entries
 
