@@ -22,7 +22,8 @@ class PairArguments:
         interaction: ``joint`` or ``late``, see ``MllmMsrConfig``; it becomes part of the checkpoint.
         packed: batches of whole tasks, whose prompts compute what they share only once. Always so with ``late``; with
             ``joint``, losses and gradients are those of whole prompts. Batch sizes then count tasks.
-        user_limit, item_limit: with ``late``, the most tokens of a user and of a candidate.
+        user_limit, item_limit: with ``late``, the most tokens of a user and of a candidate; by default a little more
+            than the longest ones have.
         pair_loss: ``answer``, the paper's cross-entropy, or ``listwise``, a softmax over each user's candidates.
         in_batch_negatives: with ``late``, pair each user with the items of all others, too.
         pairs_per_user: with ``late``, the most pairs of a user in a batch.
@@ -32,8 +33,8 @@ class PairArguments:
 
     interaction: str = field(default="joint", metadata={"help": "joint or late; part of the checkpoint."})
     packed: bool = field(default=False, metadata={"help": "Batches of tasks; what prompts share is computed once."})
-    user_limit: int = field(default=512, metadata={"help": "Most tokens of a user, with late."})
-    item_limit: int = field(default=1024, metadata={"help": "Most tokens of a candidate with its picture, with late."})
+    user_limit: int | None = field(default=None, metadata={"help": "Most tokens of a user, with late."})
+    item_limit: int | None = field(default=None, metadata={"help": "Most tokens of a candidate, with late."})
     pair_loss: str = field(default="answer", metadata={"help": "answer or listwise."})
     in_batch_negatives: bool = field(default=True, metadata={"help": "Pair users with others' items, with late."})
     pairs_per_user: int | None = field(default=None, metadata={"help": "Most pairs of a user in a batch, with late."})

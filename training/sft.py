@@ -35,7 +35,14 @@ from mllm_msr.processing.recipe import backbone_path, load_recipe
 from mllm_msr.training.callbacks import RankingCallback, first_tasks, task_lists, whole_model
 from mllm_msr.training.collator import AnswerCollator, ItemTable
 from mllm_msr.training.hard_negatives import Negatives, NegativesCallback
-from mllm_msr.training.pair_collators import LateCollator, PackedCollator, known_positives, log_popularity, task_rows
+from mllm_msr.training.pair_collators import (
+    LateCollator,
+    PackedCollator,
+    known_positives,
+    log_popularity,
+    measured_limits,
+    task_rows,
+)
 from mllm_msr.training.pair_trainer import PairArguments, PairTrainer
 from mllm_msr.training.tables import load_table
 
@@ -225,11 +232,14 @@ def pair_trainer(arguments: RecommenderArguments, data: Examples, common: dict[s
     collator: Any = PackedCollator(processor, data.items)
     if late:
         model.config.interaction = "late"
-        model.config.user_limit, model.config.item_limit = arguments.user_limit, arguments.item_limit
+        given = (arguments.user_limit, arguments.item_limit)
+        measured = (0, 0) if all(given) else measured_limits(processor, rows, data.items)
+        limits = (given[0] or measured[0], given[1] or measured[1])
+        model.config.user_limit, model.config.item_limit = limits
         collator = LateCollator(
             processor,
             data.items,
-            limits=(arguments.user_limit, arguments.item_limit),
+            limits=limits,
             in_batch=arguments.in_batch_negatives,
             pairs_per_user=arguments.pairs_per_user,
             known=known_positives(rows, load_table(source, "tasks", arguments.dataset_train_split)),

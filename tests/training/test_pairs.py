@@ -16,7 +16,14 @@ from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.recipe import backbone_path
 from mllm_msr.training import sft
 from mllm_msr.training.collator import AnswerCollator, ItemTable
-from mllm_msr.training.pair_collators import LateCollator, PackedCollator, known_positives, log_popularity, task_rows
+from mllm_msr.training.pair_collators import (
+    LateCollator,
+    PackedCollator,
+    known_positives,
+    log_popularity,
+    measured_limits,
+    task_rows,
+)
 from mllm_msr.training.pair_trainer import answer_loss, listwise_loss, pair_weights
 from mllm_msr.training.tables import load_table
 
@@ -102,6 +109,16 @@ def test_late_pairs_can_be_limited_and_own_ones_stay(data):
     assert limited["labels"].sum() == alone["labels"].sum() == 6
 
 
+def test_limits_are_a_little_more_than_the_longest_blocks(data):
+    examples, items, processor, _ = data
+    user_limit, item_limit = measured_limits(processor, examples, items)
+    users = [{"preference": row["preference"], "recent": [{"summary": s} for s in row["recent"]]} for row in examples]
+    whole = processor.blocks(users, [items[name] for name in items], (0, 0))
+    for kind, limit in (("users", user_limit), ("items", item_limit)):
+        longest = int(whole[kind]["attention_mask"].sum(1).max())
+        assert longest <= limit <= 1.125 * longest + 16 and limit % 16 == 0
+
+
 def test_losses_by_hand():
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])  # tokens: Yes, No, another
     answers = {"yes": [0], "no": [1]}
@@ -136,8 +153,6 @@ def flags(run, output, **more):
         "per_device_train_batch_size": 3,
         "max_eval_samples": 4,
         "logging_steps": 1,
-        "user_limit": LIMITS[0],
-        "item_limit": LIMITS[1],
         **more,
     }
 
@@ -162,7 +177,7 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
     model, processor = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
-    assert (model.config.interaction, model.config.user_limit, model.config.item_limit) == ("late", *LIMITS)
+    assert model.config.interaction == "late" and 16 <= model.config.user_limit <= 96
     items = ItemTable(load_table(str(small_run.folder), "items", "train"))
     names = list(items)[:5]
     (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], [items[name] for name in names])
@@ -181,6 +196,7 @@ def test_packed_training_is_training_on_rows(small_run, tmp_path):
 
 def test_cached_picture_features_and_a_listwise_loss(small_run, tmp_path):
     options = {"interaction": "late", "pair_loss": "listwise", "save_strategy": "no", "eval_strategy": "no"}
+    options.update(user_limit=LIMITS[0], item_limit=LIMITS[1])
     options["log_q_correction"] = True
     found = []
     for cached in (False, True):
