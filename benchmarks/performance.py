@@ -24,63 +24,27 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from random_llava import save_random_llava
+from transformers import LlavaProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.recipe import backbone_path
 from mllm_msr.training.collator import AnswerCollator, ItemTable
 from mllm_msr.training.pair_collators import LateCollator, PackedCollator
 from mllm_msr.training.pair_trainer import answer_loss
 
-SIZES = {  # width, feed-forward, layers, heads of the language model; width, layers of the vision tower
-    "small": ((128, 352, 2, 4), (64, 2)),
-    "medium": ((256, 704, 6, 4), (128, 4)),
-    "large": ((512, 1408, 8, 8), (256, 6)),
-    "7b": ((4096, 14336, 32, 32), (1024, 24)),
+SIZES = {  # width, feed-forward, layers, heads of the language model; width, layers, heads of the vision tower
+    "small": ((128, 352, 2, 4), (64, 2, 2)),
+    "medium": ((256, 704, 6, 4), (128, 4, 4)),
+    "large": ((512, 1408, 8, 8), (256, 6, 8)),
+    "7b": ((4096, 14336, 32, 32), (1024, 24, 32)),
 }
 PROMPTS = {300: (64, 85), 900: (192, 115)}  # tokens: edge of the picture (its patches are 8 wide), words of the user
 WORDS = "red blue small large round striped quiet loud old new film mug ship lamp chair clock likes things that"
 LIMITS = (512, 1024)
-
-
-def backbone(folder: Path, size: str, edge: int, dtype: torch.dtype) -> int:
-    """Save a stock Llava with random weights; return its number of parameters."""
-    (width, inner, layers, heads), (seen, depth) = SIZES[size]
-    tokenizer = AutoTokenizer.from_pretrained(backbone_path("demo"))
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=seen, intermediate_size=4 * seen, num_hidden_layers=depth, num_attention_heads=seen // 32,
-            image_size=edge, patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=4096,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids(["<image>"])[0],
-        vision_feature_layer=-1,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).to(dtype)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
-    LlavaProcessor(
-        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template,
-    ).save_pretrained(folder)  # fmt: skip
-    return sum(weights.numel() for weights in model.parameters())
 
 
 def best(work: Callable[[], int], repeats: int) -> float:
@@ -102,7 +66,8 @@ class Bench:
         edge, words = PROMPTS[tokens]
         dtype = getattr(torch, options.dtype)
         self.repeats, self.folder = options.repeats, folder
-        self.parameters = backbone(folder, size, edge, dtype)
+        language, tower = SIZES[size]
+        self.parameters = save_random_llava(folder, language, (*tower, edge, 8), dtype)
         self.processor = MllmMsrProcessor.from_backbone(str(folder))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = dtype

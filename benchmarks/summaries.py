@@ -24,15 +24,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from random_llava import save_random_llava
 
 from mllm_msr.demo.school import PROMPTS
 from mllm_msr.demo.source import read_demo
@@ -43,52 +35,14 @@ from mllm_msr.processing.recipe import backbone_path
 from mllm_msr.processing.summaries import summarize_items, summarize_users
 from mllm_msr.processing.text_store import TextStore
 
-SIZES = {  # width, feed-forward, layers, heads of the language model; width, layers, edge, patch of the vision tower
-    "tiny": ((128, 256, 2, 4), (64, 2, 64, 16)),
-    "mid": ((256, 704, 8, 4), (256, 4, 64, 16)),
-    "7b": ((4096, 14336, 32, 32), (1024, 24, 336, 14)),
+SIZES = {  # width, feed-forward, layers, heads; of the vision tower width, layers, heads, edge, patch
+    "tiny": ((128, 256, 2, 4), (64, 2, 1, 64, 16)),
+    "mid": ((256, 704, 8, 4), (256, 4, 4, 64, 16)),
+    "7b": ((4096, 14336, 32, 32), (1024, 24, 16, 336, 14)),
 }
 LIMITS = {"item_summary": 48, "preference": 64}
 ALIKE, UNEQUAL = 10**9, 24  # one token in so many ends a text: texts of the same length, or not at all
 BLOCK = 3
-
-
-def random_llava(folder: Path, size: str, dtype: torch.dtype) -> int:
-    """Save a stock Llava with random weights and the demo's tokenizer; return its number of parameters."""
-    (width, inner, layers, heads), (seen, depth, edge, patch) = SIZES[size]
-    tokenizer = AutoTokenizer.from_pretrained(backbone_path("demo"))
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=seen, intermediate_size=4 * seen, num_hidden_layers=depth, num_attention_heads=seen // 64,
-            image_size=edge, patch_size=patch,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=4096,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids(["<image>"])[0],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )  # fmt: skip
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlavaForConditionalGeneration(config).to(dtype)
-    for weights in model.parameters():
-        if weights.ndim > 1:  # further apart than by default, so that no two tokens tie
-            torch.nn.init.normal_(weights, std=1.5 / weights.shape[-1] ** 0.5)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
-        ),
-        tokenizer=tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template,
-    ).save_pretrained(folder)  # fmt: skip
-    return sum(weights.numel() for weights in model.parameters())
 
 
 def clock() -> float:
@@ -187,7 +141,7 @@ def incremental(bench: Bench) -> None:
     users, few = 1600, 16
     before, after = bench.log(users, 2 * BLOCK - 1), bench.log(users, 2 * BLOCK - 1, few)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as kept:
-        parameters = random_llava(Path(folder), "tiny", torch.float32)
+        parameters = save_random_llava(Path(folder), *SIZES["tiny"], torch.float32)
         tiny = Bench(Path(folder), parameters, "float32", few, None, users)
         _, full, blocks = tiny.preferences(before, tiny.engine(), Path(kept))
         _, nothing, none = tiny.preferences(before, tiny.engine(), Path(kept))
@@ -342,7 +296,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, help="of the accelerator, in TFLOP/s")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        parameters = random_llava(Path(folder), options.size, getattr(torch, options.dtype))
+        parameters = save_random_llava(Path(folder), *SIZES[options.size], getattr(torch, options.dtype))
         print(f"{machine()}\nrandom Llava, {parameters / 1e6:.1f} million parameters, {options.dtype}")
         bench = Bench(Path(folder), parameters, options.dtype, options.batch_size, options.peak, options.users)
         for part in options.parts or PARTS:
