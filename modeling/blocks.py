@@ -99,6 +99,12 @@ class Blocks:
         sizes = [len(past) for past in self.past] if self.past is not None else [len(r) for r in self.roots]
         self.teams = [_teams(parent, size) for parent, size in zip(self.parents, sizes, strict=self.leaves is not None)]
         self.masks = [self._own_mask(places) for places in segments]
+        if self.leaves is not None and self.masks[-1] is None:  # beside their roots they always need one
+            self.masks[-1] = _causal(self.leaves.shape[1], self.leaves.device)[None, None]
+        self.past_inside = [
+            torch.arange(past.layers[0][0].shape[2], device=past.lengths.device) < past.lengths[:, None]
+            for past in self.past or []
+        ]
 
     def widest(self) -> int:
         """The most tokens that any token of the row sees."""
@@ -154,12 +160,9 @@ def block_attention(
         if blocks.keep:
             blocks.kept[number].append((own[1], own[2]))
     if blocks.leaves is not None:
-        if blocks.past is not None:
-            layer: Any = module.layer_idx
-            for past in blocks.past:
-                keys, values = past.layers[layer]
-                inside = torch.arange(keys.shape[2], device=keys.device) < past.lengths[:, None]
-                groups.append((keys, values, inside))
+        layer: Any = module.layer_idx
+        for past, inside in zip(blocks.past or [], blocks.past_inside, strict=True):
+            groups.append((*past.layers[layer], inside))
         own = [tensor[blocks.leaves.clamp(min=0)].transpose(1, 2) for tensor in (q, k, v)]
         scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         attend = _attend_in_place if blocks.leaves.shape[1] <= SHORT else _attend_to_copies
@@ -173,7 +176,7 @@ def _attend_to_copies(
 ) -> torch.Tensor:
     """(P, heads, L, d): each leaf beside copies of its roots' keys and values."""
     query, width = own[0], own[0].shape[2]
-    seen = blocks.masks[-1] if blocks.masks[-1] is not None else _causal(width, query.device)[None, None]
+    seen: Any = blocks.masks[-1]
     masks = [
         inside[parent][:, None, None, :].expand(-1, -1, width, -1) for parent, (_, _, inside) in _of(blocks, groups)
     ]
@@ -194,7 +197,7 @@ def _attend_in_place(
     count, heads, width, size = query.shape
     shared = key.shape[1]
     query = query.reshape(count, shared, -1, width, size) * scale  # (P, key heads, heads for each, L, d)
-    seen = blocks.masks[-1] if blocks.masks[-1] is not None else _causal(width, query.device)[None, None]
+    seen: Any = blocks.masks[-1]
     hidden = torch.finfo(query.dtype).min
     scores = [(query @ key[:, :, None].transpose(-1, -2)).masked_fill(~seen[:, :, None], hidden)]
     for (members, place), (keys, _, inside) in zip(blocks.teams, groups, strict=True):

@@ -19,6 +19,14 @@ PART = 128  # users or candidates kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward
 
 
+def within(rows: Sequence[np.ndarray], first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where ``rows`` have the numbers ``first`` to ``first + count - 1``: three times (N,), the row, the place in it,
+    and the number less ``first``."""
+    places = [np.flatnonzero((row >= first) & (row < first + count)) for row in rows]
+    numbers = np.concatenate([row[some] for row, some in zip(rows, places, strict=True)]) - first
+    return np.repeat(np.arange(len(rows)), [len(some) for some in places]), np.concatenate(places), numbers
+
+
 class LatePlan:
     """See :class:`Recommender`, whose arguments these are; ``memory`` is in bytes."""
 
@@ -89,8 +97,9 @@ class LatePlan:
         def encode(names: Sequence[str]) -> Past:
             cache, device = self.cache, self.model.device
             known: dict[str, Past] = {}
+            paths = {name: cache.path(catalogue[name]) for name in names} if cache else {}
             if cache:
-                found = {name: cache.load(cache.path(catalogue[name]), device) for name in names}
+                found = {name: cache.load(path, device) for name, path in paths.items()}
                 known = {name: past for name, past in found.items() if past is not None}
             missing = [name for name in names if name not in known]
             if missing:
@@ -101,7 +110,7 @@ class LatePlan:
                     return new
                 for row, name in enumerate(missing):
                     known[name] = new.select(torch.tensor([row], device=device))
-                    cache.save(cache.path(catalogue[name]), new, row)
+                    cache.save(paths[name], new, row)
             return Past.join([known[name] for name in names])
 
         return encode
@@ -126,12 +135,8 @@ class LatePlan:
         bar: Any,
     ) -> None:
         """Score those pairs of some users and some candidates that are wanted."""
-        places = [
-            np.flatnonzero((row >= first) & (row < first + len(items))) for row in rows[begin : begin + len(users)]
-        ]
-        who = np.repeat(np.arange(len(users)), [len(some) for some in places])
-        place = np.concatenate(places)
-        what = np.concatenate([rows[begin + user][some] - first for user, some in enumerate(places)])
+        mine = rows[begin : begin + len(users)]
+        who, place, what = within(mine, first, len(items))
         order = np.argsort(what, kind="stable")  # so that one forward needs few candidates, and neighbours
         width = len(self.answer_ids)
         heads = self.model.config.get_text_config(decoder=True).num_attention_heads

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from .item_cache import ItemCache
-from .late_ranking import LatePlan
+from .late_ranking import LatePlan, within
 from .packing import BlocksTooLong, block_limits, pack_joint
 from .shown import Shown
 
@@ -141,14 +141,13 @@ class Recommender:
         for first in range(0, len(names), chunk):
             if first:
                 shown.forget()
-            wanted = [np.flatnonzero((row >= first) & (row < first + chunk)) for row in rows]
-            owners = np.repeat(np.arange(len(rows)), [len(places) for places in wanted])
-            places = np.concatenate(wanted)
+            owners, places, numbers = within(rows, first, chunk)
             start = 0
             while start < len(owners):  # as many pairs as the budget allows, going by what the last ones took
                 some = slice(start, start + max(1, self.token_budget // self.longest))
                 pairs = list(zip(owners[some].tolist(), places[some].tolist(), strict=True))
-                logits = self._score_pairs(users, [(user, names[rows[user][place]]) for user, place in pairs], shown)
+                items = [names[first + number] for number in numbers[some].tolist()]
+                logits = self._score_pairs(users, list(zip(owners[some].tolist(), items, strict=True)), shown)
                 if logits is None:
                     continue  # these take more than any before, so take fewer of them
                 for (user, place), logit in zip(pairs, logits.tolist(), strict=True):

@@ -37,6 +37,11 @@ class ItemTable(Mapping):
         return {name: row[name] for name in ("title", "text", "image")}
 
 
+def user_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the processor takes of a row's user: ``preference``, and ``recent`` as items of which only that is known."""
+    return {"preference": row["preference"], "recent": [{"summary": summary} for summary in row["recent"]]}
+
+
 @dataclass
 class AnswerCollator:
     """Batch ``sft`` rows for ``SFTTrainer``.
@@ -54,6 +59,6 @@ class AnswerCollator:
             preferences=[row["preference"] for row in rows],
             candidates=[self.items[row["item_id"]] for row in rows],
             labels=[row["label"] for row in rows],
-            recent=[[{"summary": summary} for summary in row["recent"]] for row in rows],
+            recent=[user_of(row)["recent"] for row in rows],
         )
         return dict(batch)

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.storage import digest
-from mllm_msr.training.collator import ItemTable
+from mllm_msr.training.collator import ItemTable, user_of
 
 PICTURES = 2048  # prepared pictures kept by a collator
 MEASURED = 32  # users and items
@@ -76,10 +76,7 @@ def measured_limits(processor: MllmMsrProcessor, examples: Dataset, items: ItemT
         for preference, recent in zip(examples["preference"], examples["recent"], strict=True)
     ]
     longest = sorted(range(len(texts)), key=lambda row: -len(texts[row]))[:MEASURED]
-    users = [
-        {"preference": row["preference"], "recent": [{"summary": text} for text in row["recent"]]}
-        for row in examples.select(longest)
-    ]
+    users = [user_of(row) for row in examples.select(longest)]
     table, names = items.items, list(items)
     words = [len(title or "") + len(text or "") for title, text in zip(table["title"], table["text"], strict=True)]
     wordy = sorted(range(len(names)), key=lambda row: -words[row])[:MEASURED]
@@ -124,7 +121,7 @@ class PackedCollator(_Candidates):
         batch = self.processor(
             preferences=[rows[number]["preference"] for number in owners],
             candidates=[self.ready(item) for row in rows for item in row["item_id"]],
-            recent=[[{"summary": summary} for summary in rows[number]["recent"]] for number in owners],
+            recent=[user_of(rows[number])["recent"] for number in owners],
         )
         labels = torch.tensor([label for row in rows for label in row["label"]])
         pictures = self.pictures(item for row in rows for item in row["item_id"])
@@ -168,13 +165,10 @@ class LateCollator(_Candidates):
             chosen = sorted(lot.permutation(others)[:room].tolist()) if room < len(others) else others
             pairs += [(number, place, label) for place, label in own.items()]
             pairs += [(number, place, 0) for place in chosen]
-        users = [
-            {"preference": row["preference"], "recent": [{"summary": text} for text in row["recent"]]} for row in rows
-        ]
         table = torch.tensor(pairs)
         floor = min(self.log_q.values(), default=0.0)  # an item that is nobody's positive is there as rarely as can be
         return {
-            **self.processor.blocks(users, [self.ready(item) for item in items], self.limits),
+            **self.processor.blocks([user_of(row) for row in rows], [self.ready(item) for item in items], self.limits),
             "pairs": table[:, :2].T.contiguous(),
             "labels": table[:, 2],
             "pictures": self.pictures(items),

@@ -129,19 +129,17 @@ class PairTrainer(SFTTrainer):
             if "owners" not in given:
                 raise
             logger.warning_once(f"prompts are computed whole, not packed: {error}")
-            owners = given.pop("owners")
+            del given["owners"]
             outputs = model(**given, logits_to_keep=1)
             outputs.logits = outputs.logits[:, -1]
-            given["owners"] = owners
-        config = recommender.config
         users = inputs["pairs"][0] if "pairs" in inputs else inputs["owners"]
-        yes, no = (outputs.logits[:, config.answer_token_ids[side]].float().logsumexp(-1) for side in ("yes", "no"))
-        differences = yes - no
+        differences = recommender.answer_logits(outputs.logits)
         if self.pair_loss == "listwise":
             corrected = differences - log_q if self.log_q_correction else differences
             loss = listwise_loss(corrected, labels, users)
         else:
-            loss = answer_loss(outputs.logits, labels, config.answer_token_ids, self._weights(labels, log_q))
+            answers = recommender.config.answer_token_ids
+            loss = answer_loss(outputs.logits, labels, answers, self._weights(labels, log_q))
         mode = "train" if model.training else "eval"
         with torch.no_grad():
             right = ((differences > 0) == (labels > 0)).float().mean()

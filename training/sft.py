@@ -228,7 +228,7 @@ def pair_trainer(arguments: RecommenderArguments, data: Examples, common: dict[s
     """The trainer of whole tasks, and with ``late`` of users and items that are computed once each."""
     model, processor, source = common["model"], common["processing_class"], arguments.dataset_name or ""
     late = arguments.interaction == "late"
-    rows = load_table(source, "sft", arguments.dataset_train_split)
+    rows = data.negatives.examples if data.negatives else data.training  # the table as it is, of no epoch
     collator: Any = PackedCollator(processor, data.items)
     if late:
         model.config.interaction = "late"
