@@ -48,11 +48,11 @@ def draw(rows: int, path: Path) -> None:
 
 def ours(path: Path, whole: bool) -> int:
     """Held-out tasks made by this project."""
-    from mllm_msr.processing.cleaning import clean
-    from mllm_msr.processing.options import PrepareOptions
-    from mllm_msr.processing.prepare import prepare
-    from mllm_msr.processing.tables import read_tables
-    from mllm_msr.processing.tasks import TaskPlan
+    from mllm_msr.data.cleaning import clean
+    from mllm_msr.data.prepare import prepare
+    from mllm_msr.data.sources.tables import read_tables
+    from mllm_msr.data.tasks import TaskPlan
+    from mllm_msr.records.sections import PrepareOptions
 
     options = PrepareOptions()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

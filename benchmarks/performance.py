@@ -28,11 +28,12 @@ from random_llava import save_random_llava
 from transformers import LlavaProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.training.collator import AnswerCollator, ItemTable
+from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.pair_collators import LateCollator, PackedCollator
 from mllm_msr.training.pair_trainer import answer_loss
 
@@ -165,9 +166,9 @@ class Bench:
 
         return best(work, self.repeats)
 
-    def table(self, count: int) -> ItemTable:
+    def table(self, count: int) -> Catalogue:
         features = Features({name: Value("string") for name in ("item_id", "title", "text")} | {"image": Image()})
-        return ItemTable(Dataset.from_list([self.items[name] for name in self.names[:count]], features=features))
+        return Catalogue(Dataset.from_list([self.items[name] for name in self.names[:count]], features=features))
 
     def rows(self, tasks: int, negatives: int) -> list[dict[str, Any]]:
         """Tasks of one positive and some negatives, all items different."""

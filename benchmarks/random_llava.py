@@ -13,7 +13,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.records.recipe import backbone_path
 
 
 def save_random_llava(

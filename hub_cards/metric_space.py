@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from mllm_msr.training.metrics import ranking_metrics
+from mllm_msr.evaluation.metrics import ranking_metrics
 
 DESCRIPTION = """\
 Ranking metrics of a recommender that scores candidates of users: pooled AUC, AUC per user, HR@1, HR@5, HR@10, MRR@5,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
+from mllm_msr.evaluation.diagnostics import agreement
+from mllm_msr.evaluation.metrics import paired_differences
 from mllm_msr.hub_cards import evidence
 from mllm_msr.hub_cards.results import (
     METRIC_NAMES,
@@ -18,8 +20,6 @@ from mllm_msr.hub_cards.results import (
     row_name,
     write_page,
 )
-from mllm_msr.training.diagnostics import agreement
-from mllm_msr.training.metrics import paired_differences
 
 SIDE_BY_SIDE = ("auc", "hr@5", "mrr@5", "ndcg@5")
 AGREEMENT = ("largest difference of a logit", "rank correlation", "users with another first, percent")

@@ -4,15 +4,15 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+from mllm_msr.evaluation import metrics
 from mllm_msr.hub_cards.cards import read_facts, render
 from mllm_msr.hub_cards.publishing import whole
-from mllm_msr.training import metrics
 
 ROOM = Path(__file__).parent
 SPACE_SDKS = {"metric": "static", "space": "gradio"}
 GRADIO = "6.31.0"  # with which the app is tested; it need not be installed where a release is made
 METRIC = "ranking_metrics"  # `evaluate` wants the script to be called as its repository or folder
-METRICS_IMPORT = "from mllm_msr.training.metrics import ranking_metrics\n"
+METRICS_IMPORT = "from mllm_msr.evaluation.metrics import ranking_metrics\n"
 
 
 def build_spaces(run: Path, ids: dict[str, str], tag: str | None = None) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .blocks import Past
+from .block_attention import Past
 
 SAMPLES = 1024  # values of each weight that go into the fingerprint of a model
 

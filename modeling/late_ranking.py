@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .blocks import Past
+from .block_attention import Past
+from .image_features import Shown
 from .item_cache import ItemCache
 from .packing import pack_late, pack_roots
-from .shown import Shown
 
 PART = 128  # users or candidates kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .image_features import Shown
 from .item_cache import ItemCache
 from .late_ranking import LatePlan, within
 from .packing import BlocksTooLong, block_limits, pack_joint
-from .shown import Shown
 
 
 class Recommender:

@@ -24,7 +24,7 @@ from mllm_msr.processing.decoding import OwnSeeds, decode
 from mllm_msr.processing.engines import MAX_NEW_TOKENS, EngineUnavailable, Task, Text, prompt_digest
 from mllm_msr.processing.picture_memory import KEY, PictureMemory, takes_features
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.storage import folder_digest
+from mllm_msr.records.storage import folder_digest
 
 logger = logging.getLogger(__name__)
 AGAIN = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "room": 1.5}  # for a second answer

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mllm_msr.processing.prompts import PROMPTS
-from mllm_msr.processing.recipe import backbone_path
-from mllm_msr.processing.storage import digest
+from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.storage import digest
 
 Task = Literal["item_summary", "text_summary", "image_summary", "fusion", "preference"]
 MAX_NEW_TOKENS = {  # the paper's two descriptions of an item get equal room, so that text does not drown the picture

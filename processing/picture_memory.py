@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mllm_msr.processing.pictures import Picture, collate_pictures
+from mllm_msr.processing.backbone_images import Picture, collate_pictures
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
 KEY = "picture_keys"  # a tensor of each stand-in, so that a batch tells which pictures its prompts show

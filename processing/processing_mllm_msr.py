@@ -11,7 +11,7 @@ import transformers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
-from .pictures import Picture, build_backbone_processor, collate_pictures
+from .backbone_images import Picture, build_backbone_processor, collate_pictures
 from .prompts import PROMPTS
 from .safe_text import OPEN, Controls, Field, Row, addition, anchor, mark, split
 

@@ -16,10 +16,10 @@ import polars as pl
 from PIL import Image
 from tqdm import tqdm
 
+from mllm_msr.data.images import BrokenImage, decode
 from mllm_msr.processing.engines import Engine, EngineUnavailable, SummaryOptions, Task, Text
-from mllm_msr.processing.images import BrokenImage, decode
-from mllm_msr.processing.storage import digest
 from mllm_msr.processing.text_store import TextStore
+from mllm_msr.records.storage import digest
 
 logger = logging.getLogger(__name__)
 Load = Callable[[list[int]], list[Mapping[str, Any]]]

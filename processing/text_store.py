@@ -16,7 +16,7 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.processing.storage import digest, is_alive, sweep, write_parquet
+from mllm_msr.records.storage import digest, is_alive, sweep, write_parquet
 
 logger = logging.getLogger(__name__)
 SCHEMA = {"key": pl.String, "text": pl.String, "status": pl.String}

@@ -1,22 +1,12 @@
-"""Tiny backbones for all rooms.
+"""Tiny backbones for all rooms."""
 
-`tiny_models` is imported from its file, as `tests/` must not be on the path: it holds a folder `mllm_msr`.
-"""
-
-import importlib.util
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-assert spec is not None and spec.loader is not None
-tiny_models = importlib.util.module_from_spec(spec)
-sys.modules["tiny_models"] = tiny_models
-spec.loader.exec_module(tiny_models)
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.evaluation.metrics import user_columns
+from mllm_msr.evaluation.scoring import score_with_model
 from mllm_msr.modeling.ranking import Recommender
-from mllm_msr.training.collator import ItemTable
-from mllm_msr.training.evaluation import score_with_model
-from mllm_msr.training.metrics import user_columns
 
-Score = Callable[[pl.DataFrame, ItemTable], pl.DataFrame]
+Score = Callable[[pl.DataFrame, Catalogue], pl.DataFrame]
 
 
 class RankingCallback(TrainerCallback):
@@ -33,7 +33,7 @@ class RankingCallback(TrainerCallback):
         items: the catalogue.
     """
 
-    def __init__(self, trainer: Trainer, tasks: pl.DataFrame, items: ItemTable) -> None:
+    def __init__(self, trainer: Trainer, tasks: pl.DataFrame, items: Catalogue) -> None:
         self.trainer, self.tasks, self.items = trainer, tasks, items
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ def scoring(trainer: Trainer) -> Iterator[Score]:
     plain = whole.get_base_model() if isinstance(whole, PeftModel) else whole
     recommender = Recommender(plain, trainer.processing_class)
 
-    def score(tasks: pl.DataFrame, items: ItemTable) -> pl.DataFrame:
+    def score(tasks: pl.DataFrame, items: Catalogue) -> pl.DataFrame:
         if alone:
             (frame,) = broadcast_object_list([score_with_model(recommender, tasks, items) if main else None])
             return frame

@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_quantization_
 
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.training.collator import AnswerCollator
+from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.sft import (
     ExampleArguments,
     Examples,

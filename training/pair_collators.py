@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.storage import digest
-from mllm_msr.training.collator import ItemTable, user_of
+from mllm_msr.records.storage import digest
+from mllm_msr.training.collators import user_of
 
 PICTURES = 2048  # prepared pictures kept by a collator
 MEASURED = 32  # users and items
@@ -66,7 +67,7 @@ def log_popularity(examples: Dataset) -> dict[str, float]:
     return dict(zip(items.tolist(), np.log(counts / counts.sum()).tolist(), strict=True))
 
 
-def measured_limits(processor: MllmMsrProcessor, examples: Dataset, items: ItemTable) -> tuple[int, int]:
+def measured_limits(processor: MllmMsrProcessor, examples: Dataset, items: Catalogue) -> tuple[int, int]:
     """The tokens of the longest users and items, an eighth more, in sixteens: blocks that stand far apart learn worse.
 
     Looked at are those with the most characters, and as many items spread over the catalogue for their pictures.
@@ -93,7 +94,7 @@ class _Candidates:
     """Items as the processor takes them, their pictures prepared once in a while."""
 
     processor: MllmMsrProcessor
-    items: ItemTable
+    items: Catalogue
     ready: Callable[[str], dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -27,14 +27,16 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import EarlyStoppingCallback, Trainer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.hub_tables import load_table
 from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.packing import block_limits
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.recipe import backbone_path, load_recipe
+from mllm_msr.records.recipe import backbone_path, load_recipe
 from mllm_msr.training.callbacks import RankingCallback, first_tasks, task_lists, whole_model
-from mllm_msr.training.collator import AnswerCollator, ItemTable
-from mllm_msr.training.hard_negatives import Negatives, NegativesCallback
+from mllm_msr.training.collators import AnswerCollator
+from mllm_msr.training.negatives import Negatives, NegativesCallback
 from mllm_msr.training.pair_collators import (
     LateCollator,
     PackedCollator,
@@ -44,7 +46,6 @@ from mllm_msr.training.pair_collators import (
     task_rows,
 )
 from mllm_msr.training.pair_trainer import PairArguments, PairTrainer
-from mllm_msr.training.tables import load_table
 
 
 @dataclass
@@ -162,7 +163,7 @@ def train(script_args: RecommenderArguments, training_args: SFTConfig, model_arg
 class Examples:
     """What is trained and evaluated on. ``negatives`` are those of ``training`` that change with the epoch, if any."""
 
-    items: ItemTable
+    items: Catalogue
     training: Dataset
     validation: Dataset | None
     negatives: Negatives | None
@@ -171,7 +172,7 @@ class Examples:
     def load(cls, arguments: ExampleArguments, training_args: Any) -> "Examples":
         """As the flags have it, from wherever the data set is."""
         source = arguments.dataset_name or ""
-        items = ItemTable(load_table(source, "items", "train"))
+        items = Catalogue(load_table(source, "items", "train"))
         training, validation, negatives = load_table(source, "sft", arguments.dataset_train_split), None, None
         if arguments.negatives_per_positive is not None or arguments.hard_negatives:
             negatives = Negatives(

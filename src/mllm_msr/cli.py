@@ -194,9 +194,10 @@ def dispatch(options: argparse.Namespace) -> None:
 
             serve(options.output, options.port)
         return
-    from mllm_msr import sources, stages
-    from mllm_msr.run import Run
-    from mllm_msr.scoring import with_evaluation
+    from mllm_msr import stages
+    from mllm_msr.data.sources import registry as sources
+    from mllm_msr.evaluation.evaluate import with_evaluation
+    from mllm_msr.records.run import Run
     from mllm_msr.transfer import with_model_of
 
     match options.command:
@@ -221,13 +222,13 @@ def dispatch(options: argparse.Namespace) -> None:
 
             print(compare(options.runs))
         case "rank" | "index":
-            from mllm_msr import ranking
+            from mllm_msr import rank as ranking
 
             getattr(ranking, options.command)(options)
         case "publish":
             stages.publish(options)
         case "show":
-            from mllm_msr.processing.histories import show_user
+            from mllm_msr.show import show_user
 
             show_user(Run.open(options.run).folder, options.id)
         case name:

@@ -14,23 +14,23 @@ import polars as pl
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mllm_msr.processing.examples import recommendation_parts
-from mllm_msr.processing.leakage import (
+from mllm_msr.data.leakage import (
     LeakageError,
     check_leakage,
     check_no_ids,
     check_own_words,
     check_used_preferences,
 )
+from mllm_msr.processing.examples import recommendation_parts
 from mllm_msr.processing.prompts import PROMPTS
-from mllm_msr.run import Run
+from mllm_msr.records.run import Run
 
 
 def prove(run: Run, sft: Path | None = None) -> None:
     """Check templates, tasks, popularity and, where they are there, preferences, generated texts and finished prompts.
 
     ``sft`` is the folder of the training prompts, if they have not taken their place yet. Raises
-    :class:`~mllm_msr.processing.leakage.LeakageError` with the rows.
+    :class:`~mllm_msr.data.leakage.LeakageError` with the rows.
     """
     folder = run.folder
     check_templates(run.recipe.prompts)

@@ -20,8 +20,8 @@ import polars as pl
 from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.processing.examples import training_examples
 from mllm_msr.processing.prompts import PROMPTS
-from mllm_msr.processing.recipe import load_recipe
-from mllm_msr.run import Run
+from mllm_msr.records.recipe import load_recipe
+from mllm_msr.records.run import Run
 from mllm_msr.stages import prepare
 
 

@@ -1,4 +1,4 @@
-"""The stages of a run, from raw data to a Hub-ready folder. Each can be done alone; see :mod:`mllm_msr.run`."""
+"""The stages of a run, from raw data to a Hub-ready folder. Each can be done alone; see :mod:`mllm_msr.records.run`."""
 
 import argparse
 import json
@@ -10,12 +10,12 @@ from typing import Any
 
 import polars as pl
 
-from mllm_msr.processing.recipe import backbone_path
-from mllm_msr.processing.storage import file_digest, folder_digest, whole_folder, write_parquet, write_text
+from mllm_msr.data.sources.registry import read_source, source_fingerprint
+from mllm_msr.evaluation.evaluate import evaluate
 from mllm_msr.proof import check_templates, prove
-from mllm_msr.run import Run
-from mllm_msr.scoring import evaluate
-from mllm_msr.sources import read_source, source_fingerprint
+from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.run import Run
+from mllm_msr.records.storage import file_digest, folder_digest, whole_folder, write_parquet, write_text
 
 
 def run_all(run: Run) -> None:
@@ -26,8 +26,8 @@ def run_all(run: Run) -> None:
 
 def prepare(run: Run) -> None:
     """Stage 0: raw logs, texts and images to interactions, items and frozen ranking tasks."""
-    from mllm_msr.processing.prepare import PrepareOptions, statistics_table
-    from mllm_msr.processing.prepare import prepare as write_data
+    from mllm_msr.data.prepare import PrepareOptions, statistics_table
+    from mllm_msr.data.prepare import prepare as write_data
 
     options = PrepareOptions(**run.recipe.data)
     check_templates(run.recipe.prompts)

@@ -15,9 +15,9 @@ import numpy as np
 import polars as pl
 import yaml
 
-from mllm_msr.processing.recipe import Recipe, backbone_path, load_recipe, with_settings
-from mllm_msr.processing.storage import write_text
-from mllm_msr.run import Run
+from mllm_msr.records.recipe import Recipe, backbone_path, load_recipe, with_settings
+from mllm_msr.records.run import Run
+from mllm_msr.records.storage import write_text
 
 # What a cell may take over from another: the stages, their output, and the sections of the recipe all of it rests on.
 SHARED = (
@@ -168,7 +168,7 @@ def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
     our row of the first cell, paired by user; it is left out where the users are others. ``same_candidates``: whether
     these were ranked in both; if not, the difference is as fair but less exact.
     """
-    from mllm_msr.training.metrics import METRICS, resampled_means
+    from mllm_msr.evaluation.metrics import METRICS, resampled_means
 
     entries, reference = [], None
     for cell, runs in cells.items():
@@ -209,7 +209,7 @@ def _candidates(run: Run) -> int:
 
 def user_values(runs: Sequence[Run], row: str) -> tuple[pl.Series, np.ndarray, list[float | None]]:
     """Users, their values (U, M) under ``row`` averaged over seeds, and each metric's deviation between seeds."""
-    from mllm_msr.training.metrics import METRICS, user_columns
+    from mllm_msr.evaluation.metrics import METRICS, user_columns
 
     by_seed = defaultdict(list)
     for run in runs:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from mllm_msr.processing.recipe import load_recipe
-from mllm_msr.processing.storage import folder_digest, whole_folder, write_parquet, write_text
-from mllm_msr.run import Run
-from mllm_msr.scoring import DEFAULT_ROWS, data_key
+from mllm_msr.evaluation.evaluate import DEFAULT_ROWS, data_key
+from mllm_msr.records.recipe import load_recipe
+from mllm_msr.records.run import Run
+from mllm_msr.records.storage import folder_digest, whole_folder, write_parquet, write_text
 from mllm_msr.study import link_file
 
 

@@ -1,9 +1,7 @@
 """A small, coherent run directory, fabricated from the drawn world: what the stages would have left behind."""
 
-import importlib.util
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +11,8 @@ import pytest
 import yaml
 from datasets import Dataset, Features, Image, Value
 
-from mllm_msr.demo.world import condense, describe, draw, make_world, preference_text
-from mllm_msr.training.metrics import ranking_metrics
-
-for name in ("hub_storage", "hub_server"):  # from their files, as tests/ must not be on the path
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+from mllm_msr.data.sources.world import condense, describe, draw, make_world, preference_text
+from mllm_msr.evaluation.metrics import ranking_metrics
 
 BLOCK = 3
 RECIPE = {

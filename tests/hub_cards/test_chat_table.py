@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from mllm_msr.hub_cards.publishing import build_hub
 from mllm_msr.processing.examples import training_examples
-from mllm_msr.processing.storage import write_parquet
+from mllm_msr.records.storage import write_parquet
 
 
 @pytest.fixture

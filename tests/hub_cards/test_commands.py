@@ -12,7 +12,7 @@ import yaml
 from hub_server import Hub
 from hub_storage import WRITE
 
-from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.records.recipe import backbone_path
 
 COMMAND = str(Path(sys.executable).with_name("mllm-msr"))
 MODEL, DATA, METRIC, SPACE = (

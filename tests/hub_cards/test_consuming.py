@@ -23,10 +23,10 @@ from tiny_models import WITHOUT_PACKAGE
 from transformers import AutoModelForImageTextToText
 
 from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr.evaluation.metrics import ranking_metrics
 from mllm_msr.hub_cards.release import publish
 from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.training import sft
-from mllm_msr.training.metrics import ranking_metrics
 
 BASE = Path(str(files("mllm_msr"))) / "demo/base"
 PAIRS = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two"}]

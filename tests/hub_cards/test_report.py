@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 import yaml
 
+from mllm_msr.evaluation.metrics import ranking_metrics
 from mllm_msr.hub_cards import report, stories
 from mllm_msr.hub_cards.charts import Line, line_chart, nice_ticks
 from mllm_msr.hub_cards.report import write_report
-from mllm_msr.training.metrics import ranking_metrics
 
 VOID = {"meta", "img", "br"}
 

@@ -15,8 +15,8 @@ import torch
 from playwright.sync_api import Error, Page, expect, sync_playwright
 
 from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
-from mllm_msr.processing.recipe import load_recipe
-from mllm_msr.run import Run
+from mllm_msr.records.recipe import load_recipe
+from mllm_msr.records.run import Run
 from mllm_msr.stages import run_all
 
 BASE = str(files("mllm_msr") / "demo" / "base")

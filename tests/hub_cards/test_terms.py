@@ -11,13 +11,13 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
+from mllm_msr.data.prepare import PrepareOptions
 from mllm_msr.hub_cards.cards import model_card
 from mllm_msr.hub_cards.publishing import build_hub
 from mllm_msr.hub_cards.shards import dataset_info, shard
 from mllm_msr.hub_cards.terms import SOURCE_TERMS, conflicts, warnings
-from mllm_msr.processing.prepare import PrepareOptions
 from mllm_msr.rebuild import rebuild
-from mllm_msr.run import Run
+from mllm_msr.records.run import Run
 from mllm_msr.stages import prepare
 
 

@@ -5,7 +5,7 @@ import pytest
 import tiny_models
 import torch
 
-from mllm_msr.modeling import blocks
+from mllm_msr.modeling import block_attention as blocks
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.packing import positions
 from mllm_msr.modeling.ranking import Recommender

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, BatchFeature, Florence2Con
 
 from mllm_msr import MllmMsrConfig, MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.modeling.lora import language_model_lora_targets
-from mllm_msr.processing.pictures import collate_pictures
+from mllm_msr.processing.backbone_images import collate_pictures
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 PREFERENCES = ["likes quiet red films", "", "ships"]

@@ -20,15 +20,15 @@ import pytest
 from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
-from mllm_msr.demo import world
-from mllm_msr.demo.school import PROMPTS
+from mllm_msr.data.sources import world
+from mllm_msr.demo.pretraining import PROMPTS
 from mllm_msr.processing.chat import chat_parts
 from mllm_msr.processing.engine_openai import OpenAIEngine, data_url
 from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, Text, build_engine
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.recipe import backbone_path
 from mllm_msr.processing.summaries import summarize_users
 from mllm_msr.processing.text_store import TextStore
+from mllm_msr.records.recipe import backbone_path
 
 ASK = {"preference": "{{ previous }}>{{ items[0].summary }}", "item_summary": "{{ title }} {{ image }} {{ text }}"}
 IMAGE = Image.new("RGB", (3, 2), (10, 200, 30))

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_msr.demo import world
-from mllm_msr.demo.school import PROMPTS
+from mllm_msr.data.sources import world
+from mllm_msr.demo.pretraining import PROMPTS
 from mllm_msr.processing.engine_extractive import ExtractiveEngine, TitlesEngine, dominant_colours
 from mllm_msr.processing.engine_transformers import TransformersEngine
 from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, build_engine
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.records.recipe import backbone_path
 
 
 def make(**options) -> TransformersEngine:

@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, picture
 from transformers import AutoProcessor, BatchFeature
 
 from mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.pictures import build_backbone_processor, collate_pictures
+from mllm_msr.processing.backbone_images import build_backbone_processor, collate_pictures
 from mllm_msr.processing.safe_text import clean
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)

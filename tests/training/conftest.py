@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mllm_msr import stages
-from mllm_msr.processing.recipe import backbone_path, load_recipe
-from mllm_msr.run import Run
+from mllm_msr.records.recipe import backbone_path, load_recipe
+from mllm_msr.records.run import Run
 
 
 @pytest.fixture(scope="session")

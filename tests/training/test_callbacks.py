@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.hub_tables import load_table
+from mllm_msr.evaluation.metrics import METRICS, ranking_metrics
+from mllm_msr.evaluation.scoring import score_with_model
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.training import sft
 from mllm_msr.training.callbacks import RankingCallback, first_tasks, task_lists
-from mllm_msr.training.collator import ItemTable
-from mllm_msr.training.evaluation import score_with_model
-from mllm_msr.training.metrics import METRICS, ranking_metrics
-from mllm_msr.training.tables import load_table
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_metrics_are_those_of_whole_candidate_lists(small_run, evaluated):
     assert len(rows) == 63  # the third task of 21 candidates is begun, so it is completed
     model = MllmMsrForRecommendation.from_pretrained(folder / "model")
     recommender = Recommender(model, MllmMsrProcessor.from_pretrained(folder / "model"))
-    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
     frame = score_with_model(recommender, task_lists(rows), items)
     assert frame["item_id"].to_list() == rows["item_id"][:]
     expected = ranking_metrics(frame["user_id"], frame["label"], frame["logit"], n_bootstrap=10)

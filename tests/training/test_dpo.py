@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.hub_tables import load_table
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import dpo, sft
-from mllm_msr.training.collator import AnswerCollator, ItemTable
-from mllm_msr.training.tables import load_table
+from mllm_msr.training.collators import AnswerCollator
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def flags(run, model, output, **more):
 def test_a_pair_is_one_prompt_with_both_answers(small_run):
     processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
     rows = list(load_table(str(small_run.folder), "sft", "train").select(range(4)))
-    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
     batch = dpo.PreferenceCollator(AnswerCollator(processor, items))(rows)
     assert "labels" not in batch
     assert batch["completion_mask"].sum(1).tolist() == [1] * 8

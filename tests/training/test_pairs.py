@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.hub_tables import load_table
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import sft
-from mllm_msr.training.collator import AnswerCollator, ItemTable
+from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.pair_collators import (
     LateCollator,
     PackedCollator,
@@ -25,7 +27,6 @@ from mllm_msr.training.pair_collators import (
     task_rows,
 )
 from mllm_msr.training.pair_trainer import answer_loss, listwise_loss, pair_weights
-from mllm_msr.training.tables import load_table
 
 LIMITS = (96, 96)
 
@@ -33,7 +34,7 @@ LIMITS = (96, 96)
 @pytest.fixture(scope="module")
 def data(small_run):
     examples = load_table(str(small_run.folder), "sft", "train")
-    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
     processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
     return examples, items, processor, load_table(str(small_run.folder), "tasks", "train")
 
@@ -178,7 +179,7 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
 
     model, processor = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
     assert model.config.interaction == "late" and 16 <= model.config.user_limit <= 96
-    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
     names = list(items)[:5]
     (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], [items[name] for name in names])
     assert len({one["logit"] for one in ranked}) == 5

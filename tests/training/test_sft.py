@@ -11,12 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.hub_tables import load_table
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.recipe import backbone_path
+from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import sft
-from mllm_msr.training.collator import AnswerCollator, ItemTable
-from mllm_msr.training.tables import load_table
+from mllm_msr.training.collators import AnswerCollator
 
 SCRIPT = Path(sft.__file__)
 PROMPT = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text("utf-8"))["prompts"][
@@ -45,7 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_only_the_answer_is_supervised(small_run):
     processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
     rows = load_table(str(small_run.folder), "sft", "train").select(range(6))
-    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
     batch = AnswerCollator(processor, items)(list(rows))
     supervised = batch["labels"] != -100
     assert supervised.sum(1).tolist() == [1] * 6
@@ -56,7 +57,7 @@ def test_only_the_answer_is_supervised(small_run):
 
 
 def test_an_unknown_item_is_named(small_run):
-    items = ItemTable(load_table(str(small_run.folder), "items", "train"))
+    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
     with pytest.raises(KeyError, match="'i9999' is not in the items table"):
         items["i9999"]
 

@@ -6,8 +6,8 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-from mllm_msr.processing.recipe import load_recipe
-from mllm_msr.run import Run
+from mllm_msr.records.recipe import load_recipe
+from mllm_msr.records.run import Run
 from mllm_msr.stages import run_all
 
 

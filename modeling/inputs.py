@@ -1,0 +1,114 @@
+"""What the recommender reads: users and candidates, as processor, ranking, pipeline and collators take them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class HistoryItem:
+    """An item of a user's history in words: its title, its summary, or both."""
+
+    title: str = ""
+    summary: str = ""
+
+    @classmethod
+    def of(cls, value: Any) -> "HistoryItem":
+        """From a ``HistoryItem`` or a mapping with ``title`` and ``summary``; TypeError or ValueError for others."""
+        return _from(cls, value, "an item of `recent`")
+
+
+@dataclass(frozen=True)
+class User:
+    """A user in words.
+
+    Args:
+        preference: the preference in force; "" if none has been written yet.
+        recent: the items chosen since it was written, oldest first.
+    """
+
+    preference: str = ""
+    recent: Sequence[HistoryItem] = ()
+
+    @classmethod
+    def of(cls, value: Any) -> "User":
+        """From a ``User`` or a mapping with ``preference`` and, if there are any, ``recent`` items.
+
+        Raises:
+            TypeError: something else, or a field of another type.
+            ValueError: a mapping without a preference and recent items, or with a key that is unknown.
+        """
+        user = _from(cls, value, "a user")
+        if not isinstance(user.recent, Sequence) or isinstance(user.recent, str):
+            raise TypeError(
+                f"`recent` of a user is a list of items with `title` and `summary`, not {_kind(user.recent)}"
+            )
+        return cls(user.preference, tuple(HistoryItem.of(item) for item in user.recent))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An item that may be recommended.
+
+    Args:
+        item_id: for whoever asks; no prompt shows it.
+        title, text: its words.
+        image: a PIL image, or what the processor's ``prepare_images`` made of one; None if there is none.
+    """
+
+    item_id: str = ""
+    title: str = ""
+    text: str = ""
+    image: Any = None
+
+    @classmethod
+    def of(cls, value: Any) -> "Candidate":
+        """From a ``Candidate`` or a mapping with any of ``item_id``, ``title``, ``text`` and ``image``.
+
+        Raises:
+            TypeError: something else, a field of another type, or several images.
+            ValueError: a mapping that shows nothing, or with a key that is unknown.
+        """
+        candidate = _from(cls, value, "a candidate")
+        if isinstance(candidate.image, str | bytes | list | tuple | Mapping):
+            raise TypeError(
+                f"`image` of a candidate is one opened image (PIL.Image) or None, not {_kind(candidate.image)}"
+            )
+        return candidate
+
+
+def as_users(values: Any) -> list[User]:
+    """A list of users from a list of ``User`` or mappings; TypeError for a single one."""
+    return [User.of(value) for value in _several(values, "users")]
+
+
+def as_candidates(values: Any) -> list[Candidate]:
+    """A list of candidates from a list of ``Candidate`` or mappings; TypeError for a single one."""
+    return [Candidate.of(value) for value in _several(values, "candidates")]
+
+
+def _several(values: Any, what: str) -> Sequence[Any]:
+    if isinstance(values, str | bytes | Mapping | User | Candidate) or not isinstance(values, Sequence):
+        raise TypeError(f"`{what}` is a list, not {_kind(values)}")
+    return values
+
+
+def _from(kind: Any, value: Any, what: str) -> Any:
+    names = [one.name for one in fields(kind)]
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} is a mapping with any of {', '.join(names)}, or a {kind.__name__}, not {_kind(value)}")
+    if unknown := [name for name in value if name not in names]:
+        raise ValueError(f"{what} has the unknown key {unknown[0]!r}; known are {', '.join(names)}")
+    if not any(value.get(name) is not None for name in names if name != "item_id"):
+        raise ValueError(f"{what} needs at least one of {', '.join(name for name in names if name != 'item_id')}")
+    given = {name: one for name, one in value.items() if one is not None}
+    for name in ("item_id", "title", "text", "summary", "preference"):
+        if not isinstance(given.get(name, ""), str):
+            raise TypeError(f"`{name}` of {what} is a text, not {_kind(given[name])}")
+    return kind(**given)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} ({str(value)[:40]!r})" if isinstance(value, str) else type(value).__name__

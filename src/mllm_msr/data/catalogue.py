@@ -1,0 +1,36 @@
+"""The items of a data set by id, as the model is shown them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+
+from mllm_msr.modeling.inputs import Candidate
+
+
+@dataclass(eq=False)
+class Catalogue(Mapping[str, Candidate]):
+    """Items by id, their images decoded only when asked for.
+
+    Args:
+        items: ``item_id``, ``title``, ``text``, ``image`` (an ``Image`` feature, null where there is none).
+    """
+
+    items: Dataset
+    index: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = {item_id: row for row, item_id in enumerate(self.items["item_id"])}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, item_id: str) -> Candidate:
+        """One item; KeyError names an unknown id."""
+        if item_id not in self.index:
+            raise KeyError(f"item {item_id!r} is not in the items table ({len(self.index)} items)")
+        row = self.items[self.index[item_id]]
+        return Candidate(item_id, row["title"] or "", row["text"] or "", row["image"])

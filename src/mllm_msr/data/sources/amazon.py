@@ -1,0 +1,67 @@
+"""Amazon Reviews 2023: ``<Category>.jsonl[.gz]`` and ``meta_<Category>.jsonl[.gz]``, on disk or on the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from mllm_msr.data.readers import BadRows, OnBadRows, RawData, interactions_from, join_text, local_file, read_jsonl
+
+COLUMNS = {"user_id": "user_id", "item_id": "parent_asin", "timestamp": "timestamp"}
+REVIEWS: dict[str, Any] = {"user_id": pl.String, "parent_asin": pl.String, "timestamp": pl.Int64}
+META: dict[str, Any] = {
+    "parent_asin": pl.String,
+    "title": pl.String,
+    "features": pl.List(pl.String),
+    "description": pl.List(pl.String),
+    "categories": pl.List(pl.String),
+    "images": pl.List(pl.Struct({"thumb": pl.String, "large": pl.String, "hi_res": pl.String, "variant": pl.String})),
+}
+
+
+def read_amazon(folder: Path | str, category: str, on_bad_rows: OnBadRows = "error") -> RawData:
+    """Read one category, e.g. ``read_amazon("hf://datasets/McAuley-Lab/Amazon-Reviews-2023", "Video_Games")``.
+
+    ``folder`` has the two files (directly, or under ``raw/…_categories`` as on the Hub) or is a data set on the Hub.
+    Reviews join metadata on ``parent_asin``; every review is an interaction. An item's text is its categories,
+    features and description, its picture the URL of the main one; ratings and review texts are not used.
+    """
+    bad = BadRows(on_bad_rows)
+    reviews = _find(folder, "review_categories", category)
+    log, ticks = interactions_from(read_jsonl(reviews, REVIEWS, bad), reviews, COLUMNS, bad)
+    path = _find(folder, "meta_categories", f"meta_{category}")
+    table = bad.drop(read_jsonl(path, META, bad), {"no parent_asin": pl.col("parent_asin").is_null()}, path)
+    met = log.select(pl.col("item_id").unique()).collect(engine="streaming")
+    table = table.rename({"parent_asin": "item_id"}).join(met.lazy(), on="item_id", how="semi")
+    meta = bad.unique_items(table.collect(engine="streaming").sort("row"), path)
+    main = pl.col("images").list.eval(
+        pl.element().sort_by(pl.element().struct.field("variant") != "MAIN", maintain_order=True, nulls_last=True)
+    )
+    picture = main.list.first()
+    urls = [pl.when(pl.col(size) != "").then(pl.col(size)) for size in ("large", "hi_res", "thumb")]
+    items = (
+        meta.with_columns(picture.alias("picture"))
+        .unnest("picture")
+        .select(
+            "item_id",
+            "title",
+            join_text(*(pl.col(name).list.join(" ") for name in ("categories", "features", "description"))).alias(
+                "text"
+            ),
+            pl.coalesce(urls).alias("image_path"),
+        )
+    )
+    absent = met.join(items, on="item_id", how="anti")["item_id"].sort()
+    bad.note(f"{path.name}: reviewed items without metadata", len(absent), absent.to_list())
+    return RawData(log, items, bad.skipped, ticks)
+
+
+def _find(root: Path | str, folder: str, name: str) -> Path:
+    if str(root).startswith("hf:"):
+        return local_file(f"{root}/raw/{folder}/{name}.jsonl")
+    places = [Path(root), Path(root) / folder, Path(root) / "raw" / folder]
+    for place in places:
+        for path in (place / f"{name}.jsonl", place / f"{name}.jsonl.gz"):
+            if path.is_file():
+                return path
+    raise FileNotFoundError(f"{root}: no {name}.jsonl or {name}.jsonl.gz, here or in raw/{folder}")

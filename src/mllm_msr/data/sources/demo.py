@@ -1,0 +1,55 @@
+"""The demo's world as raw data, and its oracle."""
+
+import io
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mllm_msr.data.readers import RawData
+from mllm_msr.data.sources.world import draw, make_world
+
+DAY = 86_400  # seconds between a user's choices
+
+
+def read_demo(seed: int = 7, n_users: int = 400, n_items: int = 360) -> RawData:
+    """Draw the catalogue and let the users choose; see :mod:`mllm_msr.data.sources.world`."""
+    world = make_world(seed, n_users, n_items)
+    rows = [
+        (f"u{user:04d}", world.items[item].item_id, position * DAY + user)
+        for user, history in enumerate(world.histories)
+        for position, item in enumerate(history)
+    ]
+    schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64}
+    items = [(item.item_id, item.title, item.text, None, _png(item)) for item in world.items]
+    item_schema = {
+        "item_id": pl.String,
+        "title": pl.String,
+        "text": pl.String,
+        "image_path": pl.String,
+        "image_bytes": pl.Binary,
+    }
+    return RawData(
+        interactions=pl.LazyFrame(rows, schema=schema, orient="row"),
+        items=pl.DataFrame(items, schema=item_schema, orient="row"),
+        skipped=[],
+    )
+
+
+def true_utilities(source: dict[str, Any], pairs: pl.DataFrame) -> np.ndarray:
+    """What each user would give each item at the last choice, by the taste that drew the world: (N,) float.
+
+    Args:
+        source: the recipe's source section (``seed``, ``n_users``, ``n_items``).
+        pairs: ``user_id``, ``item_id`` as :func:`read_demo` writes them, N rows.
+    """
+    world = make_world(**{name: value for name, value in source.items() if name != "type"})
+    users = pairs["user_id"].str.strip_prefix("u").cast(pl.Int64).to_numpy()
+    items = pairs["item_id"].str.strip_prefix("i").cast(pl.Int64).to_numpy()
+    return world.utilities[users, items]
+
+
+def _png(item) -> bytes:
+    buffer = io.BytesIO()
+    draw(item).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,367 @@
+"""From a cleaned log to ranking tasks: which interactions are targets, and which items stand beside each.
+
+Everything random is a hash of (seed, user, position, counter), so tasks are the same on any number of threads, in any
+chunk size, and negatives of one user do not move when another is added at the end of the alphabet. Nothing loops over
+users.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from mllm_msr.data.coded_log import ROW, Array, CodedLog, by_user_and_time, code, user_starts
+from mllm_msr.records.sections import PrepareOptions
+
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = 0, 1, 2
+CHUNK = 3_000_000  # list entries (history + candidates) built at a time: a few hundred MB as text
+
+
+def make_tasks(interactions: pl.DataFrame, seen: pl.DataFrame | None = None, **options: Any) -> pl.DataFrame:
+    """All ranking tasks of a log, as one table; ``options`` are fields of PrepareOptions.
+
+    Columns: task_id str, split ("train", "validation", "test"), user_id str, history list[str] (oldest first), cutoff
+    int64 (the target's time, seconds), candidates list[str] (in random order), labels list[int64] (1 the target),
+    history_length int64, target_train_count int64 (training interactions of the target). ``seen``: further (user_id,
+    item_id) pairs that are no negatives. Use :class:`TaskPlan` where a log is large.
+    """
+    return pl.concat(TaskPlan.of(interactions, PrepareOptions(**options), seen).chunks())
+
+
+@dataclass
+class TaskPlan:
+    """Who is asked what, over a log in parts: what must be known of all of them before any task is made.
+
+    ``counts``: training interactions by item code; ``report``: what was counted while planning. Build with :meth:`of`
+    or :meth:`of_log`.
+    """
+
+    log: CodedLog
+    options: PrepareOptions
+    rules: Any
+    counts: Array
+    report: dict[str, Any]
+
+    @classmethod
+    def of(cls, interactions: pl.DataFrame, options: PrepareOptions, seen: pl.DataFrame | None = None) -> "TaskPlan":
+        """Plan a small log, its rows in any order of users; ``seen`` as in :func:`make_tasks`."""
+        log = CodedLog.of(interactions.lazy())
+        rows = log.load(0)
+        log.store(0, rows[by_user_and_time(rows)])
+        if seen is not None and len(seen):
+            cut = np.zeros(len(seen), ROW)
+            for name, ids in (("user", log.users), ("item", log.items)):
+                cut[name] = seen.select(code(f"{name}_id", ids)).to_series().to_numpy()
+            log.store(0, cut, "seen")
+        return cls.of_log(log, options)
+
+    @classmethod
+    def of_log(cls, log: CodedLog, options: PrepareOptions) -> "TaskPlan":
+        """Decide roles by ``options.protocol``; raises ValueError when there is no task at all."""
+        plan = cls(log, options, _rules(log, options), np.zeros(len(log.items), dtype=np.int64), {})
+        report: Counter[str] = Counter()
+        for part in plan._parts():
+            plan.counts += np.bincount(part.item[part.training], minlength=len(log.items))
+            report.update(part.report)
+        plan.report = dict(report)
+        if not any(report[f"{name}_tasks"] for name in SPLITS):
+            raise ValueError(
+                f"no ranking task is left ({plan.report}): lower min_history or n_negatives, or bring more data"
+            )
+        return plan
+
+    @property
+    def popularity(self) -> pl.DataFrame:
+        """item_id, count: training interactions of every item of the catalogue, zero included."""
+        return pl.DataFrame({"item_id": self.log.items, "count": pl.Series(self.counts, dtype=pl.Int64)})
+
+    def chunks(self, entries: int = CHUNK) -> Iterator[pl.DataFrame]:
+        """Tasks by user and position, in tables of about ``entries`` list entries; the cut does not change them."""
+        for tasks, _, _ in self.coded_chunks(entries):
+            yield self.decode(tasks)
+
+    def coded_chunks(self, entries: int = CHUNK) -> Iterator[tuple[pl.DataFrame, Array, Array]]:
+        """The same with numbers for ids, and with them all rows (``ROW``) of their users: the log's and those seen."""
+        for part in self._parts():
+            targets = np.flatnonzero(part.split >= 0)
+            size = part.position[targets] + part.width(targets)
+            chunk = np.cumsum(size) // entries
+            for rows in np.split(targets, np.flatnonzero(np.diff(chunk)) + 1) if len(targets) else ():
+                users = part.user[rows[[0, -1]]] + part.first_user
+                logged, seen = (_of(kind, users) for kind in part.rows)
+                yield part.tasks(rows, self.log.users, self.counts), logged, seen
+
+    def decode(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        """Coded tasks with their ids."""
+        lists = {
+            name: _lists(self.log.items.gather(tasks[name].explode(empty_as_null=False)), tasks[name].list.len())
+            for name in ("history", "candidates")
+        }
+        return tasks.with_columns(self.log.users.gather(tasks["user_id"]).alias("user_id"), **lists)
+
+    def _parts(self) -> Iterator["Part"]:
+        for number in range(self.log.n_parts):
+            rows = self.log.load(number)
+            if len(rows):
+                yield Part(rows, self.log.load(number, "seen"), len(self.log.items), self.options, self.rules)
+
+
+class Part:
+    """The rows of some users with their roles, and what is needed to draw negatives.
+
+    ``user`` (from ``first_user``), ``item``, ``time``: by user, time and input order; ``position``: place in the user's
+    sequence; ``split``: 0 train, 1 validation, 2 test target, -1 none; ``training``: counts for popularity.
+    """
+
+    def __init__(self, rows: Array, seen: Array, n_items: int, options: PrepareOptions, rules: Any) -> None:
+        self.options, self.rows, self.first_user = options, (rows, seen), int(rows["user"][0])
+        self.user, self.item = rows["user"].astype(np.int64) - self.first_user, rows["item"].astype(np.int64)
+        self.time = rows["time"].copy()
+        n_users = int(self.user[-1]) + 1
+        lengths = np.bincount(self.user, minlength=n_users)
+        self.position = np.arange(len(rows)) - (np.cumsum(lengths) - lengths)[self.user]
+        split, self.training = _roles(rows, self.position, lengths[self.user], options, rules)
+
+        pairs = self.user * n_items + self.item
+        cut = (seen["user"].astype(np.int64) - self.first_user) * n_items + seen["item"]
+        self.unseen = Unseen(np.concatenate([pairs, cut]), n_users, n_items)
+        held_out = 1 if options.negatives == "all" else options.n_negatives
+        wanted = np.where(split == TRAIN, options.n_train_negatives, held_out)
+        refusals = {  # a target may be refused for several reasons; the first counts
+            "targets_with_short_history": self.position < options.min_history,
+            "targets_already_in_history": _repeated(pairs),
+            "targets_with_too_few_unseen_items": self.unseen.count[self.user] < wanted,
+        }
+        self.report: dict[str, int] = {}
+        for name, refused in refusals.items():
+            self.report[name] = int((refused & (split >= 0)).sum())
+            split = np.where(refused, -1, split)
+        self.split = split
+        tied = np.zeros(len(rows), dtype=bool)  # another item at the same moment before it: input order decided
+        tied[1:] = (self.user[1:] == self.user[:-1]) & (self.time[1:] == self.time[:-1])
+        for number, name in enumerate(SPLITS):
+            self.report[f"{name}_tasks"] = int((split == number).sum())
+            self.report[f"{name}_targets_tied_in_time"] = int(((split == number) & tied).sum())
+        self.report["training_interactions"] = int(self.training.sum())
+
+    def width(self, rows: Array) -> Array:
+        """Candidates of each target: itself and its negatives."""
+        options = self.options
+        held_out = self.unseen.count[self.user[rows]] if options.negatives == "all" else options.n_negatives
+        return 1 + np.where(self.split[rows] == TRAIN, options.n_train_negatives, held_out)
+
+    def tasks(self, rows: Array, users: pl.Series, counts: Array) -> pl.DataFrame:
+        """The tasks of some targets, ids as numbers."""
+        position, width = self.position[rows], self.width(rows)
+        candidates = np.empty(width.sum(), dtype=np.uint32)
+        labels = np.empty(width.sum(), dtype=np.int64)
+        starts = np.cumsum(width) - width
+        for count in np.unique(width):  # one or two widths, but for negatives="all"
+            of_width = np.flatnonzero(width == count)
+            slots = starts[of_width][:, None] + np.arange(count)
+            candidates[slots], labels[slots] = self._candidates(rows[of_width], int(count) - 1, counts)
+        history = _ranges(rows - position, position)
+        user = pl.Series(self.user[rows] + self.first_user, dtype=pl.UInt32)
+        return pl.DataFrame(
+            {
+                "task_id": users.gather(user) + ":" + pl.Series(position).cast(pl.String),
+                "split": pl.Series(SPLITS).gather(self.split[rows]),
+                "user_id": user,
+                "history": _lists(pl.Series(self.item[history], dtype=pl.UInt32), position),
+                "cutoff": self.time[rows],
+                "candidates": _lists(pl.Series(candidates), width),
+                "labels": _lists(pl.Series(labels), width),
+                "history_length": position,
+                "target_train_count": counts[self.item[rows]],
+            }
+        )
+
+    def _candidates(self, rows: Array, n: int, counts: Array) -> tuple[Array, Array]:
+        """Item codes and labels, both ``(rows, 1 + n)``, the target at a random place."""
+        seed, user, position = self.options.seed, self.user[rows] + self.first_user, self.position[rows]
+        unseen = self.unseen.count[self.user[rows]]
+        negatives = self.unseen.item(self.user[rows], sample_ranks(unseen, n, seed, user, position))
+        if self.options.negatives == "popularity" and self.split[rows[0]] != TRAIN:
+            negatives = self._popular_negatives(rows, negatives, counts)
+        items = np.concatenate([self.item[rows][:, None], negatives], axis=1)
+        keys = noise(seed, "order", user[:, None], position[:, None], np.arange(n + 1)[None])
+        order = np.argsort(keys, axis=1, kind="stable")
+        return np.take_along_axis(items, order, axis=1), (order == 0).astype(np.int64)
+
+    def _popular_negatives(self, rows: Array, uniform: Array, counts: Array) -> Array:
+        seed, user, n = self.options.seed, self.user[rows] + self.first_user, uniform.shape[1]
+        draw = noise(seed, "popular", user[:, None], self.position[rows][:, None], np.arange(8 * n)[None])
+        return self.unseen.popular(self.user[rows], uniform, counts, draw)
+
+
+class Unseen:
+    """Each user's unseen items, as ranks 0 ... count-1, without ever listing them.
+
+    ``pairs``: (P,) codes ``user * n_items + item`` of all that users have met, in any order, repeats allowed.
+    """
+
+    def __init__(self, pairs: Array, n_users: int, n_items: int) -> None:
+        pairs = np.sort(pairs)
+        self.pairs = pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])]
+        user, item = np.divmod(pairs, n_items)
+        lengths = np.bincount(user, minlength=n_users)
+        self.n_items = n_items
+        self.count = n_items - lengths  # (U,)
+        self.starts = np.cumsum(lengths) - lengths
+        # before a user's j-th met item (in item order) lie item - j unseen ones; user * (n_items + 1) keeps users apart
+        self.before = user * (n_items + 1) + item - (np.arange(len(pairs)) - self.starts[user])
+
+    def item(self, user: Array, rank: Array) -> Array:
+        """Item codes ``(B, n)`` of the unseen items at ``rank`` ``(B, n)`` of users ``(B,)``."""
+        key = user[:, None] * (self.n_items + 1) + rank
+        met = np.searchsorted(self.before, key.ravel(), side="right").reshape(key.shape) - self.starts[user][:, None]
+        return rank + met
+
+    def popular(self, user: Array, uniform: Array, counts: Array, draw: Array) -> Array:
+        """``(B, n)`` distinct unseen items, drawn by training count with the noise ``draw`` ``(B, R)``; a user who met
+        nearly all that is popular gets the rest from ``uniform`` ``(B, n)``. Draws that are seen or repeated are passed
+        over."""
+        weight = np.cumsum(counts if counts.any() else np.ones(len(counts), dtype=np.int64))
+        popular = np.searchsorted(weight, (draw % np.uint64(weight[-1])).astype(np.int64), side="right")
+        items = np.concatenate([popular, uniform], axis=1)  # (B, R + n)
+        order = np.argsort(items, axis=1, kind="stable")
+        ordered = np.take_along_axis(items, order, axis=1)
+        repeats = np.zeros(items.shape, dtype=bool)
+        np.put_along_axis(repeats, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+        good = ~repeats & ~self.met(user, items)
+        first = np.argsort(~good, axis=1, kind="stable")[:, : uniform.shape[1]]
+        return np.take_along_axis(items, first, axis=1)
+
+    def met(self, user: Array, items: Array) -> Array:
+        """Whether users ``(B,)`` have met items ``(B, n)``."""
+        key = user[:, None] * self.n_items + items
+        place = np.minimum(np.searchsorted(self.pairs, key), len(self.pairs) - 1)
+        return self.pairs[place] == key
+
+
+def sample_ranks(count: Array, n: int, seed: int, user: Array, position: Array) -> Array:
+    """``(B, n)`` distinct whole numbers below ``count`` ``(B,)`` a row; every subset is equally likely (R. Floyd)."""
+    chosen = np.empty((n, len(count)), dtype=np.int64)
+    state = noise(seed, "negative", user, position)
+    for j in range(n):
+        top = count - n + j
+        draw = (_mix(state, j) % (top + 1).astype(np.uint64)).astype(np.int64)
+        taken = (chosen[:j] == draw).any(axis=0)
+        chosen[j] = np.where(taken, top, draw)
+    return chosen.T
+
+
+def noise(seed: int, purpose: str, *keys: Array | int) -> Array:
+    """Uniform uint64 for every combination of keys (broadcast): splitmix64 over seed, purpose and keys."""
+    start = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "big")
+    state = np.array(start, dtype=np.uint64)
+    for key in keys:
+        state = _mix(state, key)
+    return state
+
+
+def _mix(state: Array, key: Array | int) -> Array:
+    with np.errstate(over="ignore"):  # arithmetic is meant modulo 2^64
+        state = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+
+def candidate_hash(tasks: pl.DataFrame) -> str:
+    """Hex digest of task ids, candidates and labels, in the order of rows; the same on every machine."""
+    digest = hashlib.sha256(hash_lines(tasks).str.join("").item().encode())
+    return digest.hexdigest()[:16]
+
+
+def hash_lines(tasks: pl.DataFrame) -> pl.Series:
+    """What a task adds to the hash; a chunk's lines after another's give the hash of the whole."""
+    labels = pl.col("labels").cast(pl.List(pl.String)).list.join("")
+    return tasks.select(
+        pl.concat_str(
+            "task_id", pl.lit("\x1e"), pl.col("candidates").list.join("\x1f"), pl.lit("\x1e"), labels, pl.lit("\n")
+        )
+    ).to_series()
+
+
+def _rules(log: CodedLog, options: PrepareOptions) -> Any:
+    """What the protocol needs to know of the whole log: each user's split (U,), or the two moments that part it."""
+    if options.protocol == "paper":
+        n_users = len(log.users)
+        start, end = (n_users * fold // options.folds for fold in (options.fold, options.fold + 1))
+        order = np.argsort(noise(options.seed, "fold", np.arange(n_users)), kind="stable")
+        group = np.full(n_users, TRAIN, dtype=np.int8)
+        group[np.roll(order, -start)[: end - start]] = TEST
+        group[np.roll(order, -end)[: -(-n_users // 10)]] = VALIDATION  # a tenth, whatever the folds
+        return group
+    if options.protocol == "global-cutoff":
+        moments = np.concatenate([rows["time"] for rows in log.parts()])
+        places = [int(0.8 * len(moments)), int(0.9 * len(moments))]
+        moments.partition(places)
+        return moments[places]
+    return None
+
+
+def _roles(rows: Array, position: Array, length: Array, options: PrepareOptions, rules: Any) -> tuple[Array, Array]:
+    """Each row's split (-1 none, 0 train, 1 validation, 2 test) and whether it belongs to training."""
+    limit = options.max_train_targets or len(rows)
+    from_end = length - 1 - position
+    split = np.full(len(rows), -1, dtype=np.int8)
+    if options.protocol == "strict":
+        training = from_end >= 2
+        split[training & (from_end < 2 + limit)] = TRAIN
+        split[from_end == 1] = VALIDATION
+        split[from_end == 0] = TEST
+    elif options.protocol == "paper":
+        group = rules[rows["user"]]
+        training = group == TRAIN
+        split[from_end == 0] = group[from_end == 0]
+    else:
+        first, second = rules
+        user, time = rows["user"], rows["time"]
+        training = time < first
+        starts = user_starts(user)
+        known = np.repeat(np.add.reduceat(training, starts[:-1], dtype=np.int64), np.diff(starts))
+        split[training & (known - position <= limit)] = TRAIN
+        for within, code in (((time >= first) & (time < second), VALIDATION), (time >= second, TEST)):
+            new = np.ones(len(rows), dtype=bool)  # the user's first interaction in the window
+            new[1:] = (user[1:] != user[:-1]) | ~within[:-1]
+            split[within & new] = code
+    return split, training
+
+
+def _repeated(pairs: Array) -> Array:
+    """Which values have stood earlier."""
+    ordered = np.sort(pairs)  # many times faster than the order itself, and mostly enough
+    if (ordered[1:] != ordered[:-1]).all():
+        return np.zeros(len(pairs), dtype=bool)
+    order = np.argsort(pairs, kind="stable")
+    repeated = np.zeros(len(pairs), dtype=bool)
+    repeated[order[1:]] = pairs[order[1:]] == pairs[order[:-1]]
+    return repeated
+
+
+def _of(rows: Array, users: Array) -> Array:
+    """The rows from the first to the last of ``users``; ``rows`` by user."""
+    start, end = np.searchsorted(rows["user"], users[0], "left"), np.searchsorted(rows["user"], users[1], "right")
+    return rows[start:end]
+
+
+def _ranges(starts: Array, lengths: Array) -> Array:
+    """Concatenate the ranges start ... start + length - 1."""
+    offsets = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - offsets, lengths)
+
+
+def _lists(values: pl.Series, lengths: Array | pl.Series) -> pl.Series:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values.to_arrow())
+    made = pl.from_arrow(lists)
+    assert isinstance(made, pl.Series)
+    return made

@@ -1,0 +1,1 @@
+"""Metrics, baselines and the scoring of every variant on the same frozen tasks."""

@@ -1,0 +1,137 @@
+"""Recipes: one YAML file says everything a run depends on, and is checked as a whole when it is opened."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm_msr.records.sections import SOURCES, EvaluationOptions, PrepareOptions, Source, SummaryOptions, source_type
+from mllm_msr.records.typed import build, check_names, did_you_mean
+
+SECTIONS: dict[str, type[Any]] = {
+    "data": PrepareOptions,
+    "summaries": SummaryOptions,
+    "evaluation": EvaluationOptions,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does, section by section.
+
+    Args:
+        name: of the data set, for reports and cards.
+        source: where the raw data comes from; ``type`` (demo, movielens, microlens, amazon, tables) in the file.
+        item_noun: what an item is called in prompts.
+        data, summaries, evaluation: see the sections' types.
+        prompts: templates that replace the default ones, by name.
+        training: flags of training/sft.py.
+        license: of the derived data and model, for the cards.
+    """
+
+    name: str
+    source: Source
+    item_noun: str = "item"
+    data: PrepareOptions = field(default_factory=PrepareOptions)
+    summaries: SummaryOptions = field(default_factory=lambda: SummaryOptions(engine="extractive"))
+    prompts: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    license: str | None = None
+
+    def training_flags(self) -> dict[str, Any]:
+        """Flags of training/sft.py, prompts included."""
+        flags = {"item_noun": self.item_noun, **self.training}
+        if self.prompts:
+            flags["prompts"] = json.dumps(self.prompts)
+        return flags
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, defaults included, as it stands in a run's ``config.yaml``."""
+        content = asdict(self)
+        return {**content, "source": {"type": source_type(self.source), **content["source"]}}
+
+
+CheckFlags = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def parse_recipe(content: Any, check_training: CheckFlags = dict) -> Recipe:
+    """A recipe from parsed YAML.
+
+    Args:
+        check_training: takes the section ``training`` and returns its effective flags; ValueError for an unknown one.
+
+    Raises:
+        ValueError: an unknown key or a wrong type in any section, with the section and the nearest known name.
+    """
+    if not isinstance(content, Mapping) or not {"name", "source"} <= content.keys():
+        raise ValueError("a recipe is a mapping with at least `name` and `source`")
+    check_names(content, [one.name for one in fields(Recipe)], "recipe")
+    given = {name: value for name, value in content.items() if value is not None or name == "license"}
+    for name in ("name", "item_noun"):
+        if not isinstance(given.get(name, ""), str):
+            raise ValueError(f"{name}={given[name]!r}: must be a text")
+    given["source"] = _source(given["source"])
+    for name, kind in SECTIONS.items():
+        if name in given:
+            given[name] = build(kind, given[name], name)
+    for name in ("prompts", "training"):
+        if not isinstance(given.get(name, {}), Mapping):
+            raise ValueError(f"section {name!r} is a mapping of names to values, not {given[name]!r}")
+    given["training"] = check_training(given.get("training", {}))
+    return Recipe(**given)
+
+
+def _source(content: Any) -> Source:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"section 'source' is a mapping with a `type`, not {content!r}")
+    kind = content.get("type")
+    if kind not in SOURCES:
+        raise ValueError(f"source.type={kind!r} is unknown{did_you_mean(str(kind), SOURCES)}")
+    return build(SOURCES[kind], {name: value for name, value in content.items() if name != "type"}, "source")
+
+
+def load_content(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, not checked yet; ValueError if it is not valid YAML."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a recipe is a mapping with at least `name` and `source`")
+    return content
+
+
+def load_recipe(path: Path, check_training: CheckFlags = dict) -> Recipe:
+    """Read and check a recipe file; errors name the file."""
+    content = load_content(path)
+    try:
+        return parse_recipe(content, check_training)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's mapping with ``{"section.name": value}`` in place; ValueError for a key of another form."""
+    sections = {"source", "prompts", "training", *SECTIONS}
+    changed = dict(content)
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if not name or section not in sections:
+            raise ValueError(f"{key!r} is not a section and a name, such as summaries.block_size")
+        changed[section] = {**(changed.get(section) or {}), name: value}
+    return changed
+
+
+def backbone_path(name: str) -> str:
+    """``demo`` is the tiny model inside the package; any other name stays a Hub id or a folder."""
+    return str(files("mllm_msr") / "demo" / "base") if name == "demo" else name
+
+
+def demo_recipe() -> Path:
+    """The recipe of the embedded demo."""
+    return Path(str(files("mllm_msr") / "demo" / "recipe.yaml"))

@@ -1,0 +1,197 @@
+"""The sections of a recipe, as types. Every value of a run is a field here, with its default and its meaning.
+
+The section ``training`` alone is not one of them: its fields are the flags of ``training/sft.py``, which are TRL's.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from mllm_msr.records.typed import check_types, did_you_mean
+from mllm_msr.records.variants import DEFAULT_VARIANTS, VARIANTS
+
+OnBadRows = Literal["error", "skip"]
+Task = Literal["item_summary", "text_summary", "image_summary", "fusion", "preference"]
+MAX_NEW_TOKENS: dict[str, int] = {  # the paper's two descriptions of an item get equal room
+    "item_summary": 96,
+    "text_summary": 80,
+    "image_summary": 80,
+    "fusion": 96,
+    "preference": 256,
+}
+MAX_PIXELS = 50_000_000  # about what a full-frame camera makes; more is a mistake or an attack
+MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of this kind
+
+
+def at_least(section: Any, **least: int) -> None:
+    """Raise ValueError for a number below its least; None passes."""
+    for name, smallest in least.items():
+        value = getattr(section, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name}={value}: must be at least {smallest}")
+
+
+@dataclass(frozen=True)
+class DemoSource:
+    """The drawn world of the demo."""
+
+    seed: int = 7
+    n_users: int = 400
+    n_items: int = 360
+
+
+@dataclass(frozen=True)
+class MovieLensSource:
+    """MovieLens-100k with overviews and posters. ``folder`` has ratings.csv, items.csv and posters/."""
+
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class MicroLensSource:
+    """A MicroLens release. ``folder`` has the pairs and titles; ``covers`` defaults to a folder named so within it."""
+
+    folder: str | None = None
+    covers: str | None = None
+
+
+@dataclass(frozen=True)
+class AmazonSource:
+    """A category of Amazon Reviews 2023, in a folder or on the Hub."""
+
+    folder: str | None = None
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class TablesSource:
+    """Own tables: files relative to ``folder``, or data sets of the Hub; ``columns`` maps our names to theirs."""
+
+    interactions: str | None = None
+    items: str | None = None
+    images: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    folder: str = "."
+
+
+Source = DemoSource | MovieLensSource | MicroLensSource | AmazonSource | TablesSource
+SOURCES: dict[str, type[Any]] = {
+    "demo": DemoSource,
+    "movielens": MovieLensSource,
+    "microlens": MicroLensSource,
+    "amazon": AmazonSource,
+    "tables": TablesSource,
+}
+
+
+def source_type(source: Source) -> str:
+    """The name by which a recipe calls this kind of source."""
+    return next(name for name, kind in SOURCES.items() if type(source) is kind)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Section ``data``: cleaning, splitting and sampling. None means no limit."""
+
+    on_bad_rows: OnBadRows = "error"
+    # cleaning
+    repeats: Literal["first", "last", "all"] = "first"  # which of a user's interactions with one item counts
+    k_core_users: int = 5  # every user has at least so many interactions ...
+    k_core_items: int = 5  # ... and every item
+    missing_images: Literal["keep", "drop"] = "keep"  # items without title or image
+    limit_users: int | None = None  # a seeded sample of users
+    max_history: int | None = None  # a user's most recent interactions that count
+    # protocol
+    protocol: Literal["strict", "paper", "global-cutoff"] = "strict"
+    negatives: Literal["uniform", "popularity", "all"] = "uniform"
+    n_negatives: int = 20  # a validation or test target
+    n_train_negatives: int = 1  # a training target
+    max_train_targets: int | None = 5  # a user's most recent; "paper" has one a user
+    min_history: int = 1  # items before a target; 0 asks users of whom nothing is known as well
+    folds: int = 10  # protocol "paper": 1/folds of the users are tested
+    fold: int = 0  # which of them
+    seed: int = 0
+    # images
+    max_image_pixels: int = MAX_PIXELS
+    max_image_edge: int = MAX_EDGE
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        at_least(self, min_history=0, k_core_users=0, k_core_items=0, fold=0, folds=3)
+        at_least(self, limit_users=1, max_history=1, n_negatives=1, n_train_negatives=1, max_train_targets=1)
+        at_least(self, max_image_pixels=1, max_image_edge=1)
+        if self.fold >= self.folds:
+            raise ValueError(f"fold={self.fold}: there are {self.folds} folds, counted from 0")
+        if (self.folds, self.fold) != (10, 0) and self.protocol != "paper":
+            raise ValueError(f"folds={self.folds}, fold={self.fold}: only protocol='paper' splits by user")
+
+
+@dataclass(frozen=True)
+class SummaryOptions:
+    """Section ``summaries``: who writes item summaries and preferences, and how."""
+
+    engine: Literal["transformers", "openai", "extractive", "titles"] = "transformers"
+    model: str = ""  # Hub id or folder; for a server, the name it goes by there
+    revision: str | None = None  # of a Hub model; for a server, any name: texts of another are made anew
+    # the question
+    item_prompts: Literal["single", "paper"] = "single"  # one prompt an item, or image, text and their fusion apart
+    images: bool = True  # False: the ablation without images
+    recurrent: bool = True  # False: the ablation with the whole history in one prompt
+    block_size: int = 3  # items of a history block
+    max_length: int | None = None  # tokens of a prompt; longer ones lose text, of the history first (transformers)
+    # the answer
+    max_new_tokens: dict[str, int] = field(default_factory=dict)  # by prompt, over MAX_NEW_TOKENS
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: str = "auto"
+    quantization_config: dict[str, Any] | None = None
+    # the means: no text depends on these
+    batch_size: int = 16  # inputs at a time, and texts saved at a time
+    token_budget: int | None = None  # tokens of a batch, padding and answers included: larger ones are divided
+    device_map: Any = None
+    attn_implementation: str | None = None
+    base_url: str | None = None  # of an OpenAI-compatible server; the key is in the environment, OPENAI_API_KEY
+    concurrency: int = 8  # requests in flight
+    requests_per_minute: float | None = None
+    timeout: float = 120.0  # seconds
+    tries: int = 5
+    cache: str | None = None  # folder of all texts by content, to be shared by runs (default: the run's own)
+
+    def __post_init__(self) -> None:
+        check_types(self, "summaries")
+        if not self.model and self.engine not in ("extractive", "titles"):
+            raise ValueError(f"model: name the model of the {self.engine} engine")
+        at_least(self, block_size=1, batch_size=1, concurrency=1, tries=1)
+        if unknown := self.max_new_tokens.keys() - MAX_NEW_TOKENS.keys():
+            raise ValueError(f"max_new_tokens: unknown {sorted(unknown)}; known are {sorted(MAX_NEW_TOKENS)}")
+
+    def facts(self) -> dict[str, Any]:
+        """All that a text depends on."""
+        names = [one.name for one in fields(self)]
+        return {name: getattr(self, name) for name in names[: names.index("batch_size")]}
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Section ``evaluation``: which variants are scored on which tasks."""
+
+    split: Literal["validation", "test"] = "test"
+    rows: list[str] = field(default_factory=lambda: list(DEFAULT_VARIANTS))  # the variants of the results table
+    seed: int = 0
+    token_budget: int = 8192  # tokens of one forward
+    # these add figures and leave scores as they are
+    full_catalogue: int | Literal["all"] | None = None  # users ranked among all items as well
+    full_catalogue_pairs: int = 500_000  # that our model scores for it at most; baselines score any number
+    agreement: int | None = None  # tasks on which ways of computing are compared
+    model_of: str | None = None  # what the report says of a model that was trained on other data
+
+    def __post_init__(self) -> None:
+        check_types(self, "evaluation")
+        at_least(self, token_budget=1, full_catalogue_pairs=1, agreement=1)
+        for name in self.rows:
+            if name not in VARIANTS:
+                raise ValueError(f"rows: unknown variant {name!r}{did_you_mean(name, VARIANTS)}")
+
+    def facts(self) -> dict[str, Any]:
+        """All that a score depends on."""
+        return {name: getattr(self, name) for name in ("split", "seed", "token_budget")}

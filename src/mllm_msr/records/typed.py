@@ -1,0 +1,70 @@
+"""Typed sections from parsed YAML: an unknown name or a wrong type is an error that says where, and what is meant."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
+
+Section = TypeVar("Section")
+
+
+def build(kind: type[Section], content: Any, section: str) -> Section:
+    """A section from parsed YAML.
+
+    Raises:
+        ValueError: no mapping, an unknown key (with the nearest known one), a missing key, or a wrong type or value.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"section {section!r} is a mapping of names to values, not {content!r}")
+    known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    check_names(content, known, section)
+    hints = get_type_hints(kind)
+    values = {name: _as_float(value, hints[name]) for name, value in content.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(section) else f"{section}.{error}") from error
+    except TypeError as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def check_names(content: Iterable[Any], known: Iterable[str], section: str) -> None:
+    """Raise ValueError for the first name that is not ``known``, with the nearest that is."""
+    for name in content:
+        if name not in known:
+            raise ValueError(f"{section}: unknown key {name!r}{did_you_mean(str(name), known)}")
+
+
+def check_types(section: Any, name: str) -> None:
+    """Raise ValueError, naming section and field, for a field of a dataclass that has not its declared type."""
+    assert is_dataclass(section)
+    for key, hint in get_type_hints(type(section)).items():
+        value = getattr(section, key)
+        try:
+            type_validator(key, value, hint)
+        except (TypeError, ValueError) as error:
+            choices = [repr(choice) for choice in get_args(hint) if isinstance(choice, str)]
+            wanted = f"must be one of {', '.join(choices)}" if choices else f"must be {_in_words(hint)}"
+            raise ValueError(f"{name}.{key}={value!r}: {wanted}") from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+
+
+def _as_float(value: Any, hint: Any) -> Any:
+    """YAML writes 1 for 1.0."""
+    wants_float = hint is float or float in get_args(hint)
+    return float(value) if wants_float and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _in_words(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    parts = get_args(hint) if not isinstance(hint, type) else ()
+    if parts and all(part in words for part in parts):
+        return " or ".join(words[part] for part in parts)
+    return words.get(hint, str(hint).replace("typing.", ""))

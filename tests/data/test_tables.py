@@ -1,0 +1,119 @@
+import io
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from mllm_msr.data.sources.tables import read_tables
+
+LOG = pl.DataFrame({"who": ["u", "u"], "what": [7, 8], "when": ["2020-01-01", "2020-01-02T10:00:00"]})
+MAPPING = {"user_id": "who", "item_id": "what", "timestamp": "when", "items.item_id": "sku", "title": "name"}
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), "blue").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl"])
+def test_every_kind_of_file_reads_the_same(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "7.png").write_bytes(png())
+    items = pl.DataFrame({"sku": [7, 8, 8], "name": ["Seven", "Eight", "Acht"], "image": ["7.png", "gone.png", None]})
+    for name, table in (("log", LOG), ("items", items)):
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":
+            table.write_parquet(path)
+        elif kind == "jsonl":
+            table.write_ndjson(path)
+        else:
+            table.write_csv(path, separator="\t" if kind == "tsv" else ",")
+    raw = read_tables(tmp_path / f"log.{kind}", tmp_path / f"items.{kind}", MAPPING)
+    assert raw.interactions.collect().rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
+    assert raw.items.rows() == [("7", "Seven", "", str(tmp_path / "7.png"), None), ("8", "Eight", "", None, None)]
+    assert {row["what"]: row["count"] for row in raw.skipped} == {
+        f"items.{kind}: surplus rows of an item (first one kept)": 1,
+        "images: no such file": 1,
+    }
+
+
+def test_images_as_bytes_and_as_hugging_face_column(tmp_path: Path) -> None:
+    LOG.write_parquet(tmp_path / "log.parquet")
+    plain = pl.DataFrame({"sku": ["7"], "name": ["Seven"], "image": [png()]})
+    struct = plain.with_columns(image=pl.struct(bytes=pl.col("image"), path=pl.lit("7.png")))
+    for table in (plain, struct):
+        table.write_parquet(tmp_path / "items.parquet")
+        raw = read_tables(tmp_path / "log.parquet", tmp_path / "items.parquet", MAPPING)
+        assert [Path(path).read_bytes() for path in raw.items["image_path"]] == [png()]
+
+
+def test_without_catalogue_or_with_a_folder_of_images(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    (tmp_path / "covers").mkdir()
+    (tmp_path / "covers" / "8.jpg").write_bytes(png())
+    mapping = {key: MAPPING[key] for key in ("user_id", "item_id", "timestamp")}
+    assert read_tables(tmp_path / "log.csv", None, mapping).items["title"].to_list() == ["", ""]
+    raw = read_tables(tmp_path / "log.csv", None, mapping, images=tmp_path / "covers")
+    assert raw.items["image_path"].to_list() == [None, str(tmp_path / "covers" / "8.jpg")]
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    with pytest.raises(ValueError, match=r"log\.csv: no column 'user_id'; it has \['who', 'what', 'when'\]"):
+        read_tables(tmp_path / "log.csv")
+    with pytest.raises(ValueError, match="unknown name 'usr'"):
+        read_tables(tmp_path / "log.csv", columns={"usr": "who"})
+    (tmp_path / "items.jsonl").write_text(json.dumps({"sku": 7}) + "\n")
+    with pytest.raises(ValueError, match=r"items\.jsonl: no column 'name'"):
+        read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING)
+    with pytest.raises(ValueError, match=r"neither a file .* nor a folder of a data set"):
+        (tmp_path / "log.xls").touch()
+        read_tables(tmp_path / "log.xls")
+
+
+def test_a_data_set_is_read_as_load_dataset_reads_it(tmp_path: Path) -> None:
+    image = [{"bytes": png(), "path": "7.png"}, None]
+    items = Dataset.from_dict({"item_id": ["7", "8"], "title": ["Seven", "Eight"], "image": image})
+    items = items.cast_column("image", ImageFeature())
+    (tmp_path / "shop").mkdir()
+    LOG.rename({"who": "user_id", "what": "item_id", "when": "timestamp"}).write_parquet(tmp_path / "shop/log.parquet")
+    items.to_parquet(tmp_path / "shop/items.parquet")
+    (tmp_path / "shop/README.md").write_text(
+        "---\nconfigs:\n- {config_name: log, data_files: log.parquet}\n"
+        "- {config_name: items, data_files: items.parquet}\n---\n"
+    )
+    raw = read_tables("shop?name=log", "shop?name=items&split=train", folder=tmp_path)
+    assert raw.interactions.collect().rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
+    (seven, file), eight = raw.items.select("title", "image_path").rows()
+    assert (seven, Path(file).read_bytes(), eight) == ("Seven", png(), ("Eight", None))
+    with pytest.raises(ValueError, match="unknown 'config' after"):
+        read_tables("shop?config=log", folder=tmp_path)
+
+
+def test_json_lines_of_mixed_types_and_bad_lines(tmp_path: Path) -> None:
+    lines = [
+        '{"user_id": 1, "item_id": "a", "timestamp": 5}',
+        "oops",
+        '{"user_id": "u2", "item_id": 3, "timestamp": "7"}',
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"log\.jsonl, row 2: not a JSON object: oops"):
+        read_tables(tmp_path / "log.jsonl")
+    raw = read_tables(tmp_path / "log.jsonl", on_bad_rows="skip")
+    assert raw.interactions.collect().rows() == [("1", "a", 5), ("u2", "3", 7)]
+    assert raw.skipped == [{"what": "log.jsonl: not a JSON object", "count": 1, "examples": ["oops"]}]
+
+
+def test_a_catalogue_of_json_lines_with_bad_lines(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    lines = ['{"sku": 7, "name": 1984}', "oops", '{"sku": "8", "name": "Eight", "text": ["a", "b"]}', '{"name": "?"}']
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"items\.jsonl, row 2: not a JSON object: oops"):
+        read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING)
+    raw = read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING, on_bad_rows="skip")
+    assert raw.items.select("item_id", "title").rows() == [("7", "1984"), ("8", "Eight")]
+    assert [row["what"] for row in raw.skipped] == ["items.jsonl: not a JSON object", "items.jsonl: no item_id"]

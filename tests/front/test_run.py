@@ -1,0 +1,258 @@
+"""A whole small run from the command line: what it leaves, that it survives kill -9, that its model travels."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from mllm_msr.evaluation.evaluate import WAYS
+from mllm_msr.evaluation.metrics import ranking_metrics
+from mllm_msr.records.recipe import backbone_path
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+MAIN = [sys.executable, "-m", "mllm_msr.cli"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    content = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text(encoding="utf-8"))
+    content["source"].update(n_users=12, n_items=40)
+    content["summaries"]["batch_size"] = 10
+    content["training"].update(num_train_epochs=1, per_device_train_batch_size=8, save_steps=3, eval_strategy="no")
+    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([*MAIN, *arguments], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    out = run("run", str(recipe), "--output", str(folder))
+    assert "MLLM-MSR" in out and "popularity" in out
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    metrics = json.loads((whole / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["n_users"] == 12 and metrics["n_candidates"] == 21
+    rows = {"mllm_msr", "popularity", "random", "text_only", "blank_images", "no_sft", "oracle"}
+    assert set(metrics["rows"]) == rows
+    scores = pl.read_parquet(whole / "scores.parquet")
+    for row in rows:
+        part = scores.filter(row=row)
+        again = ranking_metrics(part["user_id"].to_numpy(), part["label"].to_numpy(), part["logit"].to_numpy())
+        assert again == metrics["rows"][row]
+    probabilities = scores.filter(row="mllm_msr")["score"]
+    assert probabilities.is_between(0, 1).all()
+    assert metrics["rows"]["oracle"]["auc"]["value"] > 0.8
+    assert "<html" in (whole / "report.html").read_text(encoding="utf-8")
+    assert {path.name for path in (whole / "hub").iterdir()} == {"model", "dataset"}
+
+
+def test_a_finished_run_is_not_done_again(recipe, whole):
+    before = (whole / "provenance.json").read_text(encoding="utf-8")
+    out = run("run", str(recipe), "--output", str(whole))
+    assert out.count("up to date") == 6
+    assert (whole / "provenance.json").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize(
+    ("trace", "least"),
+    [
+        ("data", 1),
+        ("cache/item_summary/*.parquet", 2),
+        ("cache/preference/*.parquet", 3),
+        ("training/*/checkpoint-*/trainer_state.json", 1),
+        ("scores/*/*.parquet", 2),
+    ],
+)
+def test_killed_and_run_again_it_ends_the_same(recipe, whole, tmp_path, trace, least):
+    """Kill -9 as soon as a stage has left its first traces, so in the midst of it, or of the next."""
+    process = subprocess.Popen(
+        [*MAIN, "run", str(recipe), "--output", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENV,
+        start_new_session=True,
+    )
+    while len(list(tmp_path.glob(trace))) < least:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "report.html").exists()
+    run("run", str(recipe), "--output", str(tmp_path))
+    for name in ("metrics.json", "scores.parquet", "summaries/preferences.parquet", "data/tasks.parquet"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_changed_recipe_redoes_only_what_depends_on_it(recipe, whole, tmp_path):
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["evaluation"]["rows"] = ["mllm_msr", "popularity", "no_sft"]
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(content), encoding="utf-8")
+    out = run("run", str(changed), "--output", str(whole))
+    assert out.count("up to date") == 4
+    run("run", str(recipe), "--output", str(whole))
+
+
+def test_rank_shows_unseen_items_by_falling_score(whole):
+    lines = run("rank", str(whole), "--user", "u0003", "--top-k", "5").strip().splitlines()
+    assert lines[0].startswith("preference: ")
+    scores = [float(line.split()[1]) for line in lines[1:]]
+    assert len(scores) == 5 and scores == sorted(scores, reverse=True)
+    seen = set(pl.read_parquet(whole / "data/interactions.parquet").filter(user_id="u0003")["item_id"])
+    assert not seen & {line.split()[2] for line in lines[1:]}
+    lines = run("rank", str(whole), "--preference", "Likes red", "--items", "i0001,i0002").strip().splitlines()
+    assert {line.split()[2] for line in lines[1:]} == {"i0001", "i0002"}
+
+
+def test_publish_shows_what_would_go(whole):
+    out = run("publish", str(whole), "--namespace", "someone", "--dry-run")
+    assert "someone/mllm-msr-demo" in out
+    assert "model.safetensors" in out and "README.md" in out
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["mllm_msr"] = None  # as if it were not installed
+import json, torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+folder, picture = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+image = Image.open(picture).convert("RGB")
+candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
+batch = processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)
+print("LOGITS", json.dumps(model.score(**batch).logits.tolist()))
+"""
+
+
+def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
+    from PIL import Image
+    from transformers import AutoModel, AutoProcessor
+
+    from mllm_msr.data.sources.world import draw, make_world
+
+    draw(make_world(3, 1, 30).items[0]).save(tmp_path / "picture.png")
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_PACKAGE, encoding="utf-8")
+    env = {**ENV, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(script), str(whole / "hub/model"), str(tmp_path / "picture.png")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.split("LOGITS")[1])
+    processor = AutoProcessor.from_pretrained(whole / "model")
+    model = AutoModel.from_pretrained(whole / "model").eval()
+    image = Image.open(tmp_path / "picture.png").convert("RGB")
+    candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
+    ours = model.score(**processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)).logits.tolist()
+    assert theirs == pytest.approx(ours, abs=1e-5)
+
+
+def test_the_readme_s_python_runs_as_it_stands(whole, tmp_path):
+    from mllm_msr.data.sources.world import draw, make_world
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 25
+    for name, item in zip(("mug", "lamp"), make_world(3, 1, 30).items[:2], strict=True):
+        draw(item).save(tmp_path / f"{name}.png")
+    (tmp_path / "demo_output").symlink_to(whole)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.strip().splitlines()
+    assert {line.split("  ")[1] for line in lines} == {"Alder Saxophone", "Quill Frost"}
+
+
+def test_training_reads_the_published_layout(whole, tmp_path):
+    flags = yaml.safe_load((whole / "config.yaml").read_text(encoding="utf-8"))["training"]
+    flags.update(max_steps=2, per_device_train_batch_size=4, save_strategy="no")
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"name": "x", "source": {"type": "demo"}, "training": flags}), encoding="utf-8"
+    )
+    from mllm_msr.training import sft
+
+    command = [sys.executable, sft.__file__, "--config", str(tmp_path / "recipe.yaml")]
+    command += ["--dataset_name", str(whole / "hub/dataset"), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENV, "HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_tasks_of_one_run_are_ranked_by_the_model_of_another(whole):
+    before = (whole / "metrics.json").read_text(encoding="utf-8")
+    run("evaluate", str(whole), "--model", str(whole / "model"))
+    own, other = json.loads(before), json.loads((whole / "transfer/model/metrics.json").read_text(encoding="utf-8"))
+    assert other["rows"]["mllm_msr"] == own["rows"]["mllm_msr"] and other["candidate_hash"] == own["candidate_hash"]
+    assert set(own["rows"]) - set(other["rows"]) == {"no_sft"}
+    for row in ("popularity", "random", "oracle"):  # not scored again
+        (mine,), (taken,) = (
+            list(folder.glob(f"scores/*/{row}.parquet")) for folder in (whole, whole / "transfer/model")
+        )
+        assert mine.stat().st_ino == taken.stat().st_ino
+    assert (whole / "metrics.json").read_text(encoding="utf-8") == before
+    assert "evaluate: up to date" in run("evaluate", str(whole), "--model", str(whole / "model"))
+
+
+def test_the_model_of_another_run_is_fine_tuned_a_little_on_the_tasks_of_this_one(whole):
+    before = (whole / "metrics.json").read_text(encoding="utf-8")
+    run("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
+    tuned = whole / "transfer/demo-20"
+    examples = pl.read_parquet(tuned / "sft/train.parquet")
+    assert examples["task_id"].n_unique() == 20
+    assert examples.equals(
+        pl.read_parquet(whole / "sft/train.parquet").join(examples.select("task_id").unique(), on="task_id", how="semi")
+    )
+    scores = pl.read_parquet(tuned / "scores.parquet")
+    assert scores.filter(row="no_sft")["logit"].to_list() == pytest.approx(
+        pl.read_parquet(whole / "scores.parquet").filter(row="mllm_msr")["logit"].to_list(), abs=1e-4
+    )  # before it goes on, it is the other run's
+    moved = scores.filter(row="mllm_msr")["logit"] - scores.filter(row="no_sft")["logit"]
+    assert moved.abs().max() > 0.01
+    assert "trained on demo, fine-tuned on 20 tasks" in (tuned / "metrics.json").read_text(encoding="utf-8")
+    config = json.loads((tuned / "model/config.json").read_text(encoding="utf-8"))
+    assert config["adapter"] is None and config["vlm_config"]["model_type"] == "llava"
+    assert (whole / "metrics.json").read_text(encoding="utf-8") == before
+    out = run("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
+    assert "train: up to date" in out and "evaluate: up to date" in out
+
+
+def test_ways_of_computing_and_the_whole_catalogue_are_evaluated_beside_the_table(recipe, whole):
+    out = run("evaluate", str(whole), "--agreement", "4", "--full-catalogue", "5", "--baselines", "knn")
+    metrics = json.loads((whole / "metrics.json").read_text(encoding="utf-8"))
+    ways = metrics["agreement"]["others"]
+    assert set(ways) == set(WAYS) and metrics["agreement"]["n_users"] == 4
+    for way, found in ways.items():
+        assert found["rank_correlation"] > 0.99 and (found["max_difference"] < 1e-3 or way == "bfloat16"), way
+    full = metrics["full_catalogue"]
+    assert full["n_users"] == 5 and set(full["rows"]) == {"mllm_msr", "popularity", "random", "knn", "oracle"}
+    chosen = pl.read_parquet(whole / "data/interactions.parquet").group_by("user_id").len()["len"]
+    assert 41 - chosen.max() <= full["n_candidates"] <= 41 - chosen.min()
+    for row, found in full["rows"].items():  # more candidates put nobody higher
+        assert row == "random" or found["full"]["map"]["value"] <= found["sampled"]["map"]["value"] + 1e-9
+    assert "sampled candidates | all items" in out
+    before = (whole / "metrics.json").read_bytes()
+    (whole / "metrics.json").unlink()
+    again = run("evaluate", str(whole))
+    assert "knn:" not in again  # nothing is fitted to score what is scored
+    assert (whole / "metrics.json").read_bytes() == before
+    run("report", str(whole))
+    page, results = ((whole / name).read_text(encoding="utf-8") for name in ("report.html", "results.md"))
+    for said in ("Among all items", "Do other ways of computing agree?", "bfloat16"):
+        assert said in page and said in results
+    run("run", str(recipe), "--output", str(whole))

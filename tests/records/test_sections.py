@@ -1,0 +1,26 @@
+from typing import Any
+
+import pytest
+
+from mllm_msr.records.sections import PrepareOptions
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"protocol": "loose"}, "protocol='loose': must be one of strict, paper, global-cutoff"),
+        ({"repeats": None}, "repeats=None: must be one of first, last, all"),
+        ({"n_negatives": 0}, "n_negatives=0: must be at least 1"),
+        ({"n_negatives": 2.5}, "n_negatives=2.5: must be a whole number"),
+        ({"limit_users": "5"}, "limit_users='5': must be a whole number"),
+        ({"folds": 5, "fold": 5}, "fold=5: there are 5 folds"),
+        ({"folds": 5}, "folds=5, fold=0: only protocol='paper' splits by user"),
+    ],
+)
+def test_bad_options_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PrepareOptions(**fields)
+
+
+def test_no_limit_is_none_and_no_core_is_zero() -> None:
+    assert PrepareOptions(limit_users=None, max_history=None, k_core_users=0).k_core_users == 0
