@@ -21,7 +21,7 @@ from mllm_msr.data.leakage import (
     check_own_words,
     check_used_preferences,
 )
-from mllm_msr.processing.examples import recommendation_parts
+from mllm_msr.processing.examples import candidates_of, recommendation_parts, run_contexts, users_of
 from mllm_msr.processing.prompts import PROMPTS
 from mllm_msr.records.run import Run
 
@@ -67,7 +67,7 @@ def prove(run: Run, sft: Path | None = None) -> None:
         for split in ("train", "validation"):
             if (path := (sft or folder / "sft") / f"{split}.parquet").is_file():
                 rows = pl.read_parquet(path, columns=["task_id", "item_id", "prompt"])
-                check_prompts(rows, run.contexts(split), items, template, run.recipe.item_noun)
+                check_prompts(rows, run_contexts(run, split), items, template, run.recipe.item_noun)
 
 
 def check_templates(prompts: Mapping[str, str]) -> None:
@@ -95,13 +95,17 @@ def check_prompts(
         contexts: ``task_id``, ``preference``, ``recent``.
         items: ``item_id``, ``title``, ``text``, ``image`` (whether there is a picture).
     """
-    rows = examples.join(contexts.select("task_id", "preference", "recent"), on="task_id", how="left")
+    rows = examples.select("task_id", "item_id", "prompt").join(
+        contexts.select("task_id", "preference", "recent"), on="task_id", how="left", maintain_order="left"
+    )
+    rows = rows.join(items, on="item_id", how="left", maintain_order="left")
     wrong = []
-    for row in rows.join(items, on="item_id", how="left").iter_rows(named=True):
-        (message,) = row["prompt"]
-        asked = [part["text"] if part["type"] == "text" else True for part in message["content"]]
-        if asked != recommendation_parts(row, template, noun):
-            wrong.append((row["task_id"], row["item_id"], asked))
+    for (task, item, (message,)), user, candidate in zip(
+        rows.select("task_id", "item_id", "prompt").iter_rows(), users_of(rows), candidates_of(rows), strict=True
+    ):
+        parts = [part["text"] if part["type"] == "text" else True for part in message["content"]]
+        if parts != recommendation_parts(user, candidate, template, noun):
+            wrong.append((task, item, parts))
     if wrong:
         raise LeakageError(
             f"leakage: prompts that are not made of their template, preference, recent items and candidate alone: "

@@ -172,6 +172,19 @@ PREFERENCES = Table(
     "each user's preference after every history block, with the ids of the items it has read",
     notes=f"`step`: the history block it was written after; `read_item_ids`: all it rests on; {PROVENANCE}",
 )
+CONTEXTS = Table(
+    "contexts",
+    {
+        "task_id": pl.String,
+        "user_id": pl.String,
+        "candidates": pl.List(pl.String),
+        "labels": pl.List(pl.Int64),
+        "preference": pl.String,
+        "recent": pl.List(pl.String),
+    },
+    "",  # made of tasks, preferences and item summaries whenever it is needed
+    "the ranking tasks with the preference in force and the summaries of the items chosen since",
+)
 EXAMPLES = Table(
     "sft",
     {
