@@ -202,12 +202,12 @@ def _score_charts(scores: pl.DataFrame | None) -> list:
     """HR@k and ROC of every row, and how our scores of chosen and other candidates are distributed."""
     if scores is None or scores.is_empty():
         return []
-    names = ordered_rows({"rows": dict.fromkeys(scores["row"].unique().sort())})
+    names = ordered_rows({"rows": dict.fromkeys(scores["variant"].unique().sort())})
     if len(names) > len(evidence.CURVES):
         names = [row for row in names if row in evidence.CURVES] or names
     curves, rocs = [], []
     for row in names:
-        own = scores.filter(pl.col("row") == row)
+        own = scores.filter(pl.col("variant") == row)
         hits = _hit_curve(own)
         curves.append(Line(row_name(row), np.arange(1, len(hits) + 1), 100 * hits, evidence.style(row)))
         x, y = _roc(own["label"].to_numpy(), own["logit"].to_numpy())
@@ -236,7 +236,7 @@ def _score_charts(scores: pl.DataFrame | None) -> list:
         ),
     ]
     shown = OURS if OURS in names else names[0]
-    return [*charts, _histogram(scores.filter(pl.col("row") == shown), row_name(shown))]
+    return [*charts, _histogram(scores.filter(pl.col("variant") == shown), row_name(shown))]
 
 
 def _hit_curve(scores: pl.DataFrame, longest: int = 50) -> np.ndarray:

@@ -155,7 +155,7 @@ def beside_the_first(runs: Mapping[str, Path]) -> list[list[str]]:
         if not all(file.is_file() for file in files):
             continue
         keys = ["user_id", "item_id", "label"]
-        one, two = (pl.read_parquet(file).filter(row=OURS).select(*keys, "logit").sort(keys) for file in files)
+        one, two = (pl.read_parquet(file).filter(variant=OURS).select(*keys, "logit").sort(keys) for file in files)
         if one.is_empty() or not one.select(keys).equals(two.select(keys)):
             continue
         found = paired_differences(one["user_id"], one["label"], two["logit"], one["logit"])

@@ -29,8 +29,8 @@ def user_stories(run: Path, scores: pl.DataFrame | None, split: str) -> list[dic
     needed = ("data/items.parquet", "data/tasks.parquet")
     if scores is None or scores.is_empty() or not all((run / path).exists() for path in needed):
         return []
-    rows = scores["row"].unique().sort().to_list()
-    scores = scores.filter(pl.col("row") == (OURS if OURS in rows else rows[0]))
+    rows = scores["variant"].unique().sort().to_list()
+    scores = scores.filter(pl.col("variant") == (OURS if OURS in rows else rows[0]))
     tasks = pl.read_parquet(run / "data/tasks.parquet").filter(pl.col("split") == split)
     tasks = tasks.unique("user_id", keep="first")
     groups = best_groups(scores).join(tasks, on="user_id").with_columns(rank=pl.col("above") + (pl.col("n") + 1) / 2)

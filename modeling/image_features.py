@@ -8,6 +8,11 @@ import torch
 from .families import FAMILIES
 
 
+def as_mapping(candidate: Any) -> dict[str, Any]:
+    """A candidate's fields."""
+    return dict(candidate if isinstance(candidate, Mapping) else vars(candidate))
+
+
 class Shown:
     """A catalogue whose pictures stand for themselves, prepared, in any batch of the processor.
 
@@ -29,7 +34,7 @@ class Shown:
 
     def candidates(self, items: Sequence[str]) -> list[dict[str, Any]]:
         """What the processor is given."""
-        new = {item: dict(self.catalogue[item]) for item in dict.fromkeys(items) if item not in self.ready}
+        new = {item: as_mapping(self.catalogue[item]) for item in dict.fromkeys(items) if item not in self.ready}
         pictured = [item for item, one in new.items() if self.shows and one.get("image") is not None]
         pictures = dict(zip(pictured, self.processor.pictures([new[i]["image"] for i in pictured]), strict=True))
         features = self._encode(pictures) if self.takes_features else {}

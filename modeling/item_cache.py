@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .block_attention import Past
+from .image_features import as_mapping
 
 SAMPLES = 1024  # values of each weight that go into the fingerprint of a model
 
@@ -32,6 +33,7 @@ class ItemCache:
 
     def path(self, item: Mapping[str, Any]) -> Path:
         """The file of a candidate with this title, text and image."""
+        item = as_mapping(item)
         name = hashlib.sha256()
         for part in (item.get("title") or "", item.get("text") or ""):
             name.update(json.dumps(part).encode())

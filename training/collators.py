@@ -28,7 +28,7 @@ class AnswerCollator:
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         batch = self.processor(
             preferences=[row["preference"] for row in rows],
-            candidates=[self.items[row["item_id"]] for row in rows],
+            candidates=[vars(self.items[row["item_id"]]) for row in rows],
             labels=[row["label"] for row in rows],
             recent=[user_of(row)["recent"] for row in rows],
         )

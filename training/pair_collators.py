@@ -82,7 +82,7 @@ def measured_limits(processor: MllmMsrProcessor, examples: Dataset, items: Catal
     words = [len(title or "") + len(text or "") for title, text in zip(table["title"], table["text"], strict=True)]
     wordy = sorted(range(len(names)), key=lambda row: -words[row])[:MEASURED]
     spread = range(0, len(names), max(1, len(names) // MEASURED))
-    candidates = [items[names[row]] for row in dict.fromkeys([*wordy, *spread])]
+    candidates = [vars(items[names[row]]) for row in dict.fromkeys([*wordy, *spread])]
     batch = processor.blocks(users, candidates, (0, 0))
     lengths = (int(batch[kind]["attention_mask"].sum(1).max()) for kind in ("users", "items"))
     user, item = (16 * math.ceil(length * 1.125 / 16) for length in lengths)
@@ -101,7 +101,7 @@ class _Candidates:
         self.ready = lru_cache(PICTURES)(self._prepare)
 
     def _prepare(self, item_id: str) -> dict[str, Any]:
-        item = self.items[item_id]
+        item = vars(self.items[item_id])
         return {**item, "image": self.processor.pictures([item["image"]])[0]} if item["image"] is not None else item
 
     def pictures(self, item_ids: Iterable[str]) -> dict[str, list[Any]]:

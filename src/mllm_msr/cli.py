@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 EXAMPLES = """\
 examples:
@@ -96,8 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     who = rank.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", help="user id: the last preference, all unseen items as candidates")
     who.add_argument("--preference", help="a preference in words instead of a user")
-    who.add_argument("--users", metavar="all|A,B", help="many users, into files (resumable; several processes share)")
-    rank.add_argument("--items", help="comma-separated candidate item ids (default: all the user has not seen)")
+    who.add_argument(
+        "--users", metavar="all|A,B", type=names, help="many users, into files (resumable; several processes share)"
+    )
+    rank.add_argument(
+        "--items", type=names, help="comma-separated candidate item ids (default: all the user has not seen)"
+    )
     rank.add_argument("--top-k", type=int, default=10, help="how many to show (default: 10)")
     rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")
     index = command("index", "compute ahead what a model with interaction=late keeps of every item, for rank")
@@ -138,7 +144,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--interactions", metavar="FILE", help="log: user_id, item_id, timestamp")
     own.add_argument("--items", metavar="FILE", help="catalogue: item_id, title, text, image")
     own.add_argument("--images", metavar="DIR", help="folder of the image files")
-    own.add_argument("--column", metavar="OURS=YOURS", action="append", type=mapping, help="e.g. user_id=reviewer")
+    own.add_argument(
+        "--column", metavar="OURS=YOURS", action="append", type=mapping, default=[], help="e.g. user_id=reviewer"
+    )
     data = parser.add_argument_group("data protocol (docs/data.md)")
     data.add_argument("--protocol", choices=("strict", "paper", "global-cutoff"))
     data.add_argument("--negatives", metavar="N|all", type=count_or_all, help="a held-out target; all: full catalogue")
@@ -148,19 +156,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--on-bad-rows", choices=("error", "skip"), help="stop at the first, or count and leave out")
     data.add_argument("--seed", type=int, help="of candidates, samples, training and evaluation")
     further = "any other value of the recipe, e.g. data.k_core_users=7"
-    data.add_argument("--set", metavar="KEY=VALUE", action="append", type=mapping, help=further)
+    data.add_argument("--set", metavar="KEY=VALUE", action="append", type=mapping, default=[], help=further)
 
 
-def mapping(text: str) -> str:
-    if "=" not in text:
+def mapping(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    return text
-
-
-def count_or_all(text: str) -> str:
-    if text != "all" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
-    return text
+    return name, value
 
 
 def positive(text: str) -> int:
@@ -169,14 +172,22 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def positive_or_all(text: str) -> int | str:
-    return text if text == "all" else positive(text)
+def positive_or_all(text: str) -> int | Literal["all"]:
+    return "all" if text == "all" else positive(text)
+
+
+def count_or_all(text: str) -> int | Literal["all"]:
+    return 0 if text == "0" else positive_or_all(text)
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     try:
-        dispatch(options)
+        COMMANDS[options.command](options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.exit(f"mllm-msr: {message}")
@@ -184,55 +195,140 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("mllm-msr: interrupted; run the same command again to go on")
 
 
-def dispatch(options: argparse.Namespace) -> None:
-    if options.command == "demo":
-        from mllm_msr.demo.main import demo
+# ---- commands: from options to typed arguments; what is heavy is imported by the command that needs it --------------
 
-        demo(options.output)
-        if options.serve:
-            from mllm_msr.stages import serve
 
-            serve(options.output, options.port)
-        return
-    from mllm_msr import stages
-    from mllm_msr.data.sources import registry as sources
+def _open(options: argparse.Namespace) -> Any:
+    from mllm_msr.opening import open_run
+
+    return open_run(options.run)
+
+
+def _open_recipe(options: argparse.Namespace) -> Any:
+    from mllm_msr.opening import Overrides, open_recipe, parse_setting
+
+    direct = "data interactions items images limit_users protocol negatives negative_sampling folds fold on_bad_rows"
+    overrides = Overrides(
+        **{name: getattr(options, name) for name in (*direct.split(), "seed", "backbone")},
+        columns=dict(options.column),
+        settings={key: parse_setting(key, text) for key, text in options.set},
+    )
+    return open_recipe(options.recipe, overrides, options.output, trains=options.command == "run")
+
+
+def demo(options: argparse.Namespace) -> None:
+    from mllm_msr.demo.main import demo
+    from mllm_msr.stages import serve
+
+    run = demo(options.output)
+    if options.serve:
+        serve(run, options.port)
+
+
+def run(options: argparse.Namespace) -> None:
+    from mllm_msr.stages import run_all
+
+    run_all(_open_recipe(options))
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from mllm_msr.stages import prepare
+
+    prepare(_open_recipe(options))
+
+
+def summarize(options: argparse.Namespace) -> None:
+    from mllm_msr.stages import summarize_items, summarize_users
+
+    (summarize_items if options.part == "items" else summarize_users)(_open(options))
+
+
+def train(options: argparse.Namespace) -> None:
+    from mllm_msr.stages import train
+
+    train(_open(options))
+
+
+def evaluate(options: argparse.Namespace) -> None:
     from mllm_msr.evaluation.evaluate import with_evaluation
-    from mllm_msr.records.run import Run
+    from mllm_msr.stages import evaluate
     from mllm_msr.transfer import with_model_of
 
-    match options.command:
-        case "run":
-            stages.run_all(sources.open_recipe(options))
-        case "prepare":
-            stages.prepare(sources.open_recipe(options))
-        case "summarize":
-            stage = stages.summarize_items if options.part == "items" else stages.summarize_users
-            stage(Run.open(options.run))
-        case "evaluate":
-            run = with_evaluation(Run.open(options.run), options.baselines, options.full_catalogue, options.agreement)
-            other = options.model or options.fine_tune
-            stages.evaluate(with_model_of(run, options.model, options.fine_tune) if other else run)
-        case "study":
-            from mllm_msr.study import run_study
+    run = with_evaluation(_open(options), options.baselines, options.full_catalogue, options.agreement)
+    if options.model or options.fine_tune:
+        run = with_model_of(run, options.model, options.fine_tune)
+    evaluate(run)
 
-            output = options.output or Path("runs") / options.study.stem
-            run_study(options.study, output, options.only, options.data)
-        case "compare":
-            from mllm_msr.hub_cards.results_page import compare
 
-            print(compare(options.runs))
-        case "rank" | "index":
-            from mllm_msr import rank as ranking
+def report(options: argparse.Namespace) -> None:
+    from mllm_msr.stages import report
 
-            getattr(ranking, options.command)(options)
-        case "publish":
-            stages.publish(options)
-        case "show":
-            from mllm_msr.show import show_user
+    report(_open(options))
 
-            show_user(Run.open(options.run).folder, options.id)
-        case name:
-            getattr(stages, name)(Run.open(options.run))
+
+def study(options: argparse.Namespace) -> None:
+    from mllm_msr.study import run_study
+
+    run_study(options.study, options.output or Path("runs") / options.study.stem, options.only, options.data)
+
+
+def compare(options: argparse.Namespace) -> None:
+    from mllm_msr.hub_cards.results_page import compare
+
+    print(compare(options.runs))
+
+
+def rank(options: argparse.Namespace) -> None:
+    from mllm_msr import rank
+
+    run = _open(options)
+    how = {"items": options.items, "top_k": options.top_k, "memory_gb": options.memory_gb}
+    if options.users:
+        if not options.output:
+            raise ValueError("name a folder for the rankings: --output DIR")
+        rank.rank_users(run, None if options.users == ["all"] else options.users, options.output, **how)
+    elif options.user:
+        rank.rank_user(run, options.user, **how)
+    else:
+        rank.rank_preference(run, options.preference, **how)
+
+
+def index(options: argparse.Namespace) -> None:
+    from mllm_msr.rank import index
+
+    index(_open(options), options.memory_gb)
+
+
+def publish(options: argparse.Namespace) -> None:
+    from mllm_msr.stages import Release, publish
+
+    parts = {"model": "model", "datasets": "dataset", "metric": "metric", "space": "space"}
+    release = Release(
+        options.namespace,
+        parts=tuple(part for flag, part in parts.items() if getattr(options, flag)),
+        collection=options.collection,
+        public=options.public,
+        create_pr=options.create_pr,
+        tag=options.tag,
+        dry_run=options.dry_run,
+        images=not options.without_images,
+        anonymise=options.anonymise,
+    )
+    publish(_open(options), release)
+
+
+def show(options: argparse.Namespace) -> None:
+    from mllm_msr.show import show_user
+
+    show_user(_open(options), options.id)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    command.__name__: command
+    for command in (
+        demo, run, prepare, summarize, train, evaluate, report, study, compare, rank, index, publish, show,
+    )
+}  # fmt: skip
 
 
 if __name__ == "__main__":

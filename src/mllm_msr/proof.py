@@ -23,41 +23,44 @@ from mllm_msr.data.leakage import (
 )
 from mllm_msr.processing.examples import candidates_of, recommendation_parts, run_contexts, users_of
 from mllm_msr.processing.prompts import PROMPTS
-from mllm_msr.records.run import Run
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import (
+    CUT_INTERACTIONS,
+    EXAMPLES,
+    INTERACTIONS,
+    ITEM_SUMMARIES,
+    ITEMS,
+    POPULARITY,
+    PREFERENCES,
+    TASKS,
+)
 
 
-def prove(run: Run, sft: Path | None = None) -> None:
+def prove(run: RunFolder, examples: Path | None = None) -> None:
     """Check templates, tasks, popularity and, where they are there, preferences, generated texts and finished prompts.
 
-    ``sft`` is the folder of the training prompts, if they have not taken their place yet. Raises
+    ``examples`` is the folder of the training prompts, if they have not taken their place yet. Raises
     :class:`~mllm_msr.data.leakage.LeakageError` with the rows.
     """
-    folder = run.folder
     check_templates(run.recipe.prompts)
-    report = json.loads((folder / "data/report.json").read_text(encoding="utf-8"))
+    report = json.loads(run.data_report.read_text(encoding="utf-8"))
     cut = report["options"]["max_history"] is not None
-    tasks = pl.read_parquet(folder / "data/tasks.parquet")
-    interactions = pl.read_parquet(folder / "data/interactions.parquet")
-    shown = pl.col("image").struct.field("bytes").is_not_null().alias("image")
-    catalogue = pl.scan_parquet(folder / "data/items.parquet").select("item_id", "title", "text", shown)
+    tasks, interactions = run.read(TASKS), run.read(INTERACTIONS)
+    has_image = pl.col("image").struct.field("bytes").is_not_null().alias("image")
+    catalogue = run.scan(ITEMS).select("item_id", "title", "text", has_image)
     items = catalogue.collect(engine="streaming")
-    tables = {
-        name: pl.read_parquet(folder / f"summaries/{name}.parquet")
-        for name in ("items", "preferences")
-        if (folder / f"summaries/{name}.parquet").is_file()
-    }
-    preferences = tables.get("preferences")
+    summaries, preferences = (run.read(table) if run.has(table) else None for table in (ITEM_SUMMARIES, PREFERENCES))
     check_leakage(
         tasks,
         interactions,
-        pl.read_parquet(folder / "data/popularity.parquet"),
+        run.read(POPULARITY),
         preferences,
-        seen=pl.read_parquet(folder / "data/seen.parquet") if cut else None,
+        seen=run.read(CUT_INTERACTIONS) if cut else None,
         protocol=report["protocol"]["name"],
     )
     check_own_words(items)
-    columns = {"items": "summary", "preferences": "preference"}
-    texts = [table[columns[name]].rename("text") for name, table in tables.items()]
+    texts = [] if summaries is None else [summaries["summary"].rename("text")]
+    texts += [] if preferences is None else [preferences["preference"].rename("text")]
     if texts:
         ids = pl.concat([interactions["user_id"].rename("id"), items["item_id"].rename("id")]).unique()
         check_no_ids(pl.concat(texts), ids, allowed=pl.concat([items["title"], items["text"].rename("title")]))
@@ -65,8 +68,9 @@ def prove(run: Run, sft: Path | None = None) -> None:
         check_used_preferences(tasks, preferences, run.block_size)
         template = {**PROMPTS, **run.recipe.prompts}["recommendation"]
         for split in ("train", "validation"):
-            if (path := (sft or folder / "sft") / f"{split}.parquet").is_file():
-                rows = pl.read_parquet(path, columns=["task_id", "item_id", "prompt"])
+            path = examples / f"{split}.parquet" if examples else run.file(EXAMPLES, split)
+            if path.is_file():
+                rows = EXAMPLES.read(path, ["task_id", "item_id", "prompt"])
                 check_prompts(rows, run_contexts(run, split), items, template, run.recipe.item_noun)
 
 

@@ -21,7 +21,8 @@ from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.processing.examples import training_examples
 from mllm_msr.processing.prompts import PROMPTS
 from mllm_msr.records.recipe import load_recipe
-from mllm_msr.records.run import Run
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import ITEMS
 from mllm_msr.stages import prepare
 
 
@@ -31,15 +32,15 @@ def rebuild(published: Path, data: str, output: Path) -> None:
     Raises ``ValueError`` if the source, once prepared, is not what the data set was made of.
     """
     recipe = load_recipe(published / "recipe.yaml")
-    recipe = replace(recipe, source={**recipe.source, "folder": str(Path(data).resolve())})
+    recipe = replace(recipe, source=replace(recipe.source, folder=str(Path(data).resolve())))
     if output.exists():
         raise ValueError(f"{output} exists already: name another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".rebuilding-") as folder:
-        run = Run.create(Path(folder) / "run", recipe)
+        run = RunFolder.create(Path(folder) / "run", recipe)
         prepare(run)
         items = pl.read_parquet(published / "items/*.parquet")
-        compare("items", items, run.items(), ["item_id", "title"])
+        compare("items", items, run.read(ITEMS), ["item_id", "title"])
         tasks = run.tasks("train", "validation", "test")
         compare("tasks", pl.read_parquet(published / "tasks/*.parquet"), tasks, ["split", "cutoff", "candidates"])
 
@@ -47,7 +48,7 @@ def rebuild(published: Path, data: str, output: Path) -> None:
         shutil.copytree(published, whole, ignore=shutil.ignore_patterns("items", "sft", ".*", "README.md"))
         for table in ("items", "sft"):
             (whole / table).mkdir()
-        shutil.copy(run.folder / "data/items.parquet", whole / "items/train-00000-of-00001.parquet")
+        shutil.copy(run.file(ITEMS), whole / "items/train-00000-of-00001.parquet")
         prompt = {**PROMPTS, **recipe.prompts}["recommendation"]
         for split in ("train", "validation"):
             files = sorted((published / "sft").glob(f"{split}-*.parquet"))
@@ -56,9 +57,9 @@ def rebuild(published: Path, data: str, output: Path) -> None:
                 pairs = rows.with_columns(
                     pl.concat_list("item_id").alias("candidates"), pl.concat_list("label").alias("labels")
                 )
-                chats = training_examples(pairs, run.items(), prompt, recipe.item_noun)
+                chats = training_examples(pairs, run.read(ITEMS), prompt, recipe.item_noun)
                 target = whole / f"sft/{split}-00000-of-00001.parquet"
-                write_chat_table(chats, run.folder / "data/items.parquet", target, images=True)
+                write_chat_table(chats, run.file(ITEMS), target, images=True)
         text = (published / "README.md").read_text(encoding="utf-8")
         (whole / "README.md").write_text(without_sizes(text), encoding="utf-8")
         whole.rename(output)

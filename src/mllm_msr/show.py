@@ -3,33 +3,31 @@
 import difflib
 import re
 import sys
-from pathlib import Path
 
 import polars as pl
 
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
 
-def show_user(run: Path, user_id: str) -> None:
+
+def show_user(run: RunFolder, user_id: str) -> None:
     """Print a user's blocks with the preference after each, the change from step to step marked.
 
     On a terminal what is new is green and what is gone is red and struck through; elsewhere they read ``[+new+]`` and
     ``[-gone-]``. Raises ``ValueError`` if the run has no such user, ``FileNotFoundError`` if it has no preferences yet.
     """
-    path = run / "summaries/preferences.parquet"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `mllm-msr summarize users {run}` first")
-    log = pl.scan_parquet(run / "data/interactions.parquet").filter(pl.col("user_id") == user_id).collect()
+    run.require("summarize users")
+    log = run.scan(INTERACTIONS).filter(pl.col("user_id") == user_id).collect()
     if log.is_empty():
-        some = pl.scan_parquet(run / "data/interactions.parquet").select("user_id").head(1).collect().item()
-        raise ValueError(f"user {user_id!r} has no interactions in {run}; ids look like {some!r}")
-    steps = pl.scan_parquet(path).filter(pl.col("user_id") == user_id).sort("step").collect()
+        example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
+        raise ValueError(f"user {user_id!r} has no interactions in {run.path}; ids look like {example!r}")
+    steps = run.scan(PREFERENCES).filter(pl.col("user_id") == user_id).sort("step").collect()
     history = log["item_id"].to_list()
+    of_history = pl.col("item_id").is_in(set(history))
     titles, summaries = (
-        dict(
-            pl.scan_parquet(run / file).filter(pl.col("item_id").is_in(set(history))).select("item_id", column)
-            .collect().iter_rows()
-        )
-        for file, column in (("data/items.parquet", "title"), ("summaries/items.parquet", "summary"))
-    )  # fmt: skip
+        dict(run.scan(table).filter(of_history).select("item_id", column).collect().iter_rows())
+        for table, column in ((ITEMS, "title"), (ITEM_SUMMARIES, "summary"))
+    )
     colours = sys.stdout.isatty()
     print(f"user {user_id}: {len(history)} items, {steps.height} preferences")
     read, before = 0, ""

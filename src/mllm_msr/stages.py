@@ -1,9 +1,9 @@
 """The stages of a run, from raw data to a Hub-ready folder. Each can be done alone; see :mod:`mllm_msr.records.run`."""
 
-import argparse
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,99 +12,94 @@ import polars as pl
 
 from mllm_msr.data.sources.registry import read_source, source_fingerprint
 from mllm_msr.evaluation.evaluate import evaluate
-from mllm_msr.proof import check_templates, prove
+from mllm_msr.proof import prove
 from mllm_msr.records.recipe import backbone_path
-from mllm_msr.records.run import Run
-from mllm_msr.records.storage import file_digest, folder_digest, whole_folder, write_parquet, write_text
+from mllm_msr.records.run import STAGES, RunFolder
+from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, SCORES
+from mllm_msr.records.storage import folder_digest, whole_folder, write_text
 
 
-def run_all(run: Run) -> None:
+def run_all(run: RunFolder) -> None:
     """Every stage in order."""
     for stage in (prepare, summarize_items, summarize_users, train, evaluate, report):
         stage(run)
 
 
-def prepare(run: Run) -> None:
+def prepare(run: RunFolder) -> None:
     """Stage 0: raw logs, texts and images to interactions, items and frozen ranking tasks."""
-    from mllm_msr.data.prepare import PrepareOptions, statistics_table
     from mllm_msr.data.prepare import prepare as write_data
+    from mllm_msr.data.prepare import statistics_table
 
-    options = PrepareOptions(**run.recipe.data)
-    check_templates(run.recipe.prompts)
+    options = run.recipe.data
 
     def work(key: str) -> None:
-        with whole_folder(run.folder / "data") as folder:
-            report = write_data(read_source(run.recipe), folder, options, source=run.recipe.name, inputs=tables)
+        raw = read_source(run.recipe.source, options.on_bad_rows)
+        with whole_folder(run.data) as folder:
+            report = write_data(raw, folder, options, source=run.recipe.name, inputs=tables)
         print(statistics_table(report))
 
     facts = source_fingerprint(run.recipe.source)
-    tables = [one for one in facts[1:] if isinstance(one, str) or isinstance(one[1], str)]  # not each picture
-    run.stage("prepare", [facts, asdict(options)], run.folder / "data", work)
+    tables = [one for one in facts[1:] if isinstance(one, str) or isinstance(one[1], str)]  # not each image
+    run.stage("prepare", work, output=run.data_report, facts=[facts, asdict(options)])
 
 
-def summary_options(run: Run):
-    """The recipe's ``summaries`` section."""
-    from mllm_msr.processing.engines import SummaryOptions
-
-    return SummaryOptions.from_recipe(run.recipe.summaries)
-
-
-def summary_tools(run: Run, name: str):
-    """Options, engine and store for the texts called ``name``."""
+def summary_tools(run: RunFolder, name: str) -> Any:
+    """Engine, store and options for the texts called ``name``."""
     from mllm_msr.processing.engines import build_engine
     from mllm_msr.processing.text_store import TextStore
 
-    options = summary_options(run)
-    store = TextStore(Path(options.cache or run.folder / "cache") / name)
-    return build_engine(options, run.recipe.prompts, run.recipe.item_noun), store, options
+    options = run.recipe.summaries
+    return build_engine(options, run.recipe.prompts, run.recipe.item_noun), TextStore(run.texts / name), options
 
 
-def summarize_items(run: Run) -> None:
-    """Stage 1: a short text for each item's picture and words."""
+def summarize_items(run: RunFolder) -> None:
+    """Stage 1: a short text for each item's image and words."""
     from mllm_msr.processing import summaries
 
-    output = run.folder / "summaries/items.parquet"
-
     def work(key: str) -> None:
-        frame = summaries.summarize_items(run.items(), *summary_tools(run, "item_summary"))
-        output.parent.mkdir(exist_ok=True)
-        write_parquet(frame, output)
+        frame = summaries.summarize_items(run.read(ITEMS), *summary_tools(run, "item_summary"))
+        run.write(ITEM_SUMMARIES, frame)
         print_status(frame, "item_id")
 
+    output = run.file(ITEM_SUMMARIES)
     forget_failures(output)
-    run.stage("summarize items", [run.key("prepare"), *summary_facts(run)], output, work)
+    run.stage("summarize items", work, output=output, facts=text_facts(run, "summarize items"))
 
 
-def summarize_users(run: Run) -> None:
+def summarize_users(run: RunFolder) -> None:
     """Stage 2: each user's preference, updated block by block; and the training examples that rest on it."""
     from mllm_msr.processing import summaries
-    from mllm_msr.processing.examples import training_examples
+    from mllm_msr.processing.examples import run_contexts, training_examples
     from mllm_msr.processing.prompts import PROMPTS
 
-    output = run.folder / "summaries/preferences.parquet"
-
     def work(key: str) -> None:
-        items, tasks = run.items(), run.tasks("train", "validation", "test")
-        interactions = pl.read_parquet(run.folder / "data/interactions.parquet")
-        texts = pl.read_parquet(run.folder / "summaries/items.parquet")
+        items, tasks = run.read(ITEMS), run.tasks("train", "validation", "test")
         frame = summaries.summarize_users(
-            before_targets(interactions, tasks),
+            before_targets(run.read(INTERACTIONS), tasks),
             dict(items.select("item_id", "title").iter_rows()),
-            dict(texts.select("item_id", "summary").iter_rows()),
+            dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows()),
             *summary_tools(run, "preference"),
         )
-        write_parquet(frame, output)
+        run.write(PREFERENCES, frame)
         print_status(frame, "user_id", "step")
         prompt = {**PROMPTS, **run.recipe.prompts}["recommendation"]
-        with whole_folder(run.folder / "sft") as folder:
+        with whole_folder(run.examples) as folder:
             for split in ("train", "validation"):
-                examples = training_examples(run.contexts(split), items, prompt, run.recipe.item_noun)
-                write_parquet(examples, folder / f"{split}.parquet")
+                examples = training_examples(run_contexts(run, split), items, prompt, run.recipe.item_noun)
+                EXAMPLES.write(examples, folder / f"{split}.parquet")
             prove(run, folder)
 
-    forget_failures(output, run.folder / "sft/train.parquet")
-    read = [run.key("summarize items"), file_digest(run.folder / "summaries/items.parquet")]
-    run.stage("summarize users", [*read, *summary_facts(run)], run.folder / "sft/train.parquet", work)
+    output = run.file(EXAMPLES, "train")
+    forget_failures(run.file(PREFERENCES), output)
+    reads = [run.file(ITEM_SUMMARIES)]
+    run.stage("summarize users", work, output=output, reads=reads, facts=text_facts(run, "summarize users"))
+
+
+def text_facts(run: RunFolder, stage: str) -> Sequence[Any]:
+    """All that the texts depend on beside earlier stages, the content of a local model included."""
+    model = Path(backbone_path(run.recipe.summaries.model))
+    local = folder_digest(model) if run.recipe.summaries.model and model.is_dir() else None
+    return [STAGES[stage].settings(run.recipe), local]
 
 
 def before_targets(interactions: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFrame:
@@ -115,14 +110,6 @@ def before_targets(interactions: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFr
         pl.col("history_length").is_null() | (place < pl.col("history_length"))
     )
     return kept.drop("history_length")
-
-
-def summary_facts(run: Run) -> list[Any]:
-    """All that the texts depend on, the content of a local model included."""
-    options = summary_options(run)
-    model = Path(backbone_path(options.model))
-    local = folder_digest(model) if options.model and model.is_dir() else None
-    return [options.facts(), local, run.recipe.prompts, run.recipe.item_noun]
 
 
 def forget_failures(output: Path, *followers: Path) -> None:
@@ -145,66 +132,86 @@ def print_status(frame: pl.DataFrame, *ids: str) -> None:
         print("  run the same command again to try the failed ones again")
 
 
-def train(run: Run) -> None:
+def train(run: RunFolder) -> None:
     """Stage 3: fine-tune the recommender; the model folder is what would be pushed."""
     from mllm_msr.training import sft
 
     def work(key: str) -> None:
-        checkpoints = run.folder / "training" / key  # other settings never resume from these
-        flags = {
-            **run.recipe.training_flags(),
-            "dataset_name": str(run.folder),
-            "output_dir": str(checkpoints),
-        }
+        checkpoints = run.checkpoints / key  # other settings never resume from these
+        flags = {**run.recipe.training_flags(), "dataset_name": str(run.path), "output_dir": str(checkpoints)}
         arguments = sft.parse([], **flags)
         trainer = sft.train(*arguments)
-        with whole_folder(run.folder / "model") as folder:
+        with whole_folder(run.model) as folder:
             sft.save_recommender(trainer, folder, arguments[0].merge_adapter)
-            write_text(folder / "log_history.json", json.dumps(trainer.state.log_history, indent=1))
-        for stale in (run.folder / "training").iterdir():
+            write_text(folder / run.training_log.name, json.dumps(trainer.state.log_history, indent=1))
+        for stale in run.checkpoints.iterdir():
             shutil.rmtree(stale)
 
-    read = [run.key("summarize users"), *map(file_digest, sorted((run.folder / "sft").glob("*.parquet")))]
-    run.stage("train", [*read, run.recipe.training_flags()], run.folder / "model", work)
+    run.stage("train", work, output=run.model, reads=sorted(run.examples.glob("*.parquet")))
 
 
-def report(run: Run) -> None:
+def report(run: RunFolder) -> None:
     """Stage 5: the report a person reads, and the folders the Hub would get."""
     from mllm_msr.hub_cards.publishing import build_hub
     from mllm_msr.hub_cards.report import write_report
     from mllm_msr.hub_cards.results_page import write_results
 
     def work(key: str) -> None:
-        build_hub(run.folder)
-        write_results(run.folder)
-        write_report(run.folder)
+        build_hub(run.path)
+        write_results(run.path)
+        write_report(run.path)
 
-    run.stage("report", [run.key("evaluate"), run.provenance()["stages"]["evaluate"]], run.folder / "report.html", work)
+    run.stage("report", work, output=run.report, reads=[run.metrics, run.file(SCORES)])
 
 
-def publish(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Release:
+    """What ``publish`` is asked for.
+
+    Args:
+        namespace: user or organisation on the Hub.
+        parts: of "model", "dataset", "metric" and "space"; all if empty.
+        collection: gather them in a collection.
+        public: for everyone to see, once all is there.
+        create_pr: propose pull requests instead of committing.
+        tag: of the release; None: v and the version of mllm-msr.
+        dry_run: show what would be sent, and send nothing.
+        images: embed the images in the data set.
+        anonymise: hash drawn users too.
+    """
+
+    namespace: str
+    parts: tuple[str, ...] = ()
+    collection: bool = False
+    public: bool = False
+    create_pr: bool = False
+    tag: str | None = None
+    dry_run: bool = False
+    images: bool = True
+    anonymise: bool = False
+
+
+def publish(run: RunFolder, wanted: Release) -> None:
     """Release the run on the Hub, or show what a release would send."""
     from mllm_msr.hub_cards import release
 
-    run = Run.open(options.run)
-    run.key("report")
+    run.require("report")
     prove(run)
-    flags = {"model": "model", "datasets": "dataset", "metric": "metric", "space": "space"}
     release.publish(
-        options.run,
-        options.namespace,
-        dry_run=options.dry_run,
-        parts=tuple(part for flag, part in flags.items() if getattr(options, flag)),
-        collection=options.collection,
-        public=options.public,
-        create_pr=options.create_pr,
-        tag=options.tag or f"v{version('mllm-msr')}",
-        images=not options.without_images,
-        anonymise=options.anonymise,
+        run.path,
+        wanted.namespace,
+        dry_run=wanted.dry_run,
+        parts=wanted.parts,
+        collection=wanted.collection,
+        public=wanted.public,
+        create_pr=wanted.create_pr,
+        tag=wanted.tag or f"v{version('mllm-msr')}",
+        images=wanted.images,
+        anonymise=wanted.anonymise,
     )
 
 
-def serve(folder: Path, port: int) -> None:
+def serve(run: RunFolder, port: int) -> None:
     """The demo Space on this machine, with the model and the data set of a run."""
     from mllm_msr.hub_cards.publishing import build_hub
 
@@ -212,8 +219,7 @@ def serve(folder: Path, port: int) -> None:
         from mllm_msr.hub_cards import space_app
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is not installed: `pip install 'mllm-msr[demo]'`") from error
-    run = Run.open(folder)
-    built = build_hub(folder)
+    built = build_hub(run.path)
     space_app.serve(
         str(built["model"]), str(built["dataset"]), None, run.recipe.item_noun, run.block_size, server_port=port
     )

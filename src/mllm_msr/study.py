@@ -15,8 +15,9 @@ import numpy as np
 import polars as pl
 import yaml
 
-from mllm_msr.records.recipe import Recipe, backbone_path, load_recipe, with_settings
-from mllm_msr.records.run import Run
+from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, parse_recipe, with_settings
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import SCORES
 from mllm_msr.records.storage import write_text
 
 # What a cell may take over from another: the stages, their output, and the sections of the recipe all of it rests on.
@@ -83,10 +84,9 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
     settings = study.settings()
     if unknown := [name for name in only if name not in settings]:
         raise ValueError(f"{path} has no cell {unknown[0]!r}; it has {', '.join(settings)}")
-    demo = Path(backbone_path("demo")).parent / "recipe.yaml"
-    recipe = load_recipe(demo if study.recipe == "demo" else path.parent / study.recipe)
-    cells: dict[str, list[Run]] = defaultdict(list)
-    donors: list[Run] = []
+    content = load_content(demo_recipe() if study.recipe == "demo" else path.parent / study.recipe)
+    cells: dict[str, list[RunFolder]] = defaultdict(list)
+    donors: list[RunFolder] = []
     failures = []
     for name in only or settings:
         for seed, fold in product(study.seeds, study.folds or (None,)):
@@ -100,7 +100,7 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
             print(f"\n== {label}", flush=True)
             start = time.monotonic()
             try:
-                run = start_cell(folder, with_settings(recipe, full), donors)
+                run = start_cell(folder, parse_recipe(with_settings(content, full)), donors)
                 finish_cell(run)
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 failures.append(f"{label}: {error}")
@@ -120,19 +120,19 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
     return output
 
 
-def start_cell(folder: Path, recipe: Recipe, donors: Sequence[Run]) -> Run:
+def start_cell(folder: Path, recipe: Recipe, donors: Sequence[RunFolder]) -> RunFolder:
     """A cell's run directory; a new one takes over what the most alike of ``donors`` has and the recipes agree on."""
     if (folder / "config.yaml").is_file() or not donors:
-        return Run.create(folder, recipe)
+        return RunFolder.create(folder, recipe)
     donor = max(donors, key=lambda run: _agreement(run.recipe, recipe))
     known = donor.provenance()
-    run = Run.create(folder, recipe)
+    run = RunFolder.create(folder, recipe)
     provenance = {**known, "stages": {}}
     for stages, outputs, _ in SHARED[: _agreement(donor.recipe, recipe)]:
         for name in outputs:
-            shutil.copytree(donor.folder / name, folder / name, copy_function=link_file, dirs_exist_ok=True)
+            shutil.copytree(donor.path / name, folder / name, copy_function=link_file, dirs_exist_ok=True)
         provenance["stages"] |= {stage: known["stages"][stage] for stage in stages}
-    write_text(folder / "provenance.json", json.dumps(provenance, indent=2))
+    run.write_provenance(provenance)
     return run
 
 
@@ -152,14 +152,14 @@ def link_file(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def finish_cell(run: Run) -> None:
+def finish_cell(run: RunFolder) -> None:
     from mllm_msr import stages
 
     for stage in (stages.prepare, stages.summarize_items, stages.summarize_users, stages.train, stages.evaluate):
         stage(run)
 
 
-def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
+def collect(cells: dict[str, list[RunFolder]]) -> list[dict[str, Any]]:
     """One entry for each row of each cell: ``{"cell", "row", "runs", "users", "metrics": {metric: {"value", "ci95",
     "seed_std", "difference", "difference_ci95", "p"}}}``.
 
@@ -173,7 +173,7 @@ def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
     entries, reference = [], None
     for cell, runs in cells.items():
         shown = sorted(_candidates(run) for run in runs)
-        rows = json.loads((runs[0].folder / "metrics.json").read_text(encoding="utf-8"))["rows"]
+        rows = runs[0].results().variants
         for row in rows:
             users, values, spread = user_values(runs, row)
             means = resampled_means(values, 2000, 0)
@@ -201,19 +201,19 @@ def collect(cells: dict[str, list[Run]]) -> list[dict[str, Any]]:
     return entries
 
 
-def _candidates(run: Run) -> int:
+def _candidates(run: RunFolder) -> int:
     """A number that two runs share only if they ranked the same candidates for the same users."""
-    pairs = pl.read_parquet(run.folder / "scores.parquet", columns=["row", "user_id", "item_id"])
-    return int(pairs.filter(row=pairs["row"][0]).select("user_id", "item_id").hash_rows().sum())
+    pairs = run.read(SCORES, ["variant", "user_id", "item_id"])
+    return int(pairs.filter(variant=pairs["variant"][0]).select("user_id", "item_id").hash_rows().sum())
 
 
-def user_values(runs: Sequence[Run], row: str) -> tuple[pl.Series, np.ndarray, list[float | None]]:
+def user_values(runs: Sequence[RunFolder], row: str) -> tuple[pl.Series, np.ndarray, list[float | None]]:
     """Users, their values (U, M) under ``row`` averaged over seeds, and each metric's deviation between seeds."""
     from mllm_msr.evaluation.metrics import METRICS, user_columns
 
     by_seed = defaultdict(list)
     for run in runs:
-        by_seed[run.recipe.training["seed"]].append(pl.read_parquet(run.folder / "scores.parquet").filter(row=row))
+        by_seed[run.recipe.training["seed"]].append(run.read(SCORES).filter(variant=row))
     columns, users = [], pl.Series(dtype=pl.String)
     for frames in by_seed.values():
         scores = pl.concat(frames)

@@ -1,6 +1,5 @@
 """Cross-domain: the tasks of one data set, ranked by the model of another, as it is or fine-tuned a little."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.evaluate import DEFAULT_ROWS, data_key
-from mllm_msr.records.recipe import load_recipe
-from mllm_msr.records.run import Run
-from mllm_msr.records.storage import folder_digest, whole_folder, write_parquet, write_text
+from mllm_msr.evaluation.evaluate import data_key
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import EXAMPLES
+from mllm_msr.records.storage import digest, folder_digest, whole_folder
 from mllm_msr.study import link_file
 
 
-def with_model_of(run: Run, place: str | None, fine_tune: int | None = None) -> Run:
+def with_model_of(run: RunFolder, place: str | None, fine_tune: int | None = None) -> RunFolder:
     """``run`` under another model: the run directory ``RUN/transfer/<model>``, with the same data and summaries.
 
     What is evaluated and reported there leaves ``run`` as it was.
@@ -29,57 +28,50 @@ def with_model_of(run: Run, place: str | None, fine_tune: int | None = None) -> 
     """
     if not fine_tune:
         model, name, revision = find_model(place or "")
-        other = _beside(run, name, [row for row in _rows(run) if row != "no_sft"], f"trained on {name}")
+        other = _beside(run, name, [row for row in run.recipe.evaluation.rows if row != "no_sft"], f"trained on {name}")
         training = {"model_name_or_path": name, "model_revision": revision}
-        other = Run.create(other.folder, replace(other.recipe, training=training))
-        _link(other.folder / "model", model)
-        provenance = other.provenance()
-        users = run.key("summarize users")
-        provenance["stages"]["train"] = {**provenance["stages"].get("train", {}), "key": f"{users} {name} {revision}"}
-        write_text(other.folder / "provenance.json", json.dumps(provenance, indent=2))
+        other = RunFolder.create(other.path, replace(other.recipe, training=training))
+        _link(other.model, model)
+        other.take_over("train", digest(run.key("summarize users"), name, revision))
         return other
     from mllm_msr.stages import train
 
-    rows = list(dict.fromkeys([*_rows(run), "no_sft"]))
+    rows = list(dict.fromkeys([*run.recipe.evaluation.rows, "no_sft"]))
     if place is None:
         other = _beside(run, f"backbone-{fine_tune}", rows, f"the backbone, fine-tuned on {fine_tune} tasks")
     else:
         model, name, revision = find_model(place)
         told = f"trained on {name}, fine-tuned on {fine_tune} tasks"
         other = _beside(run, f"{name}-{fine_tune}", rows, told)
-        _link(other.folder / f"start-{revision[:12]}", model)  # a name that changes with what is in it
-        start = str(other.folder.resolve() / f"start-{revision[:12]}")
+        _link(other.path / f"start-{revision[:12]}", model)  # a name that changes with what is in it
+        start = str(other.path.resolve() / f"start-{revision[:12]}")
         training = {**run.recipe.training, "model_name_or_path": start}
         training.pop("model_revision", None)
-        other = Run.create(other.folder, replace(other.recipe, training=training))
-    with whole_folder(other.folder / "sft") as folder:
+        other = RunFolder.create(other.path, replace(other.recipe, training=training))
+    with whole_folder(other.examples) as folder:
         for split in ("train", "validation"):
-            examples = pl.read_parquet(run.folder / f"sft/{split}.parquet")
+            examples = run.read(EXAMPLES, split=split)
             if split == "train":
                 examples = examples_of(examples, fine_tune, run.recipe.training.get("seed", 0))
-            write_parquet(examples, folder / f"{split}.parquet")
+            EXAMPLES.write(examples, folder / f"{split}.parquet")
     train(other)
     return other
 
 
-def _rows(run: Run) -> list[str]:
-    return list(run.recipe.evaluation.get("rows", DEFAULT_ROWS))
-
-
-def _beside(run: Run, name: str, rows: list[str], told: str) -> Run:
+def _beside(run: RunFolder, name: str, rows: list[str], told: str) -> RunFolder:
     """The run directory of another model; ``told``: what the report says of it."""
-    folder = run.folder / "transfer" / name.strip("/").replace("/", "--")
-    evaluation = {**run.recipe.evaluation, "rows": rows, "model_of": told}
-    other = Run.create(folder, replace(run.recipe, evaluation=evaluation))
+    folder = run.transfer / name.strip("/").replace("/", "--")
+    evaluation = replace(run.recipe.evaluation, rows=rows, model_of=told)
+    other = RunFolder.create(folder, replace(run.recipe, evaluation=evaluation))
     for part in ("data", "summaries"):
-        _link(folder / part, run.folder / part)
+        _link(folder / part, run.path / part)
     scores = f"scores/{data_key(run)}"  # of the baselines, which are the same
-    if (run.folder / scores).is_dir():
-        shutil.copytree(run.folder / scores, folder / scores, copy_function=_copy_missing, dirs_exist_ok=True)
+    if (run.path / scores).is_dir():
+        shutil.copytree(run.path / scores, folder / scores, copy_function=_copy_missing, dirs_exist_ok=True)
     provenance, known = other.provenance(), run.provenance()
     own = ("train", "evaluate", "report")
     provenance["stages"] |= {stage: facts for stage, facts in known["stages"].items() if stage not in own}
-    write_text(folder / "provenance.json", json.dumps(provenance, indent=2))
+    other.write_provenance(provenance)
     return other
 
 
@@ -97,8 +89,9 @@ def find_model(place: str) -> tuple[Path, str, str]:
     """The folder of a model, its name, and its revision: a hash of the folder, or the commit on the Hub."""
     folder = Path(place)
     if (folder / "config.yaml").is_file():
-        Run.open(folder).key("train")
-        return folder / "model", load_recipe(folder / "config.yaml").name, folder_digest(folder / "model")
+        run = RunFolder.open(folder)
+        run.require("train")
+        return run.model, run.recipe.name, folder_digest(run.model)
     if folder.is_dir():
         return folder, folder.resolve().name, folder_digest(folder)
     from huggingface_hub import snapshot_download

@@ -1,30 +1,26 @@
 """``mllm-msr demo``: the whole method on the embedded data set, with its own check of the outcome."""
 
-import json
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
-from mllm_msr.records.recipe import load_recipe
-from mllm_msr.records.run import Run
+from mllm_msr.records.recipe import demo_recipe, load_recipe
+from mllm_msr.records.run import RunFolder
 from mllm_msr.stages import run_all
 
 
-def demo(output: Path) -> None:
+def demo(output: Path) -> RunFolder:
     """Run every stage and exit with an error if what the method rests on did not show."""
     start = time.monotonic()
-    recipe = load_recipe(Path(str(files("mllm_msr") / "demo" / "recipe.yaml")))
-    run_all(Run.create(output, recipe))
-    auc = {
-        row: figures["auc"]["value"]
-        for row, figures in json.loads((output / "metrics.json").read_text(encoding="utf-8"))["rows"].items()
-    }
+    run = RunFolder.create(output, load_recipe(demo_recipe()))
+    run_all(run)
+    auc = {variant: metrics["auc"].value for variant, metrics in run.results().variants.items()}
     print(f"\ndone in {time.monotonic() - start:.0f} s; the best achievable AUC (oracle) is {auc['oracle']:.3f}")
-    for path in ("report.html", "metrics.json", "hub"):
-        print(f"  {output / path}")
+    for path in (run.report, run.metrics, run.hub):
+        print(f"  {path}")
     if problems := shortcomings(auc):
         sys.exit("mllm-msr demo FAILED: " + "; ".join(problems))
+    return run
 
 
 def shortcomings(auc: dict[str, float]) -> list[str]:

@@ -1,7 +1,7 @@
 """Beyond the mean: where a ranker is good, whether its probabilities are meant, whether it only knows what is popular.
 
-All functions take ``scores`` as in a run's ``scores.parquet``: ``row``, ``user_id``, ``item_id``, ``label``, ``logit``,
-``score``, one row a candidate, one task a user.
+All functions take ``scores`` as in a run's ``scores.parquet``: ``variant``, ``user_id``, ``item_id``, ``label``,
+``logit``, ``score``, one row a candidate, one task a user.
 """
 
 from itertools import pairwise
@@ -45,7 +45,7 @@ def slices(scores: pl.DataFrame, tasks: pl.DataFrame, popularity: pl.DataFrame) 
                     ).items()
                     if name in SHOWN
                 }
-                for (row,), frame in own.group_by("row", maintain_order=True)
+                for (row,), frame in own.group_by("variant", maintain_order=True)
             }
             found.append({"by": by, "part": str(part), "users": users.height, "rows": rows})
     return sorted(found, key=lambda one: (one["by"], int(one["part"].split("-")[0].rstrip("+"))))
@@ -114,11 +114,11 @@ def sanity(scores: pl.DataFrame, popularity: pl.DataFrame) -> dict[str, dict[str
     )
     users = (
         frame.with_columns(
-            equals=pl.len().over("row", "user_id", "logit"),
-            score_rank=pl.col("logit").rank().over("row", "user_id"),
-            count_rank=pl.col("count").rank().over("row", "user_id"),
+            equals=pl.len().over("variant", "user_id", "logit"),
+            score_rank=pl.col("logit").rank().over("variant", "user_id"),
+            count_rank=pl.col("count").rank().over("variant", "user_id"),
         )
-        .group_by("row", "user_id", maintain_order=True)  # sums in one order give one result
+        .group_by("variant", "user_id", maintain_order=True)  # sums in one order give one result
         .agg(
             tied=(pl.col("equals").filter(pl.col("label") == 1) > 1).any(),
             correlation=pl.when(pl.col("score_rank").n_unique() > 1, pl.col("count_rank").n_unique() > 1).then(
@@ -126,10 +126,10 @@ def sanity(scores: pl.DataFrame, popularity: pl.DataFrame) -> dict[str, dict[str
             ),
         )
     )
-    means = users.group_by("row", maintain_order=True).agg(pl.col("tied").mean(), pl.col("correlation").mean())
+    means = users.group_by("variant", maintain_order=True).agg(pl.col("tied").mean(), pl.col("correlation").mean())
     return {
         row: {"tied_users": tied, **({} if r is None else {"popularity_correlation": r})}
-        for row, tied, r in means.sort("row").iter_rows()
+        for row, tied, r in means.sort("variant").iter_rows()
     }
 
 

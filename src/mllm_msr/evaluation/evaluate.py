@@ -11,23 +11,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.recipe import backbone_path
-from mllm_msr.records.run import Run
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS, POPULARITY, PREFERENCES, SCORES
+from mllm_msr.records.sections import DemoSource
 from mllm_msr.records.storage import digest, file_digest, write_parquet, write_text
+from mllm_msr.records.variants import OURS, VARIANTS
+from mllm_msr.records.variants import baselines as known_baselines
 
-OURS = "mllm_msr"
-MODEL_ROWS = (OURS, "text_only", "blank_images", "shuffled_images", "no_preference", "other_user", "no_sft")
-BASELINES = ("popularity", "random", "knn", "tfidf", "svd", "sasrec", "gru4rec")
-KNOWN_ROWS = (*MODEL_ROWS, *BASELINES, "oracle")
-DEFAULT_ROWS = (OURS, "popularity", "random", "text_only", "blank_images", "no_sft")
-FULL_CATALOGUE_PAIRS = 500_000  # that ours scores for it at most; baselines score any number
-MORE = (
-    "rows",
-    "full_catalogue",
-    "full_catalogue_pairs",
-    "agreement",
-    "model_of",
-)  # what they add leaves scores as they are
 WAYS: dict[str, dict[str, Any]] = {  # in which the same scores should come out
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -38,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {  # in which the same scores should come out
 Scorer = Callable[[pl.DataFrame], pl.DataFrame]  # tasks to ``user_id``, ``item_id``, ``label``, ``logit``, ``score``
 
 
-def recommender(run: Run, fine_tuned: bool = True, ranking: Mapping[str, Any] | None = None, **loading: Any):
+def recommender(run: RunFolder, fine_tuned: bool = True, ranking: Mapping[str, Any] | None = None, **loading: Any):
     """The run's model ready to rank; without fine-tuning, its backbone under the same prompts.
 
     ``ranking``: settings of ``Recommender`` over the recipe's; ``loading``: of the trained model's ``from_pretrained``.
@@ -49,7 +41,7 @@ def recommender(run: Run, fine_tuned: bool = True, ranking: Mapping[str, Any] | 
     from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
     from mllm_msr.modeling.ranking import Recommender
 
-    folder = str(run.folder / "model")
+    folder = str(run.model)
     processor = AutoProcessor.from_pretrained(folder)
     if fine_tuned:
         model = AutoModel.from_pretrained(folder, **loading)
@@ -62,81 +54,77 @@ def recommender(run: Run, fine_tuned: bool = True, ranking: Mapping[str, Any] | 
             dtype=run.recipe.training.get("dtype"),
         )
     model = model.to(PartialState().device)  # this process's own, of several
-    settings = {name: value for name, value in run.recipe.evaluation.items() if name == "token_budget"}
-    return Recommender(model, processor, **settings, **(ranking or {}))
+    return Recommender(model, processor, token_budget=run.recipe.evaluation.token_budget, **(ranking or {}))
 
 
-def item_table(run: Run):
+def item_table(run: RunFolder):
     from mllm_msr.data.catalogue import Catalogue
     from mllm_msr.data.hub_tables import load_table
 
-    return Catalogue(load_table(str(run.folder), "items", "train"))
+    return Catalogue(load_table(str(run.path), "items", "train"))
 
 
 def with_evaluation(
-    run: Run, baselines: str | None = None, full_catalogue: int | str | None = None, agreement: int | None = None
-) -> Run:
+    run: RunFolder, baselines: str | None = None, full_catalogue: int | str | None = None, agreement: int | None = None
+) -> RunFolder:
     """The run with more to evaluate, kept in its ``config.yaml``: comma-separated baselines among its rows, users
     (or "all") ranked among the full catalogue, tasks on which ways of computing are compared."""
     wanted = [name.strip() for name in (baselines or "").split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in BASELINES]:
-        raise ValueError(f"unknown baseline {unknown[0]!r}; known are {', '.join(BASELINES)}")
-    rows = list(dict.fromkeys([*run.recipe.evaluation.get("rows", DEFAULT_ROWS), *wanted]))
+    if unknown := [name for name in wanted if name not in known_baselines()]:
+        raise ValueError(f"unknown baseline {unknown[0]!r}; known are {', '.join(known_baselines())}")
+    rows = list(dict.fromkeys([*run.recipe.evaluation.rows, *wanted]))
     more = {"rows": rows, "full_catalogue": full_catalogue, "agreement": agreement}
-    evaluation = run.recipe.evaluation | {name: value for name, value in more.items() if value is not None}
-    if evaluation == {"rows": rows, **run.recipe.evaluation}:
+    evaluation = replace(run.recipe.evaluation, **{name: value for name, value in more.items() if value is not None})
+    if evaluation == run.recipe.evaluation:
         return run
-    return Run.create(run.folder, replace(run.recipe, evaluation=evaluation))
+    return RunFolder.create(run.path, replace(run.recipe, evaluation=evaluation))
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: RunFolder) -> None:
     """Score the frozen tasks with every row of the table, and compute the metrics."""
     from mllm_msr.hub_cards.evidence import against_lines, catalogue_lines
     from mllm_msr.hub_cards.results import results_table
 
     options = run.recipe.evaluation
-    rows = list(options.get("rows", DEFAULT_ROWS))
-    if unknown := [row for row in rows if row not in KNOWN_ROWS]:
-        raise ValueError(f"unknown row {unknown[0]!r} in evaluation.rows; known are {list(KNOWN_ROWS)}")
-    settings = {name: value for name, value in options.items() if name not in MORE}
+    rows = options.rows
     keys = {"data": data_key(run)}
-    if set(rows) & set(MODEL_ROWS):
-        read = [run.key("train"), file_digest(run.folder / "summaries/preferences.parquet")]
-        keys["model"] = digest(*read, settings)
+    after, reads = ["prepare"], []
+    if any(VARIANTS[row].needs_model for row in rows):
+        after, reads = ["prepare", "train"], [run.file(PREFERENCES)]
+        keys["model"] = digest(run.key("train"), *map(file_digest, reads), options.facts())
 
     def work(key: str) -> None:
         frames, among_all = {}, {}
         for row in rows:
-            folder = run.folder / "scores" / keys["model" if row in MODEL_ROWS else "data"]
+            folder = run.scores / keys["model" if VARIANTS[row].needs_model else "data"]
             scorer = cache(partial(row_scorer, run, row))  # fitted once, and only if there is something to score
             frame = kept(folder / f"{row}.parquet", score_tasks, run, row, scorer)
-            frames[row] = frame.select(pl.lit(row).alias("row"), pl.all())
-            count = options.get("full_catalogue")
-            if count and (row not in MODEL_ROWS or (row == OURS and affordable(run, count))):
+            frames[row] = frame.select(pl.lit(row).alias("variant"), pl.all())
+            count = options.full_catalogue
+            if count and (not VARIANTS[row].needs_model or (row == OURS and affordable(run, count))):
                 path = folder / f"{row}.catalogue-{count}.parquet"
                 among_all[row] = kept(path, catalogue_places, run, row, scorer)
         scores = pl.concat(frames.values())
         metrics = measure(run, frames, scores)
         if among_all:
             metrics["full_catalogue"] = measure_catalogue(frames, among_all)
-        if (count := options.get("agreement")) and OURS in rows:
-            path = run.folder / "scores" / keys["model"] / f"agreement-{count}.parquet"
+        if (count := options.agreement) and OURS in rows:
+            path = run.scores / keys["model"] / f"agreement-{count}.parquet"
             metrics["agreement"] = measure_agreement(kept(path, scored_in_every_way, run, count))
-        write_parquet(scores, run.folder / "scores.parquet")
-        write_text(run.folder / "metrics.json", json.dumps(metrics, indent=2))
-        for stale in (run.folder / "scores").iterdir():
+        run.write(SCORES, scores)
+        write_text(run.metrics, json.dumps(metrics, indent=2))
+        for stale in (run.scores).iterdir():
             if stale.name not in keys.values():
                 shutil.rmtree(stale)
 
-    run.stage("evaluate", [*keys.values(), options], run.folder / "metrics.json", work)
-    metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+    run.stage("evaluate", work, output=run.metrics, reads=reads, after=after)
+    metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
     print(*filter(None, (results_table(metrics), against_lines(metrics), catalogue_lines(metrics))), sep="\n")
 
 
-def data_key(run: Run) -> str:
+def data_key(run: RunFolder) -> str:
     """The folder under ``scores`` of the rows that no model of ours has a part in."""
-    options = {name: value for name, value in run.recipe.evaluation.items() if name not in MORE}
-    return digest(run.key("prepare"), options)
+    return digest(run.key("prepare"), run.recipe.evaluation.facts())
 
 
 def kept(path: Path, make: Callable[..., pl.DataFrame], *arguments: Any) -> pl.DataFrame:
@@ -147,23 +135,23 @@ def kept(path: Path, make: Callable[..., pl.DataFrame], *arguments: Any) -> pl.D
     return pl.read_parquet(path)
 
 
-def score_tasks(run: Run, row: str, scorer: Callable[[], Scorer]) -> pl.DataFrame:
+def score_tasks(run: RunFolder, row: str, scorer: Callable[[], Scorer]) -> pl.DataFrame:
     """``user_id``, ``item_id``, ``label``, ``logit``, ``score`` of every candidate under one row."""
     return scorer()(row_tasks(run, row))
 
 
-def row_tasks(run: Run, row: str) -> pl.DataFrame:
+def row_tasks(run: RunFolder, row: str) -> pl.DataFrame:
     """The tasks that are evaluated; for a row that reads them, with preferences and recent items."""
-    split = run.recipe.evaluation.get("split", "test")
-    return run.contexts(split) if row in MODEL_ROWS else run.tasks(split)
+    split = run.recipe.evaluation.split
+    return run_contexts(run, split) if VARIANTS[row].needs_model else run.tasks(split)
 
 
-def row_scorer(run: Run, row: str) -> Scorer:
+def row_scorer(run: RunFolder, row: str) -> Scorer:
     """What scores tasks under one row, trained or loaded."""
     from mllm_msr.evaluation import scoring as evaluation
 
-    seed = run.recipe.evaluation.get("seed", 0)
-    if row not in MODEL_ROWS:
+    seed = run.recipe.evaluation.seed
+    if not VARIANTS[row].needs_model:
         rank = baseline(run, row, seed)
         return lambda tasks: evaluation.score_with_values(tasks, rank(tasks))
     items = evaluation.ShuffledImages(item_table(run), seed) if row == "shuffled_images" else item_table(run)
@@ -178,29 +166,30 @@ def row_scorer(run: Run, row: str) -> Scorer:
     return lambda contexts: evaluation.score_with_model(model, told(contexts), items, view, row)
 
 
-def baseline(run: Run, row: str, seed: int):
+def baseline(run: RunFolder, row: str, seed: int):
     """The ranker of a row that is no language model: tasks to the (N,) values of their candidates."""
     from mllm_msr.evaluation import baselines, sequential_baselines
     from mllm_msr.evaluation import scoring as evaluation
 
-    popularity = pl.read_parquet(run.folder / "data/popularity.parquet")
+    popularity = run.read(POPULARITY)
     if row == "popularity":
         return lambda tasks: evaluation.popularity_values(tasks, popularity)
     if row == "random":
         rng = np.random.default_rng(seed)
         return lambda tasks: evaluation.random_values(tasks, rng)
     if row == "oracle":
-        if run.recipe.source["type"] != "demo":
+        source = run.recipe.source
+        if not isinstance(source, DemoSource):
             raise ValueError("the row 'oracle' needs a drawn world: only the demo has one")
         from mllm_msr.data.sources.demo import true_utilities
 
-        return lambda tasks: true_utilities(run.recipe.source, evaluation.pairs(tasks))
+        return lambda tasks: true_utilities(source, evaluation.pairs(tasks))
     validation = run.tasks("validation")
-    items = pl.read_parquet(run.folder / "data/items.parquet", columns=["item_id", "title", "text"])
+    items = run.read(ITEMS, ["item_id", "title", "text"])
     if row == "tfidf":
         return baselines.tfidf(validation, items)
-    protocol = json.loads((run.folder / "data/report.json").read_text(encoding="utf-8"))["protocol"]["name"]
-    interactions = pl.read_parquet(run.folder / "data/interactions.parquet")
+    protocol = json.loads(run.data_report.read_text(encoding="utf-8"))["protocol"]["name"]
+    interactions = run.read(INTERACTIONS)
     training = baselines.training_interactions(interactions, run.tasks("train"), protocol, popularity)
     match row:
         case "knn":
@@ -212,29 +201,30 @@ def baseline(run: Run, row: str, seed: int):
             return sequential_baselines.sequence_ranker(kind, validation, items, training, seed=seed)
 
 
-def affordable(run: Run, count: int | str) -> bool:
+def affordable(run: RunFolder, count: int | str) -> bool:
     """Whether our model is to rank the choices of so many users among all items."""
-    users = run.tasks(run.recipe.evaluation.get("split", "test")).height
-    items = pl.scan_parquet(run.folder / "data/items.parquet").select(pl.len()).collect().item()
+    users = run.tasks(run.recipe.evaluation.split).height
+    items = run.scan(ITEMS).select(pl.len()).collect().item()
     pairs = (users if count == "all" else min(int(count), users)) * items
-    if pairs > (most := run.recipe.evaluation.get("full_catalogue_pairs", FULL_CATALOGUE_PAIRS)):
+    if pairs > (most := run.recipe.evaluation.full_catalogue_pairs):
         print(f"  {OURS} is not ranked among all items: {pairs:,} pairs, evaluation.full_catalogue_pairs is {most:,}")
         return False
     return True
 
 
-def catalogue_places(run: Run, row: str, scorer: Callable[[], Scorer]) -> pl.DataFrame:
+def catalogue_places(run: RunFolder, row: str, scorer: Callable[[], Scorer]) -> pl.DataFrame:
     """Where the targets of some users stand among all items that these users have never chosen."""
     from mllm_msr.evaluation import scoring as evaluation
 
-    options, data = run.recipe.evaluation, run.folder / "data"
-    count = None if options["full_catalogue"] == "all" else int(options["full_catalogue"])
-    tasks = evaluation.some_tasks(row_tasks(run, row), count, options.get("seed", 0))
-    logs = [data / "interactions.parquet", data / "seen.parquet"]  # what max_history has cut was chosen, too
-    if run.recipe.data.get("max_history") and not logs[1].is_file():
-        raise FileNotFoundError(f"{logs[1]} is missing: remove {data} and run `mllm-msr prepare` again")
-    seen = pl.concat([pl.read_parquet(path, columns=["user_id", "item_id"]) for path in logs if path.is_file()])
-    catalogue = pl.read_parquet(data / "items.parquet", columns=["item_id"])["item_id"]
+    options = run.recipe.evaluation
+    count = None if options.full_catalogue == "all" else options.full_catalogue
+    tasks = evaluation.some_tasks(row_tasks(run, row), count, options.seed)
+    pairs = ["user_id", "item_id"]
+    chosen = [run.read(INTERACTIONS, pairs)]
+    if run.recipe.data.max_history is not None:  # what it has cut was chosen, too
+        chosen.append(run.read(CUT_INTERACTIONS, pairs))
+    seen = pl.concat(chosen)
+    catalogue = run.read(ITEMS, ["item_id"])["item_id"]
     parts = evaluation.over_the_catalogue(tasks, catalogue, seen)
     return pl.concat([evaluation.places(scorer()(part)) for part in parts])
 
@@ -254,16 +244,16 @@ def measure_catalogue(frames: dict[str, pl.DataFrame], among_all: dict[str, pl.D
     return {"n_users": len(sizes), "n_candidates": round(float(sizes.mean()), 1), "rows": rows}
 
 
-def scored_in_every_way(run: Run, count: int) -> pl.DataFrame:
+def scored_in_every_way(run: RunFolder, count: int) -> pl.DataFrame:
     """``way``, ``user_id``, ``item_id``, ``logit`` of some tasks by ours: as evaluated first, then computed in other
     number formats, by another attention, without sharing prefixes, and a pair at a time."""
     from mllm_msr.evaluation import scoring as evaluation
 
-    tasks = evaluation.some_tasks(row_tasks(run, OURS), count, run.recipe.evaluation.get("seed", 0))
+    tasks = evaluation.some_tasks(row_tasks(run, OURS), count, run.recipe.evaluation.seed)
     items = item_table(run)
 
     frames = []
-    late = json.loads((run.folder / "model/config.json").read_text(encoding="utf-8")).get("interaction") == "late"
+    late = json.loads((run.model / "config.json").read_text(encoding="utf-8")).get("interaction") == "late"
     for way, settings in {"": {}, **WAYS}.items():
         if late and "share_prefix" in settings.get("ranking", {}):
             continue  # there is no other way to compute it
@@ -287,20 +277,20 @@ def measure_agreement(scores: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def measure(run: Run, frames: dict[str, pl.DataFrame], scores: pl.DataFrame) -> dict[str, Any]:
+def measure(run: RunFolder, frames: dict[str, pl.DataFrame], scores: pl.DataFrame) -> dict[str, Any]:
     """The content of ``metrics.json``: every row's metrics, ours against each, slices, calibration, checks."""
     from mllm_msr.evaluation import diagnostics
     from mllm_msr.evaluation.metrics import paired_differences, ranking_metrics
 
-    split = run.recipe.evaluation.get("split", "test")
-    protocol = json.loads((run.folder / "data/report.json").read_text(encoding="utf-8"))["protocol"]
+    split = run.recipe.evaluation.split
+    protocol = json.loads(run.data_report.read_text(encoding="utf-8"))["protocol"]
     tasks = run.tasks(split)
-    popularity = pl.read_parquet(run.folder / "data/popularity.parquet")
+    popularity = run.read(POPULARITY)
     first = next(iter(frames.values()))
     users, labels = first["user_id"].to_numpy(), first["label"].to_numpy()
     for row, frame in frames.items():
         if not frame.select("user_id", "item_id").equals(first.select("user_id", "item_id")):
-            raise ValueError(f"row {row!r} was scored on other candidates: remove {run.folder / 'scores'} and go on")
+            raise ValueError(f"row {row!r} was scored on other candidates: remove {run.scores} and go on")
     metrics = {
         "dataset": run.recipe.name,
         "protocol": protocol["name"],
@@ -313,7 +303,7 @@ def measure(run: Run, frames: dict[str, pl.DataFrame], scores: pl.DataFrame) -> 
         "slices": diagnostics.slices(scores, tasks, popularity),
         "checks": diagnostics.sanity(scores, popularity),
     }
-    if told := run.recipe.evaluation.get("model_of"):
+    if told := run.recipe.evaluation.model_of:
         metrics["model_of"] = told
     if OURS in frames:
         logits = frames[OURS]["logit"].to_numpy()

@@ -1,7 +1,7 @@
 """Score every row of the results table on the same frozen tasks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,24 +9,25 @@ import polars as pl
 from PIL import Image
 
 from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.modeling.ranking import Recommender
 
-CandidateView = Callable[[dict[str, Any]], dict[str, Any]]
+CandidateView = Callable[[Candidate], Candidate]
 
 
 def as_it_is(shown: Any) -> Any:
     return shown
 
 
-def without_image(candidate: dict[str, Any]) -> dict[str, Any]:
+def without_image(candidate: Candidate) -> Candidate:
     """Row ``text_only``: the same model is asked about the title alone."""
-    return {**candidate, "image": None}
+    return replace(candidate, image=None)
 
 
-def with_blank_image(candidate: dict[str, Any]) -> dict[str, Any]:
+def with_blank_image(candidate: Candidate) -> Candidate:
     """Row ``blank_images``: every picture is one grey, of its own size."""
-    image = candidate["image"]
-    return {**candidate, "image": None if image is None else Image.new("RGB", image.size, (128, 128, 128))}
+    image = candidate.image
+    return replace(candidate, image=None if image is None else Image.new("RGB", image.size, (128, 128, 128)))
 
 
 class ShuffledImages:
@@ -43,9 +44,9 @@ class ShuffledImages:
         order = [pictured[place] for place in np.random.default_rng(seed).permutation(len(pictured))]
         self.lender = dict(zip(order, order[1:] + order[:1], strict=True))
 
-    def __getitem__(self, item_id: str) -> dict[str, Any]:
+    def __getitem__(self, item_id: str) -> Candidate:
         own = self.items[item_id]
-        return {**own, "image": self.items[self.lender[item_id]]["image"]} if item_id in self.lender else own
+        return replace(own, image=self.items[self.lender[item_id]].image) if item_id in self.lender else own
 
 
 def without_preference(contexts: pl.DataFrame) -> pl.DataFrame:
@@ -68,13 +69,13 @@ def pairs(contexts: pl.DataFrame) -> pl.DataFrame:
 
 
 @dataclass(frozen=True)
-class Viewed(Mapping[str, dict[str, Any]]):
+class Viewed(Mapping[str, Candidate]):
     """A catalogue as the model is shown it; a picture is decoded when its item is asked for, and not kept."""
 
     catalogue: Catalogue | ShuffledImages
     view: CandidateView
 
-    def __getitem__(self, item_id: str) -> dict[str, Any]:
+    def __getitem__(self, item_id: str) -> Candidate:
         return self.view(self.catalogue[item_id])
 
     def __iter__(self) -> Iterator[str]:

@@ -297,6 +297,12 @@ class RunFolder:
             self._note(name, {**entry, "seconds": seconds, "finished": finished})
             print(f"{name}: {seconds} s", flush=True)
 
+    def take_over(self, name: str, key: str) -> None:
+        """Note a stage as done whose output comes from elsewhere, as that of ``key``."""
+        earlier = {stage: self.key(stage) for stage in STAGES[name].after}
+        settings = digest(STAGES[name].settings(self.recipe))
+        self._note(name, {"key": key, "after": earlier, "reads": {}, "settings": settings})
+
     def _note(self, name: str, entry: dict[str, Any]) -> None:
         provenance = self.provenance()
         provenance["versions"] = {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}}

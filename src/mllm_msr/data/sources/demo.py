@@ -1,13 +1,13 @@
 """The demo's world as raw data, and its oracle."""
 
 import io
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from mllm_msr.data.readers import RawData
 from mllm_msr.data.sources.world import draw, make_world
+from mllm_msr.records.sections import DemoSource
 
 DAY = 86_400  # seconds between a user's choices
 
@@ -36,14 +36,14 @@ def read_demo(seed: int = 7, n_users: int = 400, n_items: int = 360) -> RawData:
     )
 
 
-def true_utilities(source: dict[str, Any], pairs: pl.DataFrame) -> np.ndarray:
+def true_utilities(source: DemoSource, pairs: pl.DataFrame) -> np.ndarray:
     """What each user would give each item at the last choice, by the taste that drew the world: (N,) float.
 
     Args:
-        source: the recipe's source section (``seed``, ``n_users``, ``n_items``).
+        source: the recipe's source section.
         pairs: ``user_id``, ``item_id`` as :func:`read_demo` writes them, N rows.
     """
-    world = make_world(**{name: value for name, value in source.items() if name != "type"})
+    world = make_world(source.seed, source.n_users, source.n_items)
     users = pairs["user_id"].str.strip_prefix("u").cast(pl.Int64).to_numpy()
     items = pairs["item_id"].str.strip_prefix("i").cast(pl.Int64).to_numpy()
     return world.utilities[users, items]
