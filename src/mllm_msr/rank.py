@@ -82,7 +82,7 @@ def rank_users(
     users = known if users is None else users
     if unknown := set(users) - set(known):
         raise ValueError(f"user {min(unknown)!r} has no interactions in {run.path}")
-    key = digest(run.key("train"), run.key("prepare"), run.provenance()["stages"], list(users), top_k, items)
+    key = digest(run.key("train"), list(users), top_k, items)
     claim(output, key, state.is_main_process)
     state.wait_for_everyone()
     catalogue = item_table(run)

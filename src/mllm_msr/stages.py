@@ -15,14 +15,15 @@ from mllm_msr.evaluation.evaluate import evaluate
 from mllm_msr.proof import prove
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import STAGES, RunFolder
-from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, SCORES
+from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
 from mllm_msr.records.storage import folder_digest, whole_folder, write_text
 
 
 def run_all(run: RunFolder) -> None:
     """Every stage in order."""
-    for stage in (prepare, summarize_items, summarize_users, train, evaluate, report):
-        stage(run)
+    with run.lock(f"mllm-msr run, in {run.path}"):
+        for stage in (prepare, summarize_items, summarize_users, train, evaluate, report):
+            stage(run)
 
 
 def prepare(run: RunFolder) -> None:
@@ -40,7 +41,7 @@ def prepare(run: RunFolder) -> None:
 
     facts = source_fingerprint(run.recipe.source)
     tables = [one for one in facts[1:] if isinstance(one, str) or isinstance(one[1], str)]  # not each image
-    run.stage("prepare", work, output=run.data_report, facts=[facts, asdict(options)])
+    run.stage("prepare", work, writes=[run.data], facts=[facts, asdict(options)])
 
 
 def summary_tools(run: RunFolder, name: str) -> Any:
@@ -61,9 +62,10 @@ def summarize_items(run: RunFolder) -> None:
         run.write(ITEM_SUMMARIES, frame)
         print_status(frame, "item_id")
 
-    output = run.file(ITEM_SUMMARIES)
-    forget_failures(output)
-    run.stage("summarize items", work, output=output, facts=text_facts(run, "summarize items"))
+    with run.lock(f"mllm-msr summarize items {run.path}"):
+        forget_failures(run.file(ITEM_SUMMARIES))
+        facts = text_facts(run, "summarize items")
+        run.stage("summarize items", work, writes=[run.file(ITEM_SUMMARIES)], facts=facts)
 
 
 def summarize_users(run: RunFolder) -> None:
@@ -89,10 +91,10 @@ def summarize_users(run: RunFolder) -> None:
                 EXAMPLES.write(examples, folder / f"{split}.parquet")
             prove(run, folder)
 
-    output = run.file(EXAMPLES, "train")
-    forget_failures(run.file(PREFERENCES), output)
-    reads = [run.file(ITEM_SUMMARIES)]
-    run.stage("summarize users", work, output=output, reads=reads, facts=text_facts(run, "summarize users"))
+    with run.lock(f"mllm-msr summarize users {run.path}"):
+        forget_failures(run.file(PREFERENCES))
+        writes, facts = [run.file(PREFERENCES), run.examples], text_facts(run, "summarize users")
+        run.stage("summarize users", work, writes=writes, facts=facts)
 
 
 def text_facts(run: RunFolder, stage: str) -> Sequence[Any]:
@@ -112,11 +114,10 @@ def before_targets(interactions: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFr
     return kept.drop("history_length")
 
 
-def forget_failures(output: Path, *followers: Path) -> None:
+def forget_failures(output: Path) -> None:
     """A stage some of whose texts have failed is not finished: what it wrote goes, so that they are tried again."""
     if output.is_file() and pl.read_parquet(output, columns=["status"])["status"].str.starts_with("failed").any():
-        for path in (output, *followers):
-            path.unlink(missing_ok=True)
+        output.unlink()
 
 
 def print_status(frame: pl.DataFrame, *ids: str) -> None:
@@ -147,7 +148,7 @@ def train(run: RunFolder) -> None:
         for stale in run.checkpoints.iterdir():
             shutil.rmtree(stale)
 
-    run.stage("train", work, output=run.model, reads=sorted(run.examples.glob("*.parquet")))
+    run.stage("train", work, writes=[run.model])
 
 
 def report(run: RunFolder) -> None:
@@ -161,7 +162,7 @@ def report(run: RunFolder) -> None:
         write_results(run.path)
         write_report(run.path)
 
-    run.stage("report", work, output=run.report, reads=[run.metrics, run.file(SCORES)])
+    run.stage("report", work, writes=[run.report, run.results_page])
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def publish(run: RunFolder, wanted: Release) -> None:
     """Release the run on the Hub, or show what a release would send."""
     from mllm_msr.hub_cards import release
 
-    run.require("report")
+    run.require("report", thoroughly=True)
     prove(run)
     release.publish(
         run.path,

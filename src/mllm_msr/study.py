@@ -1,13 +1,11 @@
 """Studies: one recipe under many settings, as runs that share what they have in common; and one table of them all."""
 
 import json
-import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,11 @@ import polars as pl
 import yaml
 
 from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, parse_recipe, with_settings
-from mllm_msr.records.run import RunFolder
+from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import SCORES
 from mllm_msr.records.storage import write_text
 
-# What a cell may take over from another: the stages, their output, and the sections of the recipe all of it rests on.
-SHARED = (
-    (("prepare",), ("data",), ("name", "source", "data")),
-    (("summarize items", "summarize users"), ("summaries", "sft"), ("item_noun", "summaries", "prompts")),
-    (("train",), ("model",), ("training",)),
-)
+SHARED = ("prepare", "summarize items", "summarize users", "train")  # what a cell may take over from another
 
 
 @dataclass(frozen=True)
@@ -121,35 +114,22 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
 
 
 def start_cell(folder: Path, recipe: Recipe, donors: Sequence[RunFolder]) -> RunFolder:
-    """A cell's run directory; a new one takes over what the most alike of ``donors`` has and the recipes agree on."""
-    if (folder / "config.yaml").is_file() or not donors:
-        return RunFolder.create(folder, recipe)
-    donor = max(donors, key=lambda run: _agreement(run.recipe, recipe))
-    known = donor.provenance()
+    """A cell's run; a new one takes over what the most alike of ``donors`` has and the recipes agree on."""
+    is_new = not (folder / "config.yaml").is_file()
     run = RunFolder.create(folder, recipe)
-    provenance = {**known, "stages": {}}
-    for stages, outputs, _ in SHARED[: _agreement(donor.recipe, recipe)]:
-        for name in outputs:
-            shutil.copytree(donor.path / name, folder / name, copy_function=link_file, dirs_exist_ok=True)
-        provenance["stages"] |= {stage: known["stages"][stage] for stage in stages}
-    run.write_provenance(provenance)
+    if is_new and donors:
+        donor = max(donors, key=lambda donor: len(shared_stages(donor.recipe, recipe)))
+        run.adopt(donor, shared_stages(donor.recipe, recipe))
     return run
 
 
-def _agreement(one: Recipe, other: Recipe) -> int:
-    """How many steps of ``SHARED``, from the first, two recipes have in common."""
-    for count, (_, _, sections) in enumerate(SHARED):
-        if any(getattr(one, section) != getattr(other, section) for section in sections):
-            return count
-    return len(SHARED)
+def shared_stages(first: Recipe, second: Recipe) -> list[str]:
+    """The stages, from the first, that have the same outcome under both recipes."""
 
+    def agree(name: str) -> bool:
+        return STAGES[name].settings(first) == STAGES[name].settings(second)
 
-def link_file(source: str, target: str) -> None:
-    """A second name of a file that is only ever replaced; a copy where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    return list(takewhile(agree, SHARED))
 
 
 def finish_cell(run: RunFolder) -> None:

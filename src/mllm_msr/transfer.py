@@ -1,83 +1,90 @@
 """Cross-domain: the tasks of one data set, ranked by the model of another, as it is or fine-tuned a little."""
 
-import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from mllm_msr.evaluation.evaluate import data_key
-from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import EXAMPLES
+from mllm_msr.records.run import RunFolder, link_file
+from mllm_msr.records.schema import EXAMPLES, PREFERENCES
 from mllm_msr.records.storage import digest, folder_digest, whole_folder
-from mllm_msr.study import link_file
+
+TEXTS = ("prepare", "summarize items", "summarize users")  # the stages that another model shares
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A model that is not the run's own: its folder, its name, and a hash of the folder or the commit on the Hub."""
+
+    folder: Path
+    name: str
+    revision: str
 
 
 def with_model_of(run: RunFolder, place: str | None, fine_tune: int | None = None) -> RunFolder:
-    """``run`` under another model: the run directory ``RUN/transfer/<model>``, with the same data and summaries.
+    """``run`` under another model: the run ``RUN/transfer/<model>``, with the same data and summaries.
 
     What is evaluated and reported there leaves ``run`` as it was.
 
     Args:
-        place: another run directory, a model folder, or a repository of the Hub (``OWNER/NAME[@REVISION]``); None: the
-            backbone of the run's own recipe.
+        place: another run, a model folder, or a repository of the Hub (``OWNER/NAME[@REVISION]``); None: the backbone
+            of the run's own recipe.
         fine_tune: train that model first, as the recipe says, on so many of the run's training tasks, drawn by seed;
-            the row ``no_sft`` is then the model before that. Without it the model is taken as it is, and the row is
-            left out: it would be of the run's own backbone.
+            the variant ``no_sft`` is then the model before that. Without it the model is taken as it is, and the
+            variant is left out: it would be of the run's own backbone.
     """
-    if not fine_tune:
-        model, name, revision = find_model(place or "")
-        other = _beside(run, name, [row for row in run.recipe.evaluation.rows if row != "no_sft"], f"trained on {name}")
-        training = {"model_name_or_path": name, "model_revision": revision}
-        other = RunFolder.create(other.path, replace(other.recipe, training=training))
-        _link(other.model, model)
-        other.take_over("train", digest(run.key("summarize users"), name, revision))
-        return other
+    if fine_tune:
+        return _fine_tuned(run, find_model(place) if place else None, fine_tune)
+    model = find_model(place or "")
+    variants = [variant for variant in run.recipe.evaluation.rows if variant != "no_sft"]
+    training = {"model_name_or_path": model.name, "model_revision": model.revision}
+    other = _beside(run, model.name, variants, f"trained on {model.name}", training)
+    _link(other.model, model.folder)
+    other.take_over("train", digest(other.key("summarize users"), model.name, model.revision), [other.model])
+    return other
+
+
+def _fine_tuned(run: RunFolder, model: OtherModel | None, count: int) -> RunFolder:
     from mllm_msr.stages import train
 
-    rows = list(dict.fromkeys([*run.recipe.evaluation.rows, "no_sft"]))
-    if place is None:
-        other = _beside(run, f"backbone-{fine_tune}", rows, f"the backbone, fine-tuned on {fine_tune} tasks")
+    variants = list(dict.fromkeys([*run.recipe.evaluation.rows, "no_sft"]))
+    if model is None:
+        words = f"the backbone, fine-tuned on {count} tasks"
+        other = _beside(run, f"backbone-{count}", variants, words, run.recipe.training)
     else:
-        model, name, revision = find_model(place)
-        told = f"trained on {name}, fine-tuned on {fine_tune} tasks"
-        other = _beside(run, f"{name}-{fine_tune}", rows, told)
-        _link(other.path / f"start-{revision[:12]}", model)  # a name that changes with what is in it
-        start = str(other.path.resolve() / f"start-{revision[:12]}")
-        training = {**run.recipe.training, "model_name_or_path": start}
-        training.pop("model_revision", None)
-        other = RunFolder.create(other.path, replace(other.recipe, training=training))
+        name, words = f"{model.name}-{count}", f"trained on {model.name}, fine-tuned on {count} tasks"
+        start = _folder(run, name) / f"start-{model.revision[:12]}"  # a name that changes with what is in it
+        training = {**run.recipe.training, "model_name_or_path": str(start.resolve()), "model_revision": None}
+        other = _beside(run, name, variants, words, training)
+        _link(start, model.folder)
     with whole_folder(other.examples) as folder:
         for split in ("train", "validation"):
             examples = run.read(EXAMPLES, split=split)
             if split == "train":
-                examples = examples_of(examples, fine_tune, run.recipe.training.get("seed", 0))
+                examples = examples_of(examples, count, run.recipe.training.get("seed", 0))
             EXAMPLES.write(examples, folder / f"{split}.parquet")
+    key = digest(run.key("summarize users"), count)
+    other.take_over("summarize users", key, [other.file(PREFERENCES), other.examples])
     train(other)
     return other
 
 
-def _beside(run: RunFolder, name: str, rows: list[str], told: str) -> RunFolder:
-    """The run directory of another model; ``told``: what the report says of it."""
-    folder = run.transfer / name.strip("/").replace("/", "--")
-    evaluation = replace(run.recipe.evaluation, rows=rows, model_of=told)
-    other = RunFolder.create(folder, replace(run.recipe, evaluation=evaluation))
-    for part in ("data", "summaries"):
-        _link(folder / part, run.path / part)
-    scores = f"scores/{data_key(run)}"  # of the baselines, which are the same
-    if (run.path / scores).is_dir():
-        shutil.copytree(run.path / scores, folder / scores, copy_function=_copy_missing, dirs_exist_ok=True)
-    provenance, known = other.provenance(), run.provenance()
-    own = ("train", "evaluate", "report")
-    provenance["stages"] |= {stage: facts for stage, facts in known["stages"].items() if stage not in own}
-    other.write_provenance(provenance)
+def _folder(run: RunFolder, name: str) -> Path:
+    return run.transfer / name.strip("/").replace("/", "--")
+
+
+def _beside(run: RunFolder, name: str, variants: Sequence[str], words: str, training: dict) -> RunFolder:
+    """The run of another model; ``words``: what the report says of it."""
+    evaluation = replace(run.recipe.evaluation, rows=list(variants), model_of=words)
+    other = RunFolder.create(_folder(run, name), replace(run.recipe, evaluation=evaluation, training=training))
+    other.adopt(run, TEXTS)
+    baselines = f"scores/{data_key(run)}"  # are the same
+    for path in (run.path / baselines).glob("*"):
+        link_file(path, other.path / baselines / path.name)
     return other
-
-
-def _copy_missing(source: str, target: str) -> None:
-    if not Path(target).exists():
-        link_file(source, target)
 
 
 def _link(link: Path, target: Path) -> None:
@@ -85,20 +92,20 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target.resolve(), target_is_directory=True)
 
 
-def find_model(place: str) -> tuple[Path, str, str]:
-    """The folder of a model, its name, and its revision: a hash of the folder, or the commit on the Hub."""
+def find_model(place: str) -> OtherModel:
+    """The model of a run, of a folder, or of a repository of the Hub."""
     folder = Path(place)
     if (folder / "config.yaml").is_file():
         run = RunFolder.open(folder)
         run.require("train")
-        return run.model, run.recipe.name, folder_digest(run.model)
+        return OtherModel(run.model, run.recipe.name, folder_digest(run.model))
     if folder.is_dir():
-        return folder, folder.resolve().name, folder_digest(folder)
+        return OtherModel(folder, folder.resolve().name, folder_digest(folder))
     from huggingface_hub import snapshot_download
 
     name, _, revision = place.partition("@")
-    found = Path(snapshot_download(name, revision=revision or None))  # names what is neither a folder nor a repository
-    return found, name, found.name
+    copy = Path(snapshot_download(name, revision=revision or None))  # names what is neither a folder nor a repository
+    return OtherModel(copy, name, copy.name)
 
 
 def examples_of(examples: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:

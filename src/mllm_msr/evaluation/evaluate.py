@@ -14,9 +14,9 @@ import polars as pl
 from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS, POPULARITY, PREFERENCES, SCORES
+from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS, POPULARITY, SCORES
 from mllm_msr.records.sections import DemoSource
-from mllm_msr.records.storage import digest, file_digest, write_parquet, write_text
+from mllm_msr.records.storage import digest, write_parquet, write_text
 from mllm_msr.records.variants import OURS, VARIANTS
 from mllm_msr.records.variants import baselines as known_baselines
 
@@ -88,10 +88,10 @@ def evaluate(run: RunFolder) -> None:
     options = run.recipe.evaluation
     rows = options.rows
     keys = {"data": data_key(run)}
-    after, reads = ["prepare"], []
+    after = ["prepare"]
     if any(VARIANTS[row].needs_model for row in rows):
-        after, reads = ["prepare", "train"], [run.file(PREFERENCES)]
-        keys["model"] = digest(run.key("train"), *map(file_digest, reads), options.facts())
+        after += ["summarize users", "train"]
+        keys["model"] = digest(*map(run.key, after), options.facts())
 
     def work(key: str) -> None:
         frames, among_all = {}, {}
@@ -117,7 +117,7 @@ def evaluate(run: RunFolder) -> None:
             if stale.name not in keys.values():
                 shutil.rmtree(stale)
 
-    run.stage("evaluate", work, output=run.metrics, reads=reads, after=after)
+    run.stage("evaluate", work, writes=[run.metrics, run.file(SCORES)], after=after)
     metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
     print(*filter(None, (results_table(metrics), against_lines(metrics), catalogue_lines(metrics))), sep="\n")
 

@@ -8,63 +8,66 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 try:
     import fcntl
-except ImportError:  # no such lock on this system
+except ImportError:  # this system has no such lock
     fcntl = None  # type: ignore[assignment]
 
 POLL = 0.2  # seconds
-_held: dict[Path, int] = {}  # how many blocks of this process are within the lock of a folder
+_depth: dict[Path, int] = {}  # how many blocks of this process are within the lock of a folder
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of its distributed job, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextlib.contextmanager
 def write_lock(folder: Path, command: str) -> Iterator[None]:
     """Be the only writer of ``folder`` within the block.
 
-    Who finds the lock taken says who holds it, and waits. Blocks of one process may be nested. Of the processes of one
-    distributed job only the first takes the lock, for all.
+    A process that finds the lock taken says who holds it, and waits. Blocks of one process may be nested. Of the
+    processes of a distributed job only the first takes the lock, for all.
+
+    Args:
+        command: what the others are told of this process.
     """
     path = folder.resolve()
-    if fcntl is None or _held.get(path) or int(os.environ.get("RANK", 0)) > 0:
-        _held[path] = _held.get(path, 0) + 1
-        try:
-            yield
-        finally:
-            _held[path] -= 1
-        return
-    with (path / ".lock").open("a+", encoding="utf-8") as file:
-        _acquire(file, path)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": time.ctime()}
-        file.truncate(0)
-        file.write(json.dumps(holder))
-        file.flush()
-        _held[path] = 1
-        try:
-            yield
-        finally:
-            _held[path] = 0
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None and not _depth.get(path) and is_first_process():
+            file = stack.enter_context((path / ".lock").open("a+", encoding="utf-8"))
+            _acquire(file, path)  # closing the file gives it back
+            stack.callback(file.truncate, 0)
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": time.ctime()}
             file.truncate(0)
+            file.write(json.dumps(holder))
+            file.flush()
+        _depth[path] = _depth.get(path, 0) + 1
+        try:
+            yield
+        finally:
+            _depth[path] -= 1
 
 
-def _acquire(file: Any, folder: Path) -> None:
-    told = False
+def _acquire(file: TextIO, folder: Path) -> None:
+    waits = False
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its children do not inherit it
             return
         except OSError:
-            if not told:
+            if not waits:
                 print(f"waiting for {_holder(file)}, which is writing to {folder}", file=sys.stderr, flush=True)
-                told = True
+                waits = True
             time.sleep(POLL)
 
 
-def _holder(file: Any) -> str:
+def _holder(file: TextIO) -> str:
     file.seek(0)
     try:
-        known = json.loads(file.read())
-        return f"process {known['pid']} on {known['host']} (`{known['command']}`, since {known['since']})"
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']} (`{holder['command']}`, since {holder['since']})"
     except (ValueError, KeyError):
         return "another process"

@@ -12,6 +12,7 @@ import yaml
 from mllm_msr.records.sections import SOURCES, EvaluationOptions, PrepareOptions, Source, SummaryOptions, source_type
 from mllm_msr.records.typed import build, check_names, did_you_mean
 
+FORMAT = 2  # of a run's folder, noted in its recipe; a run of another one is refused
 SECTIONS: dict[str, type[Any]] = {
     "data": PrepareOptions,
     "summaries": SummaryOptions,
@@ -70,8 +71,10 @@ def parse_recipe(content: Any, check_training: CheckFlags = dict) -> Recipe:
     """
     if not isinstance(content, Mapping) or not {"name", "source"} <= content.keys():
         raise ValueError("a recipe is a mapping with at least `name` and `source`")
-    check_names(content, [one.name for one in fields(Recipe)], "recipe")
-    given = {name: value for name, value in content.items() if value is not None or name == "license"}
+    if content.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"a run of format {content['format']}, and this version of mllm-msr reads format {FORMAT}")
+    check_names(content, ["format", *(entry.name for entry in fields(Recipe))], "recipe")
+    given = {name: value for name, value in content.items() if value is not None and name != "format"}
     for name in ("name", "item_noun"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(f"{name}={given[name]!r}: must be a text")

@@ -1,12 +1,15 @@
 """A run: one folder, one recipe, and the stages from raw logs to a Hub-ready folder.
 
-Each stage is a function of the recipe and of what earlier stages left. Its key, a hash of both, is noted in
-``provenance.json`` once its output is whole; a stage whose key stands there is skipped, any other is done, or resumed
-from what it had saved. A later stage refuses to go on from an earlier one that has changed under it.
+Each stage is a function of the recipe and of what earlier stages left. ``provenance.json`` notes, once its output is
+whole, its key (a hash of both) and the content of the files that it wrote. A stage whose key and files are as noted is
+skipped, any other is done, or resumed from what it had saved. A later stage refuses to go on from an earlier one that
+has changed under it.
 """
 
 import json
+import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,22 +22,27 @@ from typing import Any
 import polars as pl
 import yaml
 
-from mllm_msr.records.lock import write_lock
-from mllm_msr.records.recipe import CheckFlags, Recipe, load_content, parse_recipe
+from mllm_msr.records.lock import is_first_process, write_lock
+from mllm_msr.records.recipe import FORMAT, CheckFlags, Recipe, load_content, parse_recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.schema import TASKS, Table
 from mllm_msr.records.storage import digest, file_digest, write_text
 
-FORMAT = 2  # of a run's folder; a run of another one is refused
 LIBRARIES = ("mllm-msr", "torch", "transformers", "trl", "peft", "datasets", "huggingface-hub", "polars")
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: the command that does it, the stages it rests on, and what of the recipe its output depends on."""
+    """A stage.
 
-    command: str
+    Args:
+        after: the stages it rests on.
+        sections: of the recipe that its command may change by ``--set``.
+        settings: what of the recipe its output depends on.
+    """
+
     after: tuple[str, ...]
+    sections: tuple[str, ...]
     settings: Callable[[Recipe], Any]
 
 
@@ -42,13 +50,13 @@ def _texts(recipe: Recipe) -> Any:
     return [recipe.summaries.facts(), recipe.prompts, recipe.item_noun]
 
 
-STAGES: dict[str, StageSpec] = {
-    "prepare": StageSpec("prepare", (), lambda recipe: [asdict(recipe.source), asdict(recipe.data)]),
-    "summarize items": StageSpec("summarize items", ("prepare",), _texts),
-    "summarize users": StageSpec("summarize users", ("summarize items",), _texts),
-    "train": StageSpec("train", ("summarize users",), Recipe.training_flags),
-    "evaluate": StageSpec("evaluate", ("prepare",), lambda recipe: asdict(recipe.evaluation)),
-    "report": StageSpec("report", ("evaluate",), lambda recipe: None),
+STAGES: dict[str, StageSpec] = {  # in their order, by the command that does each
+    "prepare": StageSpec((), ("source", "data"), lambda recipe: [asdict(recipe.source), asdict(recipe.data)]),
+    "summarize items": StageSpec(("prepare",), ("summaries", "prompts"), _texts),
+    "summarize users": StageSpec(("summarize items",), ("summaries", "prompts"), _texts),
+    "train": StageSpec(("summarize users",), ("training",), Recipe.training_flags),
+    "evaluate": StageSpec(("prepare",), ("evaluation",), lambda recipe: asdict(recipe.evaluation)),
+    "report": StageSpec(("evaluate",), (), lambda recipe: [recipe.name, recipe.license, recipe.item_noun]),
 }
 
 
@@ -74,13 +82,14 @@ class RunFolder:
                 raise ValueError(
                     f"{path} holds a run of another recipe, {earlier.name!r}: name another folder by --output"
                 )
-        elif path.is_dir() and any(one for one in path.iterdir() if one.name != ".lock"):
+        elif path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
             raise ValueError(f"{path} is not empty and not a run: name another folder by --output")
         path.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, **recipe.to_dict()}
-        with write_lock(path, "create"):
-            write_text(path / "config.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-        return cls(path, recipe)
+        run = cls(path, recipe)
+        with run.lock(f"change of the recipe of {path}"):
+            content = {"format": FORMAT, **recipe.to_dict()}
+            write_text(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        return run
 
     @classmethod
     def open(cls, path: Path, check_training: CheckFlags = dict) -> "RunFolder":
@@ -89,10 +98,8 @@ class RunFolder:
         if not config.is_file():
             raise FileNotFoundError(f"{path} is not a run (no config.yaml): start with `mllm-msr prepare`")
         content = load_content(config)
-        if (found := content.pop("format", 1)) != FORMAT:
-            raise ValueError(
-                f"{path} is a run of format {found}, and this version of mllm-msr reads format {FORMAT}: make it anew"
-            )
+        if "format" not in content:
+            raise ValueError(f"{config} has no format: the run is of an older version of mllm-msr; make it anew")
         try:
             return cls(path, parse_recipe(content, check_training))
         except ValueError as error:
@@ -212,49 +219,63 @@ class RunFolder:
             yield
 
     def provenance(self) -> dict[str, Any]:
-        """``versions`` of libraries, and by stage ``key``, ``after``, ``reads``, ``settings``, ``seconds``,
-        ``finished``."""
+        """``versions`` of libraries, and what is noted of every stage that is done, by its name in ``stages``.
+
+        Of a stage: ``key``; ``after``, the outcomes of the stages it rests on; ``settings``, a hash of its part of the
+        recipe; ``writes``, for each file its digest, size and time; ``seconds``; ``finished``.
+        """
         path = self.path / "provenance.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
-        return {"format": FORMAT, "versions": {}, "stages": {}}
+        return {"versions": {}, "stages": {}}
 
     def write_provenance(self, content: Mapping[str, Any]) -> None:
         write_text(self.path / "provenance.json", json.dumps(content, indent=2))
 
-    def key(self, name: str) -> str:
-        """The key of a stage that is done and up to date; see :meth:`require`."""
-        self.require(name)
-        return self.provenance()["stages"][name]["key"]
-
-    def require(self, name: str) -> None:
+    def require(self, name: str, thoroughly: bool = False) -> None:
         """Raise, naming the command to run, unless a stage is done and nothing it rests on has changed since.
+
+        Args:
+            thoroughly: read files again whose size and time are as noted.
 
         Raises:
             FileNotFoundError: the stage, or one before it, has not been done yet.
-            ValueError: the recipe, an earlier stage, or a file it has read is no longer what it was.
+            ValueError: the recipe, an earlier stage, or a file that it wrote is no longer what it was.
         """
-        done, spec = self.provenance()["stages"].get(name), STAGES[name]
-        for earlier in done["after"] if done else spec.after:
-            self.require(earlier)
-        command = f"mllm-msr {spec.command} {self.path}"
+        done = self.provenance()["stages"].get(name)
+        for earlier in done["after"] if done else STAGES[name].after:
+            self.require(earlier, thoroughly)
+        command = f"mllm-msr {name} {self.command_argument(name)}"
         if done is None:
             raise FileNotFoundError(f"stage {name!r} of {self.path} has not been done yet: run `{command}` first")
-        if reason := self._changed(done, spec):
+        if reason := self._changed(name, done, thoroughly):
             raise ValueError(f"stage {name!r} of {self.path} is out of date, as {reason}: run `{command}` again")
 
-    def _changed(self, done: Mapping[str, Any], spec: StageSpec) -> str | None:
+    def command_argument(self, name: str) -> str:
+        """What follows the name of a stage on the command line to do it for this run."""
+        return f"{self.config} --output {self.path}" if name == "prepare" else str(self.path)
+
+    def key(self, name: str) -> str:
+        """A hash of all that a stage was made of and of all that it wrote; raises like :meth:`require`."""
+        self.require(name)
+        return _outcome(self.provenance()["stages"][name])
+
+    def _changed(self, name: str, done: Mapping[str, Any], thoroughly: bool = False) -> str | None:
         stages = self.provenance()["stages"]
-        for earlier, key in done["after"].items():
-            if stages[earlier]["key"] != key:
+        for earlier, outcome in done["after"].items():
+            if _outcome(stages[earlier]) != outcome:
                 return f"{earlier!r} has been done anew"
-        if done["settings"] != digest(spec.settings(self.recipe)):
+        if done["settings"] != digest(STAGES[name].settings(self.recipe)):
             return "the recipe has changed"
-        for name, content in done["reads"].items():
+        return self._damaged(done, thoroughly)
+
+    def _damaged(self, done: Mapping[str, Any], thoroughly: bool = False) -> str | None:
+        """What is wrong with the files that a stage wrote."""
+        for name, noted in done["writes"].items():
             path = self.path / name
             if not path.is_file():
                 return f"{name} is missing"
-            if file_digest(path) != content:
+            if (thoroughly or _stamp(path) != noted[1:]) and file_digest(path) != noted[0]:
                 return f"{name} has changed"
         return None
 
@@ -263,48 +284,85 @@ class RunFolder:
         name: str,
         work: Callable[[str], None],
         *,
-        output: Path,
-        reads: Sequence[Path] = (),
+        writes: Sequence[Path],
         facts: Sequence[Any] = (),
         after: Sequence[str] | None = None,
     ) -> None:
         """Do ``work(key)`` unless the stage is up to date.
 
         Args:
-            output: what must be there for the stage to count as done.
-            reads: files of the run whose content decides the output; a change of theirs makes the stage out of date.
-            facts: what else decides it, beside the recipe, such as the content of raw files.
+            writes: the files and folders that the work writes; all of them must be as it left them.
+            facts: what decides the output in place of the recipe's part, such as the content of raw files.
             after: the stages it rests on, if not those of :data:`STAGES`.
         """
-        spec = STAGES[name]
-        with self.lock(name):
-            earlier = {one: self.key(one) for one in (spec.after if after is None else after)}
-            contents = {path.relative_to(self.path).as_posix(): file_digest(path) for path in reads}
-            settings = digest(spec.settings(self.recipe))
-            key = digest(name, version("mllm-msr"), earlier, contents, list(facts) or settings)
+        with self.lock(f"mllm-msr {name} {self.path}"):
+            if RunFolder.open(self.path).recipe.to_dict() != self.recipe.to_dict():
+                raise ValueError(f"another command has changed the recipe of {self.path} meanwhile: run this one again")
+            earlier = {stage: self.key(stage) for stage in (STAGES[name].after if after is None else after)}
+            settings = digest(STAGES[name].settings(self.recipe))
+            key = digest(name, version("mllm-msr"), earlier, list(facts) or settings)
             done = self.provenance()["stages"].get(name)
-            entry = {"key": key, "after": earlier, "reads": contents, "settings": settings}
-            if done and done["key"] == key and output.exists():
+            if done and done["key"] == key and not self._damaged(done):
                 print(f"{name}: up to date", flush=True)
-                if done["settings"] != settings:  # of the same outcome, such as another path of the same data
-                    self._note(name, {**done, **entry})
+                if done["settings"] != settings:  # of the same output, such as another path of the same data
+                    self._note(name, {**done, "settings": settings})
                 return
-            print(f"{name} ..." if done is None else f"{name} again, as what it rests on has changed ...", flush=True)
+            if done:
+                reason = self._changed(name, done) or "what it rests on has changed"
+                print(f"{name}: is done again, as {reason}", flush=True)
+            print(f"{name} ...", flush=True)
             start = time.monotonic()
             work(key)
             seconds = round(time.monotonic() - start, 1)
-            finished = datetime.now(UTC).isoformat(timespec="seconds")
-            self._note(name, {**entry, "seconds": seconds, "finished": finished})
+            if is_first_process():
+                self._note(name, {"key": key, "after": earlier, "settings": settings, "seconds": seconds}, writes)
             print(f"{name}: {seconds} s", flush=True)
 
-    def take_over(self, name: str, key: str) -> None:
-        """Note a stage as done whose output comes from elsewhere, as that of ``key``."""
+    def take_over(self, name: str, key: str, writes: Sequence[Path]) -> None:
+        """Note a stage as done whose files come from elsewhere, made of what ``key`` stands for."""
         earlier = {stage: self.key(stage) for stage in STAGES[name].after}
-        settings = digest(STAGES[name].settings(self.recipe))
-        self._note(name, {"key": key, "after": earlier, "reads": {}, "settings": settings})
+        self._note(name, {"key": key, "after": earlier, "settings": digest(STAGES[name].settings(self.recipe))}, writes)
 
-    def _note(self, name: str, entry: dict[str, Any]) -> None:
+    def adopt(self, donor: "RunFolder", stages: Sequence[str]) -> None:
+        """Take over stages of another run, whose recipe agrees on them, with all files that they wrote."""
+        provenance, theirs = self.provenance(), donor.provenance()
+        for name in stages:
+            donor.require(name)
+            for file in theirs["stages"][name]["writes"]:
+                link_file(donor.path / file, self.path / file)
+            provenance["stages"][name] = theirs["stages"][name]
+        self.write_provenance({**provenance, "versions": theirs["versions"]})
+
+    def _note(self, name: str, entry: Mapping[str, Any], writes: Sequence[Path] | None = None) -> None:
         provenance = self.provenance()
         provenance["versions"] = {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}}
+        entry = {**entry, "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        if writes is not None:
+            files = [file for path in writes for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+            entry["writes"] = {
+                file.relative_to(self.path).as_posix(): [file_digest(file), *_stamp(file)]
+                for file in files
+                if file.is_file()
+            }
         provenance["stages"][name] = entry
         self.write_provenance(provenance)
+
+
+def _outcome(done: Mapping[str, Any]) -> str:
+    return digest(done["key"], {name: noted[0] for name, noted in done["writes"].items()})
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file: where both are as they were, its content is taken to be."""
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def link_file(source: Path, target: Path) -> None:
+    """A second name of a file that is only ever replaced; a copy where the file system has no such thing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
