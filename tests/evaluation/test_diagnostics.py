@@ -1,19 +1,33 @@
 """Slices, calibration and checks: every user in one part of each division, and figures that mean what they say."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import polars as pl
 import pytest
 
 from mllm_msr.evaluation import diagnostics
 from mllm_msr.evaluation.metrics import ranking_metrics
+from mllm_msr.records.results import AgreementFigures, Check, Slice
 
 RNG = np.random.default_rng(0)
 N_USERS, N_ITEMS = 60, 30
 
 
+@dataclass
+class Scored:
+    """Two variants on the same tasks: one follows popularity, one scores everything alike."""
+
+    scores: pl.DataFrame
+    tasks: pl.DataFrame
+    popularity: pl.DataFrame
+
+    def slices(self, by: str) -> list[Slice]:
+        return [one for one in diagnostics.slices(self.scores, self.tasks, self.popularity) if one.by == by]
+
+
 @pytest.fixture(scope="module")
-def world() -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """(scores, tasks, popularity): one row follows popularity, one is blind."""
+def scored() -> Scored:
     counts = np.sort(RNG.integers(0, 60, N_ITEMS))
     counts[0] = 0
     popularity = pl.DataFrame({"item_id": [f"i{i:02}" for i in range(N_ITEMS)], "count": counts})
@@ -23,85 +37,92 @@ def world() -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
         labels = [1] + [0] * 10
         items = [f"i{item:02}" for item in shown]
         tasks.append((f"u{user}", items, labels, 3 + user % 20, int(counts[shown[0]])))
-        for row, logits in (("popularity", counts[shown].astype(float)), ("blind", np.zeros(11))):
+        for variant, logits in (("popularity", counts[shown].astype(float)), ("blind", np.zeros(11))):
             for item, label, logit in zip(items, labels, logits, strict=True):
-                scores.append((row, f"u{user}", item, label, float(logit)))
+                scores.append((variant, f"u{user}", item, label, float(logit)))
     names = ["user_id", "candidates", "labels", "history_length", "target_train_count"]
-    return (
-        pl.DataFrame(scores, schema=["row", "user_id", "item_id", "label", "logit"], orient="row"),
+    return Scored(
+        pl.DataFrame(scores, schema=["variant", "user_id", "item_id", "label", "logit"], orient="row"),
         pl.DataFrame(tasks, schema=names, orient="row"),
         popularity,
     )
 
 
-def test_every_division_has_every_user_once_and_its_means_add_up(world):
-    scores, tasks, popularity = world
-    found = diagnostics.slices(scores, tasks, popularity)
-    assert {one["by"] for one in found} == {"history_length", "target_train_count", "popularity_decile"}
-    own = scores.filter(row="popularity")
+DIVISIONS = ("history_length", "target_train_count", "popularity_decile")
+
+
+def test_every_division_has_every_user_once_and_its_means_add_up(scored):
+    own = scored.scores.filter(variant="popularity")
     whole = ranking_metrics(own["user_id"], own["label"], own["logit"], n_bootstrap=2)["ndcg@5"]["value"]
-    for by in ("history_length", "target_train_count", "popularity_decile"):
-        parts = [one for one in found if one["by"] == by]
-        assert sum(one["users"] for one in parts) == N_USERS
-        mean = sum(one["users"] * one["rows"]["popularity"]["ndcg@5"]["value"] for one in parts) / N_USERS
+    for by in DIVISIONS:
+        parts = scored.slices(by)
+        assert sum(part.users for part in parts) == N_USERS
+        mean = sum(part.users * part.variants["popularity"]["ndcg@5"].value for part in parts) / N_USERS
         assert mean == pytest.approx(whole)
-        starts = [int(one["part"].split("-")[0].rstrip("+")) for one in parts]
+        starts = [int(part.part.split("-")[0].rstrip("+")) for part in parts]
         assert starts == sorted(set(starts))
+    found = diagnostics.slices(scored.scores, scored.tasks, scored.popularity)
+    assert {part.by for part in found} == set(DIVISIONS)
 
 
-def test_cold_users_are_parts_of_their_own_and_the_others_quarters(world):
-    scores, tasks, popularity = world
+def test_a_slice_has_the_metrics_of_its_users_alone(scored):
+    part = scored.slices("target_train_count")[-1]
+    least = int(part.part.split("-")[0].rstrip("+"))
+    users = scored.tasks.filter(pl.col("target_train_count") >= least).select("user_id")
+    own = scored.scores.filter(variant="popularity").join(users, on="user_id", how="semi")
+    expected = ranking_metrics(own["user_id"], own["label"], own["logit"], n_bootstrap=200)
+    assert set(part.variants["popularity"]) == set(diagnostics.SLICE_METRICS)
+    for name, result in part.variants["popularity"].items():
+        assert result.value == pytest.approx(expected[name]["value"])
+        assert [result.low, result.high] == pytest.approx(expected[name]["ci95"])
+
+
+def test_cold_users_are_parts_of_their_own_and_the_others_quarters(scored):
     for lengths, expected in (
         ([0] * 2 + [3] * 3 + [7] * 28 + [12] * 27, [("0", 2), ("1-4", 3), ("5-6", 0), ("7-11", 28), ("12+", 27)]),
         ([9] * 30 + [15] * 30, [("9-11", 30), ("15+", 30)]),
         ([0] * 10 + [2] * 50, [("0", 10), ("1+", 50)]),
     ):
-        found = diagnostics.slices(scores, tasks.with_columns(pl.Series("history_length", lengths)), popularity)
-        parts = [(one["part"], one["users"]) for one in found if one["by"] == "history_length"]
-        assert parts == [(name, users) for name, users in expected if users]
+        tasks = scored.tasks.with_columns(pl.Series("history_length", lengths))
+        parts = Scored(scored.scores, tasks, scored.popularity).slices("history_length")
+        assert [(part.part, part.users) for part in parts] == [(name, users) for name, users in expected if users]
 
 
-def test_cold_items_are_a_part_of_their_own_and_popular_ones_are_ranked_better_by_popularity(world):
-    scores, tasks, popularity = world
-    found = diagnostics.slices(scores, tasks, popularity)
-    cold = [one for one in found if one["by"] == "target_train_count" and one["part"] == "0"]
-    assert [one["users"] for one in cold] == [tasks.filter(pl.col("target_train_count") == 0).height]
-    deciles = [one["rows"]["popularity"]["auc_user"]["value"] for one in found if one["by"] == "popularity_decile"]
+def test_cold_items_are_a_part_of_their_own_and_popular_ones_are_ranked_better_by_popularity(scored):
+    cold = [part.users for part in scored.slices("target_train_count") if part.part == "0"]
+    assert cold == [scored.tasks.filter(pl.col("target_train_count") == 0).height]
+    deciles = [part.variants["popularity"]["auc_user"].value for part in scored.slices("popularity_decile")]
     assert deciles[0] < 0.2 and deciles[-1] > 0.8
-    assert all(one["rows"]["blind"]["auc_user"]["value"] == 0.5 for one in found)
+    for by in DIVISIONS:
+        assert all(part.variants["blind"]["auc_user"].value == 0.5 for part in scored.slices(by))
 
 
-def test_calibration_of_honest_and_of_shifted_probabilities():
+def test_reliability_of_honest_and_of_shifted_probabilities():
     logits = RNG.normal(-2, 1.5, 40_000)
     labels = (RNG.random(40_000) < 1 / (1 + np.exp(-logits))).astype(int)
-    honest = diagnostics.calibration(labels, logits)
-    assert honest["error"] < 0.01
-    assert sum(one["count"] for one in honest["bins"]) == 40_000 and len(honest["bins"]) == 10
-    assert diagnostics.calibration(labels, logits + 3)["error"] > 0.2
-    assert diagnostics.calibration(labels, logits + 3, shift=-3)["error"] == pytest.approx(honest["error"])
-    assert len(diagnostics.calibration(np.array([0, 1]), np.zeros(2))["bins"]) == 1  # equals fall together
+    honest = diagnostics.reliability(labels, logits)
+    assert honest.error < 0.01
+    assert sum(part.count for part in honest.bins) == 40_000 and len(honest.bins) == 10
+    assert diagnostics.reliability(labels, logits + 3).error > 0.2
+    assert diagnostics.reliability(labels, logits + 3, shift=-3).error == pytest.approx(honest.error)
+    assert len(diagnostics.reliability(np.array([0, 1]), np.zeros(2)).bins) == 1  # equals fall together
 
 
 def test_agreement_of_equal_scaled_and_reversed_scores():
     users, logits = np.repeat(np.arange(50), 9), RNG.normal(size=450)
-    assert diagnostics.agreement(users, logits, logits) == {
-        "max_difference": 0.0,
-        "rank_correlation": pytest.approx(1.0),
-        "first_changed": 0.0,
-    }
+    assert diagnostics.agreement(users, logits, logits) == AgreementFigures(0.0, 0.0, pytest.approx(1.0))
     doubled = diagnostics.agreement(users, logits, 2 * logits)
-    assert doubled["rank_correlation"] == pytest.approx(1.0) and doubled["first_changed"] == 0.0
-    assert doubled["max_difference"] == pytest.approx(np.abs(logits).max())
-    turned = diagnostics.agreement(users, logits, -logits)
-    assert turned["rank_correlation"] == pytest.approx(-1.0) and turned["first_changed"] == 1.0
+    assert doubled.rank_correlation == pytest.approx(1.0) and doubled.first_changed == 0.0
+    assert doubled.max_difference == pytest.approx(np.abs(logits).max())
+    reverse = diagnostics.agreement(users, logits, -logits)
+    assert reverse.rank_correlation == pytest.approx(-1.0) and reverse.first_changed == 1.0
     blind = diagnostics.agreement(users, logits, np.zeros(450))  # all are first, so the first one stays among them
-    assert "rank_correlation" not in blind and blind["first_changed"] == 0.0
+    assert blind.rank_correlation is None and blind.first_changed == 0.0
 
 
-def test_ties_and_popularity_are_seen(world):
-    scores, _, popularity = world
-    found = diagnostics.sanity(scores, popularity)
-    assert found["popularity"]["popularity_correlation"] == pytest.approx(1.0)
-    assert found["blind"] == {"tied_users": 1.0}
-    reverse = scores.filter(row="popularity").with_columns(-pl.col("logit"))
-    assert diagnostics.sanity(reverse, popularity)["popularity"]["popularity_correlation"] == pytest.approx(-1.0)
+def test_ties_and_popularity_are_seen(scored):
+    found = diagnostics.checks(scored.scores, scored.popularity)
+    assert found["popularity"].popularity_correlation == pytest.approx(1.0)
+    assert found["blind"] == Check(tied_users=1.0, popularity_correlation=None)
+    reverse = scored.scores.filter(variant="popularity").with_columns(-pl.col("logit"))
+    assert diagnostics.checks(reverse, scored.popularity)["popularity"].popularity_correlation == pytest.approx(-1.0)

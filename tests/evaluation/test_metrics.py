@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from typing import Any
 
 import ir_measures
 import numpy as np
@@ -69,19 +70,21 @@ def test_equals_scikit_learn(levels):
     assert result["ndcg@5"]["value"] == pytest.approx(np.mean([ndcg_score([y], [s], k=5) for y, s in lists]))
 
 
-def trec(users: list[str], labels: list[int], scores: list[float]) -> dict[str, float]:
+TREC = {
+    **{f"hr@{k}": ir_measures.Success @ k for k in (1, 5, 10)},
+    "mrr@5": ir_measures.RR @ 5,
+    "ndcg@5": ir_measures.nDCG @ 5,
+    "map": ir_measures.AP,
+}
+
+
+def trec(users: list[str], labels: list[int], scores: list[float], measures: dict[str, Any] = TREC) -> dict[str, float]:
     """The metrics of trec_eval, which knows no ties."""
     items = [f"d{i}" for i in range(len(users))]
     judged = [ir_measures.Qrel(u, i, label) for u, i, label in zip(users, items, labels, strict=True)]
     ranked = [ir_measures.ScoredDoc(u, i, score) for u, i, score in zip(users, items, scores, strict=True)]
-    wanted = {
-        **{f"hr@{k}": ir_measures.Success @ k for k in (1, 5, 10)},
-        "mrr@5": ir_measures.RR @ 5,
-        "ndcg@5": ir_measures.nDCG @ 5,
-        "map": ir_measures.AP,
-    }
-    found = ir_measures.calc_aggregate(list(wanted.values()), judged, ranked)
-    return {name: found[measure] for name, measure in wanted.items()}
+    result = ir_measures.calc_aggregate(list(measures.values()), judged, ranked)
+    return {name: result[measure] for name, measure in measures.items()}
 
 
 def ranks(size: int, positives: list[int]) -> tuple[list[int], list[float]]:
@@ -131,18 +134,49 @@ def test_infinite_scores_are_ranked():
     inf = float("inf")
     row = metrics.per_user_metrics(["x"] * 4, [0, 1, 0, 0], [-inf, inf, 0.0, inf]).row(0, named=True)
     assert row["hr@1"] == 0.5 and row["map"] == pytest.approx(0.75) and row["auc_user"] == pytest.approx(2.5 / 3)
-    assert metrics.auc([1, 0], [0.0, -0.0]) == 0.5  # equal numbers, however written
+    assert metrics.list_metric("auc_user", [1, 0], [0.0, -0.0]) == 0.5  # equal numbers, however written
 
 
 def test_single_list_functions_agree_with_the_table():
     labels, scores = [0, 1, 0, 1, 0, 0], [3.0, 2.0, 2.0, 1.0, 1.0, 0.0]
     row = metrics.per_user_metrics(["x"] * 6, labels, scores).row(0, named=True)
-    assert metrics.auc(labels, scores) == row["auc_user"]
-    assert metrics.hit_rate(labels, scores, 5) == row["hr@5"]
-    assert metrics.reciprocal_rank(labels, scores, 5) == row["mrr@5"]
-    assert metrics.ndcg(labels, scores, 5) == row["ndcg@5"]
-    assert metrics.average_precision(labels, scores) == row["map"]
-    assert metrics.hit_rate(labels, scores, 2) == 0.5
+    for name in metrics.METRICS[1:]:
+        assert metrics.list_metric(name, labels, scores) == row[name]
+    assert metrics.list_metric("hr@2", labels, scores) == 0.5
+
+
+def test_any_cutoff_is_a_metric_and_an_unknown_one_is_refused():
+    users, labels, scores = [], [], []
+    for user in range(20):
+        own = ranks(30, RNG.choice(30, 2, replace=False).tolist())
+        users, labels, scores = users + [user] * 30, labels + own[0], scores + own[1]
+    names = ["hr@3", "hr@20", "mrr@10", "ndcg@10", "ndcg@30"]
+    result = metrics.ranking_metrics(users, labels, scores, n_bootstrap=2, metrics=names)
+    wanted = [ir_measures.parse_measure(name) for name in ("Success@3", "Success@20", "RR@10", "nDCG@10", "nDCG@30")]
+    expected = trec([f"u{user}" for user in users], labels, scores, dict(zip(names, wanted, strict=True)))
+    assert list(result) == names
+    for name in names:
+        assert result[name]["value"] == pytest.approx(expected[name], abs=1e-9), name
+    for name in ("hr@0", "hr", "recall@5", "map@5", "ndcg@-1"):
+        with pytest.raises(ValueError, match=f"unknown metric '{name}': known are auc"):
+            metrics.ranking_metrics(users, labels, scores, metrics=[name])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [7, 7, 3, 3],
+        [7.0, 7.0, 3.5, 3.5],
+        np.array([7, 7, 3, 3], dtype=np.int32),
+        [("a", 1), ("a", 1), ("b", 2), ("b", 2)],
+        ["a", "a", 1, 1],
+        pl.Series(["x", "x", "y", "y"], dtype=pl.Categorical),
+    ],
+)
+def test_user_ids_may_be_anything_hashable(ids):
+    labels, scores = [1, 0, 0, 1], [0.9, 0.1, 0.4, 0.3]
+    assert metrics.ranking_metrics(ids, labels, scores, n_bootstrap=2)["hr@1"]["value"] == 0.5
+    assert metrics.per_user_metrics(ids, labels, scores).height == 2
 
 
 def test_an_all_tied_model_gets_what_guessing_gets_wherever_the_positive_stands():
@@ -166,7 +200,7 @@ def test_users_without_a_value_do_not_count_and_are_null():
     assert result["hr@1"] == {"value": 1.0, "ci95": [1.0, 1.0]}
     with pytest.raises(ValueError, match="auc_user is undefined"):
         metrics.ranking_metrics(["a", "b"], [1, 0], [0.0, 1.0])
-    assert np.isnan(metrics.hit_rate([0, 0], [1.0, 0.0], 1))
+    assert np.isnan(metrics.list_metric("hr@1", [0, 0], [1.0, 0.0]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), None])
@@ -197,7 +231,7 @@ def exact_bootstrap_of_pooled_auc(users, labels, scores, resamples: int) -> np.n
     values = []
     for _ in range(resamples):
         drawn = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
-        values.append(metrics.auc(labels[drawn], scores[drawn]))
+        values.append(metrics.list_metric("auc_user", labels[drawn], scores[drawn]))
     return np.quantile(values, [0.025, 0.975])
 
 
