@@ -75,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("run", type=Path, help="run directory")
         if name == "evaluate":
             known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
-            sub.add_argument("--baselines", metavar="A,B", help=f"further rows on the same tasks, of {known}")
+            sub.add_argument(
+                "--baselines", metavar="A,B", type=names, default=[], help=f"further rows on the same tasks, of {known}"
+            )
             sub.add_argument("--model", metavar="RUN|REPO", help="rank with the model of another run, or of the Hub")
             some = "fine-tune it on so many of this run's training tasks first; without --model, the recipe's backbone"
             sub.add_argument("--fine-tune", metavar="N", type=positive, help=some)
@@ -250,14 +252,14 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from mllm_msr.evaluation.evaluate import with_evaluation
+    from mllm_msr.evaluation.evaluate import scorable, with_evaluation
     from mllm_msr.stages import evaluate
     from mllm_msr.transfer import with_model_of
 
     run = with_evaluation(_open(options), options.baselines, options.full_catalogue, options.agreement)
     if options.model or options.fine_tune:
         run = with_model_of(run, options.model, options.fine_tune)
-    evaluate(run)
+    evaluate(run, scorable(run) if options.baselines else None)
 
 
 def report(options: argparse.Namespace) -> None:

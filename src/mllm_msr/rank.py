@@ -12,7 +12,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.evaluation.evaluate import item_table, recommender
+from mllm_msr.evaluation.loading import Computing, load_catalogue, load_recommender
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS
 from mllm_msr.records.storage import digest, write_text
@@ -38,7 +38,7 @@ def rank_user(
 ) -> None:
     """Print the best of ``items``, or of all items, that a user of the run has not chosen yet."""
     (user,) = read_users(run, [user_id])
-    catalogue = item_table(run)
+    catalogue = load_catalogue(run)
     wanted = [item for item in dict.fromkeys(items or catalogue) if items or item not in user.chosen]
     print_best(run, catalogue, user, wanted, top_k, memory_gb)
 
@@ -47,7 +47,7 @@ def rank_preference(
     run: RunFolder, preference: str, *, items: Sequence[str] | None, top_k: int, memory_gb: float | None
 ) -> None:
     """Print the best of ``items``, or of all items, for a preference in words."""
-    catalogue = item_table(run)
+    catalogue = load_catalogue(run)
     print_best(run, catalogue, RunUser("", preference, [], set()), list(items or catalogue), top_k, memory_gb)
 
 
@@ -55,7 +55,7 @@ def print_best(
     run: RunFolder, catalogue: Catalogue, user: RunUser, items: list[str], top_k: int, memory_gb: float | None
 ) -> None:
     candidates = [vars(catalogue[item]) for item in items]
-    (best,) = recommender(run, ranking=settings(run, memory_gb)).rank([user.to_model()], candidates, top_k, "ranking")
+    (best,) = load_recommender(run, computing(run, memory_gb)).rank([user.to_model()], candidates, top_k, "ranking")
     print(f"preference: {user.preference or '(none)'}")
     for place, candidate in enumerate(best, 1):
         print(f"{place:3d}  {candidate['score']:.3f}  {candidate['item_id']}  {candidate['title']}")
@@ -85,12 +85,12 @@ def rank_users(
     key = digest(run.key("train"), list(users), top_k, items)
     claim(output, key, state.is_main_process)
     state.wait_for_everyone()
-    catalogue = item_table(run)
+    catalogue = load_catalogue(run)
     names = list(items or catalogue)
     shards = [users[start : start + SHARD] for start in range(0, len(users), SHARD)]
     paths = [output / f"ranking-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    ranker = recommender(run, ranking=settings(run, memory_gb))
+    ranker = load_recommender(run, computing(run, memory_gb))
     for number in tqdm(missing[state.process_index :: state.num_processes], desc="ranking", unit="file"):
         RANKINGS.write(best_of(read_users(run, shards[number]), ranker, names, catalogue, top_k), paths[number])
     state.wait_for_everyone()
@@ -153,13 +153,12 @@ def read_users(run: RunFolder, users: Sequence[str]) -> list[RunUser]:
 
 def index(run: RunFolder, memory_gb: float | None) -> None:
     """Compute ahead what a ``late`` model keeps of every item, and drop what is no more."""
-    ranker = recommender(run, ranking={"cache": run.item_cache, "memory_gb": memory_gb})
-    new, kept, dropped = ranker.index(item_table(run), progress="items")
+    ranker = load_recommender(run, Computing(cache=run.item_cache, memory_gb=memory_gb))
+    new, kept, dropped = ranker.index(load_catalogue(run), progress="items")
     size = sum(path.stat().st_size for path in ranker.cache.folder.glob("*/*"))
     print(f"{new} items computed, {kept} were there, {dropped} dropped; {size / 1e6:.1f} MB in {ranker.cache.folder}")
 
 
-def settings(run: RunFolder, memory_gb: float | None) -> dict[str, Any]:
+def computing(run: RunFolder, memory_gb: float | None) -> Computing:
     """How to rank: with the index where there is one."""
-    indexed = {"cache": run.item_cache} if run.item_cache.is_dir() else {}
-    return {"memory_gb": memory_gb, **indexed}
+    return Computing(cache=run.item_cache if run.item_cache.is_dir() else None, memory_gb=memory_gb)

@@ -11,12 +11,12 @@ from typing import Any
 import polars as pl
 
 from mllm_msr.data.sources.registry import read_source, source_fingerprint
-from mllm_msr.evaluation.evaluate import evaluate
 from mllm_msr.proof import prove
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
 from mllm_msr.records.storage import folder_digest, whole_folder, write_text
+from mllm_msr.records.variants import Variant
 
 
 def run_all(run: RunFolder) -> None:
@@ -149,6 +149,16 @@ def train(run: RunFolder) -> None:
             shutil.rmtree(stale)
 
     run.stage("train", work, writes=[run.model])
+
+
+def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> None:
+    """Stage 4: score the frozen tasks with every variant of the results table, measure, and print."""
+    from mllm_msr.evaluation.evaluate import evaluate as score_and_measure
+    from mllm_msr.hub_cards.evidence import against_lines, catalogue_lines
+    from mllm_msr.hub_cards.results import results_table
+
+    metrics = score_and_measure(run, variants).to_json()
+    print(*filter(None, (results_table(metrics), against_lines(metrics), catalogue_lines(metrics))), sep="\n")
 
 
 def report(run: RunFolder) -> None:

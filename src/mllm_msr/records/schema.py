@@ -217,6 +217,18 @@ SCORES = Table(
     "scores.parquet",
     "every score behind the metrics: one row a candidate of a task under one variant",
 )
+PLACES = Table(
+    "places",
+    {"user_id": pl.String, "first": pl.Int64, "last": pl.Int64, "candidates": pl.Int64},
+    "",  # one a variant, among its scores
+    "where each user's choice stands among all items: between the places `first` and `last`, which equals share",
+)
+WAYS_OF_COMPUTING = Table(
+    "ways",
+    {"way": pl.String, "user_id": pl.String, "item_id": pl.String, "logit": pl.Float32},
+    "",  # among the scores of our model
+    "the logits of one model computed in several ways",
+)
 RANKINGS = Table(
     "rankings",
     {

@@ -1,0 +1,79 @@
+"""Ranking of a user's choice among all items that the user has never chosen, not among a sample of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from mllm_msr.evaluation.metrics import estimates, user_columns
+from mllm_msr.evaluation.places import place_columns, rank_of_choice
+from mllm_msr.evaluation.scorers import Scorer
+from mllm_msr.evaluation.scoring import random_tasks
+from mllm_msr.records.results import CatalogueFigures, Estimate, FullCatalogue
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS
+
+
+def catalogue_pairs(run: RunFolder, users: int | Literal["all"]) -> int:
+    """About how many candidates there are when the choices of so many users are ranked among all items."""
+    n_users, n_items = run.tasks(run.recipe.evaluation.split).height, run.scan(ITEMS).select(pl.len()).collect().item()
+    return (n_users if users == "all" else min(users, n_users)) * n_items
+
+
+def rank_in_catalogue(run: RunFolder, tasks: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
+    """``records.schema.PLACES`` of the targets of some tasks among all items."""
+    options = run.recipe.evaluation
+    count = None if options.full_catalogue == "all" else options.full_catalogue
+    pairs = ["user_id", "item_id"]
+    chosen = [run.read(INTERACTIONS, pairs)]
+    if run.recipe.data.max_history is not None:  # what it has cut was chosen, too
+        chosen.append(run.read(CUT_INTERACTIONS, pairs))
+    catalogue = run.read(ITEMS, ["item_id"])["item_id"]
+    parts = over_the_catalogue(random_tasks(tasks, count, options.seed), catalogue, pl.concat(chosen))
+    return pl.concat([rank_of_choice(scorer(part)) for part in parts])
+
+
+def over_the_catalogue(
+    tasks: pl.DataFrame, catalogue: pl.Series, chosen: pl.DataFrame, pairs: int = 500_000
+) -> Iterator[pl.DataFrame]:
+    """``tasks``, some at a time, with their target among all items that their user has never chosen.
+
+    Args:
+        tasks: ``user_id``, ``candidates``, ``labels`` with one positive each, and whatever else a variant reads.
+        catalogue: the ids of all items.
+        chosen: ``user_id``, ``item_id``: all that users have chosen, before the target and after it.
+        pairs: about how many candidates at a time.
+    """
+    ids, place = catalogue.to_numpy(), {item: place for place, item in enumerate(catalogue)}
+    items_of = dict(chosen.group_by("user_id").agg("item_id").iter_rows())
+    for part in tasks.iter_slices(max(1, pairs // len(ids))):
+        candidates, labels = [], []
+        for user, sampled, marks in part.select("user_id", "candidates", "labels").iter_rows():
+            target, wanted = place[sampled[marks.index(1)]], np.ones(len(ids), dtype=bool)
+            wanted[[place[item] for item in items_of.get(user, ())]] = False
+            wanted[target] = True
+            candidates.append(ids[wanted].tolist())
+            labels.append((np.flatnonzero(wanted) == target).astype(np.int64).tolist())
+        yield part.with_columns(pl.Series("candidates", candidates), pl.Series("labels", labels))
+
+
+def measure_catalogue(
+    scores: Mapping[str, pl.DataFrame], places: Mapping[str, pl.DataFrame], metrics: Sequence[str]
+) -> FullCatalogue:
+    """The metrics of the same users among sampled candidates and among all items.
+
+    Args:
+        scores: each variant's scores of the sampled candidates.
+        places: each variant's ``records.schema.PLACES`` among all items.
+    """
+    variants = {}
+    for variant, found in places.items():
+        own = scores[variant].join(found.select("user_id"), on="user_id", how="semi", maintain_order="left")
+        full = estimates(place_columns(found, metrics))
+        sampled = estimates(user_columns(own["user_id"], own["label"], own["logit"], list(full)))
+        variants[variant] = CatalogueFigures(
+            *({name: Estimate.from_json(one) for name, one in part.items()} for part in (sampled, full))
+        )
+    sizes = next(iter(places.values()))["candidates"].to_numpy()
+    return FullCatalogue(len(sizes), round(float(sizes.mean()), 1), variants)

@@ -1,0 +1,68 @@
+"""A run's model, ready to rank, and its catalogue."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import AutoModel, AutoProcessor
+
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.hub_tables import load_table
+from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+from mllm_msr.modeling.ranking import Recommender
+from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How scores are computed; none of it is meant to change them.
+
+    Args:
+        dtype: of the weights; None: as they were saved.
+        attn_implementation: None: the one the backbone chooses.
+        token_budget: tokens of one forward; None: the recipe's.
+        share_prefix, memory_gb, cache: see :class:`~mllm_msr.modeling.ranking.Recommender`.
+    """
+
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    token_budget: int | None = None
+    share_prefix: bool | None = None
+    memory_gb: float | None = None
+    cache: Path | None = None
+
+
+def load_recommender(run: RunFolder, how: Computing = Computing()) -> Recommender:
+    """The run's trained model."""
+    loading = {"dtype": how.dtype, "attn_implementation": how.attn_implementation}
+    model = AutoModel.from_pretrained(run.model, **{name: value for name, value in loading.items() if value})
+    return _recommender(run, model, how)
+
+
+def load_backbone(run: RunFolder) -> Recommender:
+    """The backbone of the run's model under the same prompts, as it was before any training."""
+    flags = run.recipe.training
+    model = MllmMsrForRecommendation.from_backbone(
+        backbone_path(flags["model_name_or_path"]),
+        revision=flags.get("model_revision"),
+        processor=AutoProcessor.from_pretrained(run.model),
+        dtype=flags.get("dtype"),
+    )
+    return _recommender(run, model, Computing())
+
+
+def _recommender(run: RunFolder, model: MllmMsrForRecommendation, how: Computing) -> Recommender:
+    return Recommender(
+        model.to(PartialState().device),  # this process's own, of several
+        AutoProcessor.from_pretrained(run.model),
+        token_budget=how.token_budget or run.recipe.evaluation.token_budget,
+        memory_gb=how.memory_gb,
+        cache=how.cache,
+        share_prefix=how.share_prefix,
+    )
+
+
+def load_catalogue(run: RunFolder) -> Catalogue:
+    """The run's items."""
+    return Catalogue(load_table(str(run.path), "items", "train"))

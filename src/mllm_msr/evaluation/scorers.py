@@ -1,0 +1,110 @@
+"""What scores each variant of the results table: one table from its name to what makes its scorer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import polars as pl
+
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.sources.demo import true_utilities
+from mllm_msr.evaluation.baselines import Ranker, knn, svd, tfidf, training_interactions
+from mllm_msr.evaluation.loading import load_backbone, load_catalogue, load_recommender
+from mllm_msr.evaluation.scoring import (
+    as_it_is,
+    of_another_user,
+    own_context,
+    pairs,
+    score_with_model,
+    score_with_values,
+    with_blank_images,
+    with_shuffled_images,
+    without_images,
+    without_preference,
+)
+from mllm_msr.evaluation.sequential_baselines import GRU4Rec, SASRec, sequence_ranker
+from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.modeling.ranking import Recommender
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
+from mllm_msr.records.sections import DemoSource
+from mllm_msr.records.variants import OURS
+
+Scorer = Callable[[pl.DataFrame], pl.DataFrame]  # tasks to ``user_id``, ``item_id``, ``label``, ``logit``, ``score``
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a model is shown of the items and of the users, and which model it is."""
+
+    items: Callable[[Catalogue, int], Mapping[str, Candidate]] = as_it_is
+    users: Callable[[pl.DataFrame, int], pl.DataFrame] = own_context
+    load: Callable[[RunFolder], Recommender] = load_recommender
+
+
+def model_scorer(name: str, shown: Shown, run: RunFolder) -> Scorer:
+    """Our model; its tasks are contexts, see ``records.schema.CONTEXTS``."""
+    seed = run.recipe.evaluation.seed
+    recommender, catalogue = shown.load(run), shown.items(load_catalogue(run), seed)
+    return lambda contexts: score_with_model(recommender, shown.users(contexts, seed), catalogue, name)
+
+
+def value_scorer(make: Callable[[RunFolder], Ranker], run: RunFolder) -> Scorer:
+    """A ranker that is no language model, trained if it has to be."""
+    ranker = make(run)
+    return lambda tasks: score_with_values(tasks, ranker(tasks))
+
+
+def popularity(run: RunFolder) -> Ranker:
+    counts = run.read(POPULARITY)
+    return lambda tasks: pairs(tasks).join(counts, on="item_id", how="left", maintain_order="left")["count"].to_numpy()
+
+
+def random(run: RunFolder) -> Ranker:
+    rng = np.random.default_rng(run.recipe.evaluation.seed)
+    return lambda tasks: rng.random(pairs(tasks).height)
+
+
+def oracle(run: RunFolder) -> Ranker:
+    source = run.recipe.source
+    if not isinstance(source, DemoSource):
+        raise ValueError("the variant 'oracle' needs a drawn world: only the demo has one")
+    return lambda tasks: true_utilities(source, pairs(tasks))
+
+
+def words(run: RunFolder) -> Ranker:
+    return tfidf(run.tasks("validation"), run.read(ITEMS, ["item_id", "title", "text"]))
+
+
+def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame, int], Ranker], run: RunFolder) -> Ranker:
+    """A ranker trained on the run's training interactions: from validation tasks, items, interactions and seed."""
+    training = training_interactions(
+        run.read(INTERACTIONS), run.tasks("train"), run.recipe.data.protocol, run.read(POPULARITY)
+    )
+    return train(run.tasks("validation"), run.read(ITEMS, ["item_id"]), training, run.recipe.evaluation.seed)
+
+
+MODELS = {
+    OURS: Shown(),
+    "text_only": Shown(items=without_images),
+    "blank_images": Shown(items=with_blank_images),
+    "shuffled_images": Shown(items=with_shuffled_images),
+    "no_preference": Shown(users=without_preference),
+    "other_user": Shown(users=of_another_user),
+    "no_sft": Shown(load=load_backbone),
+}
+RANKERS: dict[str, Callable[[RunFolder], Ranker]] = {
+    "popularity": popularity,
+    "random": random,
+    "oracle": oracle,
+    "tfidf": words,
+    "knn": partial(collaborative, lambda validation, items, training, seed: knn(validation, items, training)),
+    "svd": partial(collaborative, svd),
+    "sasrec": partial(collaborative, partial(sequence_ranker, SASRec)),
+    "gru4rec": partial(collaborative, partial(sequence_ranker, GRU4Rec)),
+}
+SCORERS: dict[str, Callable[[RunFolder], Scorer]] = {
+    **{name: partial(model_scorer, name, shown) for name, shown in MODELS.items()},
+    **{name: partial(value_scorer, make) for name, make in RANKERS.items()},
+}
