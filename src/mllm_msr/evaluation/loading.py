@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from accelerate import PartialState
-from transformers import AutoModel, AutoProcessor
+from typing import Any
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
-from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import RunFolder
@@ -35,6 +32,8 @@ class Computing:
 
 def load_recommender(run: RunFolder, how: Computing = Computing()) -> Recommender:
     """The run's trained model."""
+    from transformers import AutoModel
+
     loading = {"dtype": how.dtype, "attn_implementation": how.attn_implementation}
     model = AutoModel.from_pretrained(run.model, **{name: value for name, value in loading.items() if value})
     return _recommender(run, model, how)
@@ -42,6 +41,10 @@ def load_recommender(run: RunFolder, how: Computing = Computing()) -> Recommende
 
 def load_backbone(run: RunFolder) -> Recommender:
     """The backbone of the run's model under the same prompts, as it was before any training."""
+    from transformers import AutoProcessor
+
+    from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+
     flags = run.recipe.training
     model = MllmMsrForRecommendation.from_backbone(
         backbone_path(flags["model_name_or_path"]),
@@ -52,7 +55,10 @@ def load_backbone(run: RunFolder) -> Recommender:
     return _recommender(run, model, Computing())
 
 
-def _recommender(run: RunFolder, model: MllmMsrForRecommendation, how: Computing) -> Recommender:
+def _recommender(run: RunFolder, model: Any, how: Computing) -> Recommender:
+    from accelerate import PartialState
+    from transformers import AutoProcessor
+
     return Recommender(
         model.to(PartialState().device),  # this process's own, of several
         AutoProcessor.from_pretrained(run.model),
