@@ -127,7 +127,7 @@ def agreement(metrics: dict) -> dict[str, Any] | None:
 
 
 def agreement_cells(result: dict) -> tuple[str, str, str]:
-    correlation = f"{result['rank_correlation']:.4f}" if "rank_correlation" in result else ""
+    correlation = f"{result['rank_correlation']:.4f}" if result.get("rank_correlation") is not None else ""
     return f"{result['max_difference']:.2g}", correlation, percent(result["first_changed"])
 
 

@@ -161,7 +161,7 @@ def beside_the_first(runs: Mapping[str, Path]) -> list[list[str]]:
         found = paired_differences(one["user_id"], one["label"], two["logit"], one["logit"])
         cells = (evidence.difference(found[key]) for key in evidence.COMPARED)
         gaps = [f"{cell['difference']} ({cell['interval']}) | {cell['p']}" for cell in cells]
-        agreed = evidence.agreement_cells(agreement(one["user_id"], one["logit"], two["logit"]))
+        agreed = evidence.agreement_cells(vars(agreement(one["user_id"], one["logit"], two["logit"])))
         lines.append([label, *gaps, *agreed, _words_shared(Path(first), Path(run))])
     return lines
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.evaluate import data_key
+from mllm_msr.evaluation.evaluate import scores_folder
 from mllm_msr.records.run import RunFolder, link_file
 from mllm_msr.records.schema import EXAMPLES, PREFERENCES
 from mllm_msr.records.storage import digest, folder_digest, whole_folder
@@ -81,9 +81,9 @@ def _beside(run: RunFolder, name: str, variants: Sequence[str], words: str, trai
     evaluation = replace(run.recipe.evaluation, rows=list(variants), model_of=words)
     other = RunFolder.create(_folder(run, name), replace(run.recipe, evaluation=evaluation, training=training))
     other.adopt(run, TEXTS)
-    baselines = f"scores/{data_key(run)}"  # are the same
-    for path in (run.path / baselines).glob("*"):
-        link_file(path, other.path / baselines / path.name)
+    baselines = scores_folder(run, needs_model=False)  # are the same
+    for path in baselines.glob("*"):
+        link_file(path, other.scores / baselines.name / path.name)
     return other
 
 

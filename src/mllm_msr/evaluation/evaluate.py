@@ -21,19 +21,13 @@ from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.results import Calibration, Difference, Estimate, Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import (
-    CUT_INTERACTIONS,
-    INTERACTIONS,
-    ITEM_SUMMARIES,
-    ITEMS,
     PLACES,
     POPULARITY,
-    PREFERENCES,
     SCORES,
-    TASKS,
     WAYS_OF_COMPUTING,
     Table,
 )
-from mllm_msr.records.storage import digest, file_digest
+from mllm_msr.records.storage import digest
 from mllm_msr.records.variants import OURS, VARIANTS, Variant, baselines
 
 
@@ -64,29 +58,6 @@ def with_evaluation(
     return RunFolder.create(run.path, replace(run.recipe, evaluation=evaluation))
 
 
-def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Results:
-    """Score the frozen tasks with every variant, and measure; what is scored already is not scored again.
-
-    Args:
-        variants: of the results table; None: the recipe's. Where none needs our model, the run need not be trained.
-    """
-    wanted = [VARIANTS[name] for name in run.recipe.evaluation.rows] if variants is None else variants
-    needs_model = any(variant.needs_model for variant in wanted)
-
-    def work(key: str) -> None:
-        folders = {False: run.scores / data_key(run)}
-        if needs_model:
-            folders[True] = run.scores / model_key(run)
-        score_and_measure(run, wanted, folders).write(run.metrics)
-        for stale in set(run.scores.iterdir()) - set(folders.values()):
-            shutil.rmtree(stale)
-
-    reads = data_files(run) + (model_files(run) if needs_model else [])
-    after, facts = ["train" if needs_model else "prepare"], [[v.name for v in wanted], asdict(run.recipe.evaluation)]
-    run.stage("evaluate", work, output=run.metrics, reads=reads, facts=facts, after=after)
-    return run.results()
-
-
 def scorable(run: RunFolder) -> list[Variant]:
     """The recipe's variants; while our model has not been trained, only those that do not need it."""
     trained = "train" in run.provenance()["stages"]
@@ -94,26 +65,34 @@ def scorable(run: RunFolder) -> list[Variant]:
     return [variant for variant in variants if trained or not variant.needs_model]
 
 
-def data_files(run: RunFolder) -> list[Path]:
-    """All that variants read which our model has no part in."""
-    cut = [CUT_INTERACTIONS] if run.recipe.data.max_history is not None else []
-    return [run.file(table) for table in (TASKS, INTERACTIONS, ITEMS, POPULARITY, *cut)]
+def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Results:
+    """Score the frozen tasks with every variant, and measure; what is scored already is not scored again.
+
+    Args:
+        variants: of the results table; None: the recipe's. Where none needs our model, the run need not be trained.
+    """
+    wanted = [VARIANTS[name] for name in run.recipe.evaluation.rows] if variants is None else variants
+    after = stages_read(any(variant.needs_model for variant in wanted))
+
+    def work(key: str) -> None:
+        folders = {needs: scores_folder(run, needs) for needs in {variant.needs_model for variant in wanted}}
+        score_and_measure(run, wanted, folders).write(run.metrics)
+        for stale in set(run.scores.iterdir()) - set(folders.values()):
+            shutil.rmtree(stale)
+
+    facts = [[variant.name for variant in wanted], asdict(run.recipe.evaluation)]
+    run.stage("evaluate", work, writes=[run.metrics, run.file(SCORES)], facts=facts, after=after)
+    return run.results()
 
 
-def model_files(run: RunFolder) -> list[Path]:
-    """What our model's variants read beside."""
-    weights = sorted(path for path in run.model.rglob("*") if path.is_file())
-    return [run.file(ITEM_SUMMARIES), run.file(PREFERENCES), *weights]
+def stages_read(needs_model: bool) -> list[str]:
+    """The stages whose output a variant reads."""
+    return ["prepare", "summarize users", "train"] if needs_model else ["prepare"]
 
 
-def data_key(run: RunFolder) -> str:
-    """The folder below ``run.scores`` of the variants that our model has no part in."""
-    return digest(*map(file_digest, data_files(run)), run.recipe.evaluation.facts())
-
-
-def model_key(run: RunFolder) -> str:
-    """The folder below ``run.scores`` of the variants of our model."""
-    return digest(data_key(run), run.key("train"), *map(file_digest, model_files(run)))
+def scores_folder(run: RunFolder, needs_model: bool) -> Path:
+    """Where the scores of variants are kept that read the same: those of our model, and those it has no part in."""
+    return run.scores / digest([run.key(stage) for stage in stages_read(needs_model)], run.recipe.evaluation.facts())
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
-from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import RunFolder
+
+if TYPE_CHECKING:
+    from mllm_msr.modeling.ranking import Recommender
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Computing:
     cache: Path | None = None
 
 
-def load_recommender(run: RunFolder, how: Computing = Computing()) -> Recommender:
+def load_recommender(run: RunFolder, how: Computing = Computing()) -> "Recommender":
     """The run's trained model."""
     from transformers import AutoModel
 
@@ -39,7 +41,7 @@ def load_recommender(run: RunFolder, how: Computing = Computing()) -> Recommende
     return _recommender(run, model, how)
 
 
-def load_backbone(run: RunFolder) -> Recommender:
+def load_backbone(run: RunFolder) -> "Recommender":
     """The backbone of the run's model under the same prompts, as it was before any training."""
     from transformers import AutoProcessor
 
@@ -55,9 +57,11 @@ def load_backbone(run: RunFolder) -> Recommender:
     return _recommender(run, model, Computing())
 
 
-def _recommender(run: RunFolder, model: Any, how: Computing) -> Recommender:
+def _recommender(run: RunFolder, model: Any, how: Computing) -> "Recommender":
     from accelerate import PartialState
     from transformers import AutoProcessor
+
+    from mllm_msr.modeling.ranking import Recommender
 
     return Recommender(
         model.to(PartialState().device),  # this process's own, of several

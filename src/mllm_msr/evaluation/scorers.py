@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -25,11 +26,13 @@ from mllm_msr.evaluation.scoring import (
 )
 from mllm_msr.evaluation.sequential_baselines import GRU4Rec, SASRec, sequence_ranker
 from mllm_msr.modeling.inputs import Candidate
-from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
 from mllm_msr.records.sections import DemoSource
 from mllm_msr.records.variants import OURS
+
+if TYPE_CHECKING:
+    from mllm_msr.modeling.ranking import Recommender
 
 Scorer = Callable[[pl.DataFrame], pl.DataFrame]  # tasks to ``user_id``, ``item_id``, ``label``, ``logit``, ``score``
 
@@ -40,7 +43,7 @@ class Shown:
 
     items: Callable[[Catalogue, int], Mapping[str, Candidate]] = as_it_is
     users: Callable[[pl.DataFrame, int], pl.DataFrame] = own_context
-    load: Callable[[RunFolder], Recommender] = load_recommender
+    load: Callable[[RunFolder], "Recommender"] = load_recommender
 
 
 def model_scorer(name: str, shown: Shown, run: RunFolder) -> Scorer:

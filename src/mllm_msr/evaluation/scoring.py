@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -9,8 +10,10 @@ from PIL import Image
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.modeling.inputs import Candidate
-from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.examples import users_of
+
+if TYPE_CHECKING:
+    from mllm_msr.modeling.ranking import Recommender
 
 GREY = (128, 128, 128)
 
@@ -89,7 +92,7 @@ def pairs(tasks: pl.DataFrame) -> pl.DataFrame:
 
 
 def score_with_model(
-    recommender: Recommender, contexts: pl.DataFrame, catalogue: Mapping[str, Candidate], progress: str | None = None
+    recommender: "Recommender", contexts: pl.DataFrame, catalogue: Mapping[str, Candidate], progress: str | None = None
 ) -> pl.DataFrame:
     """``user_id``, ``item_id``, ``label``, ``logit`` and ``score``, the probability of Yes, of every candidate.
 

@@ -1,0 +1,178 @@
+"""The stage as a whole: one scorer a variant, nothing scored twice, results that are those of the scores."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from mllm_msr import stages
+from mllm_msr.evaluation import scorers
+from mllm_msr.evaluation.evaluate import evaluate, scorable, scores_folder, with_evaluation
+from mllm_msr.evaluation.full_catalogue import catalogue_pairs
+from mllm_msr.evaluation.metrics import METRICS, paired_differences, ranking_metrics
+from mllm_msr.evaluation.scoring import pairs
+from mllm_msr.records.recipe import parse_recipe
+from mllm_msr.records.results import Results
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, SCORES
+from mllm_msr.records.variants import OURS, VARIANTS
+
+RECIPE = {
+    "name": "small",
+    "source": {"type": "demo", "n_users": 12, "n_items": 40},
+    "data": {"n_negatives": 8, "max_train_targets": 1, "k_core_users": 1, "k_core_items": 1},
+    "summaries": {"engine": "titles"},
+    "training": {"model_name_or_path": "demo"},
+    "evaluation": {"rows": [OURS, "text_only", "popularity", "random", "oracle"]},
+}
+
+
+@dataclass
+class Model:
+    """Stands in for our model: knows the truth but for noise, and counts what it is asked."""
+
+    run: RunFolder
+    pairs_scored: int = 0
+
+    def scorer(self, noise: float) -> scorers.Scorer:
+        truth = scorers.oracle(self.run)
+
+        def score(contexts: pl.DataFrame) -> pl.DataFrame:
+            assert {"preference", "recent"} <= set(contexts.columns)
+            self.pairs_scored += pairs(contexts).height
+            values = truth(contexts) + noise * np.random.default_rng(0).normal(size=pairs(contexts).height)
+            return scorers.score_with_values(contexts, values)
+
+        return score
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> RunFolder:
+    """A run whose data is prepared, and nothing more."""
+    run = RunFolder.create(tmp_path / "run", parse_recipe(RECIPE))
+    stages.prepare(run)
+    return run
+
+
+@pytest.fixture
+def trained(prepared: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The run with empty texts and something in place of a model."""
+    items = prepared.read(ITEMS, ["item_id"])["item_id"]
+    prepared.write(ITEM_SUMMARIES, ITEM_SUMMARIES.frame([(item, "", "ok", "", "", "") for item in items]))
+    prepared.write(PREFERENCES, PREFERENCES.frame())
+    prepared.model.mkdir()
+    (prepared.model / "model.safetensors").write_bytes(b"weights")
+    prepared.take_over("summarize items", "texts", [prepared.file(ITEM_SUMMARIES)])
+    prepared.take_over("summarize users", "texts", [prepared.file(PREFERENCES)])
+    prepared.take_over("train", "model", [prepared.model])
+    model = Model(prepared)
+    monkeypatch.setitem(scorers.SCORERS, OURS, lambda run: model.scorer(0.1))
+    monkeypatch.setitem(scorers.SCORERS, "text_only", lambda run: model.scorer(5.0))
+    return model
+
+
+def scored(run: RunFolder, name: str) -> pl.DataFrame:
+    return run.read(SCORES).filter(variant=name)
+
+
+def test_every_variant_has_a_scorer_and_every_scorer_is_of_a_variant():
+    assert scorers.SCORERS.keys() == VARIANTS.keys()
+    assert {name for name, variant in VARIANTS.items() if variant.needs_model} == scorers.MODELS.keys()
+
+
+def test_results_are_those_of_the_scores(trained):
+    run = trained.run
+    results = evaluate(run)
+    assert Results.read(run.metrics) == results
+    assert list(results.variants) == RECIPE["evaluation"]["rows"]
+    assert (results.n_users, results.n_candidates, results.protocol) == (12, 9, "strict")
+    ours = scored(run, OURS)
+    for name, metrics in results.variants.items():
+        own = scored(run, name)
+        assert own.select("user_id", "item_id", "label").equals(ours.select("user_id", "item_id", "label"))
+        expected = ranking_metrics(own["user_id"], own["label"], own["logit"])
+        assert {metric: estimate.to_json() for metric, estimate in metrics.items()} == expected
+    assert set(results.against) == set(results.variants) - {OURS}
+    for name, differences in results.against.items():
+        expected = paired_differences(ours["user_id"], ours["label"], ours["logit"], scored(run, name)["logit"])
+        assert {metric: difference.to_json() for metric, difference in differences.items()} == expected
+    assert results.variants["oracle"]["auc"].value >= results.variants[OURS]["auc"].value > 0.7
+    assert results.checks.keys() == results.variants.keys()
+    assert results.calibration is not None and results.full_catalogue is None and results.agreement is None
+    assert all(part.variants.keys() == results.variants.keys() for part in results.slices)
+
+
+def test_nothing_is_scored_twice_and_a_new_model_leaves_baselines_alone(trained, capsys):
+    run = trained.run
+    results = evaluate(run)
+    assert evaluate(run) == results and "evaluate: up to date" in capsys.readouterr().out
+    n_scored = trained.pairs_scored
+    further = with_evaluation(run, ["knn", "popularity"])
+    assert list(evaluate(further).variants) == [*RECIPE["evaluation"]["rows"], "knn"]
+    assert trained.pairs_scored == n_scored
+    baselines, models = (scores_folder(further, needs_model) for needs_model in (False, True))
+    before = (baselines / "knn.parquet").stat().st_mtime_ns
+    (run.model / "model.safetensors").write_bytes(b"better weights")
+    with pytest.raises(ValueError, match=r"model.safetensors has changed: run `mllm-msr train"):
+        evaluate(further)
+    further.take_over("train", "model", [run.model])
+    evaluate(further)
+    assert trained.pairs_scored == 2 * n_scored and not models.exists()
+    assert (baselines / "knn.parquet").stat().st_mtime_ns == before
+
+
+def test_baselines_need_no_model(prepared, capsys):
+    run = with_evaluation(prepared, ["knn", "svd", "tfidf", "sasrec", "gru4rec"], full_catalogue="all")
+    with pytest.raises(FileNotFoundError, match="run `mllm-msr summarize items"):
+        evaluate(run)
+    assert [variant.name for variant in scorable(run)] == [
+        "popularity", "random", "oracle", "knn", "svd", "tfidf", "sasrec", "gru4rec",
+    ]  # fmt: skip
+    results = evaluate(run, scorable(run))
+    assert list(results.variants) == [variant.name for variant in scorable(run)]
+    assert not results.against and results.calibration is None
+    assert results.full_catalogue is not None and results.full_catalogue.n_users == 12
+    assert RunFolder.open(run.path).recipe.evaluation.rows == [
+        *RECIPE["evaluation"]["rows"],
+        *list(results.variants)[3:],
+    ]
+
+
+def test_choices_are_ranked_among_all_items_never_chosen(trained, capsys):
+    run = with_evaluation(trained.run, full_catalogue=5)
+    catalogue = evaluate(run).full_catalogue
+    assert catalogue is not None and catalogue.n_users == 5
+    assert set(catalogue.variants) == {OURS, "popularity", "random", "oracle"}  # of our model, one is enough
+    n_items = run.read(ITEMS, ["item_id"]).height
+    chosen = run.read(INTERACTIONS).group_by("user_id").len()["len"].to_numpy()
+    assert n_items + 1 - chosen.max() <= catalogue.n_candidates <= n_items + 1 - chosen.min()
+    for name, figures in catalogue.variants.items():  # more candidates put nobody higher
+        assert set(figures.full) == set(figures.sampled) == set(METRICS) - {"auc"}
+        if name in ("oracle", "popularity"):
+            assert figures.full["map"].value <= figures.sampled["map"].value
+    assert catalogue_pairs(run, 5) == 5 * n_items and catalogue_pairs(run, "all") == 12 * n_items
+    few = {**RECIPE, "evaluation": {**RECIPE["evaluation"], "full_catalogue": 6, "full_catalogue_pairs": 5 * n_items}}
+    results = evaluate(RunFolder.create(run.path, parse_recipe(few)))
+    assert results.full_catalogue is not None and set(results.full_catalogue.variants) == {
+        "popularity",
+        "random",
+        "oracle",
+    }
+    assert f"{6 * n_items} pairs are more than evaluation.full_catalogue_pairs" in capsys.readouterr().out
+
+
+def test_scores_of_other_candidates_are_refused(trained):
+    run = trained.run
+    evaluate(run)
+    path = scores_folder(run, needs_model=False) / "popularity.parquet"
+    SCORES.write(SCORES.read(path).reverse(), path)
+    run.metrics.unlink()
+    with pytest.raises(ValueError, match=r"'popularity' was scored on other candidates: remove .*scores and evaluate"):
+        evaluate(run)
+
+
+def test_an_unknown_baseline_is_named(prepared):
+    with pytest.raises(ValueError, match=r"unknown baseline 'nonsense'; known are .*popularity"):
+        with_evaluation(prepared, ["knn", "nonsense"])
