@@ -52,12 +52,13 @@ def ours(path: Path, whole: bool) -> int:
     from mllm_msr.data.prepare import prepare
     from mllm_msr.data.sources.tables import read_tables
     from mllm_msr.data.tasks import TaskPlan
+    from mllm_msr.evaluation.places import popularity_figures
     from mllm_msr.records.sections import PrepareOptions
 
     options = PrepareOptions()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         if whole:
-            report = prepare(read_tables(path), Path(folder), options, "drawn")["protocol"]
+            report = prepare(read_tables(path), Path(folder), options, "drawn", popularity_figures)["protocol"]
             return report["validation_tasks"] + report["test_tasks"]
         plan = TaskPlan.of_log(clean(read_tables(path), options, Path(folder)).log, options)
         return sum(int((tasks["split"] != "train").sum()) for tasks, _, _ in plan.coded_chunks())

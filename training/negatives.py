@@ -15,12 +15,11 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.tasks import Unseen, noise, sample_ranks
+from mllm_msr.data.negatives import NegativeSampler, noise
 from mllm_msr.records.storage import digest, write_parquet
 from mllm_msr.training.callbacks import Score, scoring
 
 CHUNK = 64  # positives whose pools are scored, and kept on disk, at a time
-POPULAR_DRAWS = 8  # for each item wanted: most are new to the user
 
 
 class Negatives:
@@ -79,9 +78,9 @@ class Negatives:
         known = pl.concat([met.select("user_id", "item_id"), taken.select("user_id", "item_id")])
         known = known.filter(pl.col("user_id").is_in(users.implode())).with_columns(place)
         codes = users.search_sorted(known["user_id"]).to_numpy().astype(np.int64) * len(self.ids)
-        self.unseen = Unseen(codes + known["item_id"].to_numpy(), len(users), len(self.ids))
+        self.sampler = NegativeSampler(codes + known["item_id"].to_numpy(), len(users), len(self.ids))
 
-        wanted, left = self.drawn + self.pool, self.unseen.count
+        wanted, left = self.drawn + self.pool, self.sampler.available
         if wanted > left.min():
             raise ValueError(
                 f"user {users[int(left.argmin())]!r} has only {left.min()} unseen items, but {wanted} are to be drawn: "
@@ -94,16 +93,13 @@ class Negatives:
 
     def draw(self, epoch: int, positives: np.ndarray) -> np.ndarray:
         """(B, drawn + pool) distinct unseen items of some positives, in random order."""
-        user, n = self.user[positives], self.drawn + self.pool
-        at = (positives[:, None], epoch)
-        uniform = self.unseen.item(
-            user, sample_ranks(self.unseen.count[user], n, self.seed, positives, np.full(len(positives), epoch))
-        )
+        user, n, keys = self.user[positives], self.drawn + self.pool, (positives, np.full(len(positives), epoch))
         if self.popular:
-            draws = noise(self.seed, "popular", *at, np.arange(POPULAR_DRAWS * n)[None])
-            return self.unseen.popular(user, uniform, self.counts, draws)
-        order = np.argsort(noise(self.seed, "order", *at, np.arange(n)[None]), axis=1, kind="stable")
-        return np.take_along_axis(uniform, order, axis=1)
+            return self.sampler.popular(user, n, self.counts, self.seed, *keys)
+        order = np.argsort(
+            noise(self.seed, "order", positives[:, None], epoch, np.arange(n)[None]), axis=1, kind="stable"
+        )
+        return np.take_along_axis(self.sampler.uniform(user, n, self.seed, *keys), order, axis=1)
 
     def begin(self, epoch: int, trainer: Trainer, folder: Path) -> None:
         """Draw and mine the epoch's items; every process takes part. Scores are kept in ``folder``."""

@@ -29,14 +29,15 @@ def run_all(run: RunFolder) -> None:
 def prepare(run: RunFolder) -> None:
     """Stage 0: raw logs, texts and images to interactions, items and frozen ranking tasks."""
     from mllm_msr.data.prepare import prepare as write_data
-    from mllm_msr.data.prepare import statistics_table
+    from mllm_msr.data.statistics import statistics_table
+    from mllm_msr.evaluation.places import popularity_figures
 
     options = run.recipe.data
 
     def work(key: str) -> None:
         raw = read_source(run.recipe.source, options.on_bad_rows)
         with whole_folder(run.data) as folder:
-            report = write_data(raw, folder, options, source=run.recipe.name, inputs=tables)
+            report = write_data(raw, folder, options, run.recipe.name, popularity_figures, inputs=tables)
         print(statistics_table(report))
 
     facts = source_fingerprint(run.recipe.source)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mllm_msr.data.cleaning import NO_TITLE, clean
 from mllm_msr.data.leakage import check_leakage
-from mllm_msr.data.readers import RawData
+from mllm_msr.data.raw import RawData
 from mllm_msr.data.tasks import TaskPlan
 from mllm_msr.records.sections import PrepareOptions
 

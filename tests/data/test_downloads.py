@@ -13,7 +13,8 @@ from PIL import Image
 
 from mllm_msr.data.downloads import Downloads
 from mllm_msr.data.prepare import prepare
-from mllm_msr.data.readers import RawData
+from mllm_msr.data.raw import RawData
+from mllm_msr.evaluation.places import popularity_figures
 from mllm_msr.records.sections import PrepareOptions
 
 BUFFER = io.BytesIO()
@@ -102,7 +103,7 @@ def test_prepare_fetches_pictures(site: str, tmp_path: Path, missing: Any) -> No
         | {"image_path": [f"{site}/{name}" for name in names]}
     )
     options = PrepareOptions(n_negatives=2, k_core_users=1, k_core_items=1, missing_images=missing)
-    report = prepare(RawData(log, items), tmp_path / "run" / "data", options, "made up")
+    report = prepare(RawData(log, items), tmp_path / "run" / "data", options, "made up", popularity_figures)
     assert {"what": "not downloaded: HTTP 404", "count": 1, "examples": ["i4"]} in report["skipped"]
     images = dict(pl.read_parquet(tmp_path / "run" / "data" / "items.parquet").select("item_id", "image").iter_rows())
     assert images["i0"]["bytes"] == PNG

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from mllm_msr.data.cleaning import clean
-from mllm_msr.data.prepare import popularity_figures
 from mllm_msr.data.sources.movielens import GENRES, read_movielens
 from mllm_msr.data.tasks import TaskPlan
+from mllm_msr.evaluation.places import popularity_figures
 from mllm_msr.records.sections import PrepareOptions
 
 LATER = "year,overview,original_language,runtime,vote_average,vote_count"

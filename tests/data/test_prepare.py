@@ -12,12 +12,15 @@ from datasets import load_dataset
 from PIL import Image
 
 from mllm_msr.data.leakage import check_leakage
-from mllm_msr.data.prepare import PrepareOptions, popularity_figures, prepare, statistics_table
-from mllm_msr.data.readers import RawData
+from mllm_msr.data.prepare import prepare
+from mllm_msr.data.raw import RawData
+from mllm_msr.data.statistics import statistics_table
 from mllm_msr.data.tasks import candidate_hash, make_tasks
+from mllm_msr.evaluation.places import popularity_figures
+from mllm_msr.records.sections import PrepareOptions
 
 
-def picture(colour: str, size: tuple[int, int] = (48, 48)) -> bytes:
+def png(colour: str, size: tuple[int, int] = (48, 48)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()
@@ -25,9 +28,9 @@ def picture(colour: str, size: tuple[int, int] = (48, 48)) -> bytes:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> RawData:
-    (tmp_path / "file.png").write_bytes(picture("green", (2000, 1000)))
+    (tmp_path / "file.png").write_bytes(png("green", (2000, 1000)))
     rows = [(f"u{user}", f"i{(user * 3 + 7 * step) % 20}", step) for user in range(12) for step in range(6)]
-    images: list[dict[str, Any]] = [{"image_path": None, "image_bytes": picture("red")} for _ in range(20)]
+    images: list[dict[str, Any]] = [{"image_path": None, "image_bytes": png("red")} for _ in range(20)]
     images[1] = {"image_path": str(tmp_path / "file.png"), "image_bytes": None}
     images[2] = {"image_path": None, "image_bytes": b"<html>"}
     images[3] = {"image_path": str(tmp_path / "gone.png"), "image_bytes": None}
@@ -45,7 +48,7 @@ OPTIONS = PrepareOptions(n_negatives=6, k_core_users=2, k_core_items=2, max_imag
 
 def test_folder_is_read_by_datasets(raw: RawData, tmp_path: Path) -> None:
     out = tmp_path / "data"
-    report = prepare(raw, out, OPTIONS, "made up")
+    report = prepare(raw, out, OPTIONS, "made up", popularity_figures)
     cache = str(tmp_path / "cache")
     items = {row["item_id"]: row for row in load_dataset(str(out), "items", split="train", cache_dir=cache)}
     assert items["i0"]["image"].getpixel((5, 5)) == (255, 0, 0)
@@ -61,7 +64,7 @@ def test_folder_is_read_by_datasets(raw: RawData, tmp_path: Path) -> None:
 
 
 def test_thumbnails_are_made_once(raw: RawData, tmp_path: Path) -> None:
-    prepare(raw, tmp_path / "data", OPTIONS, "made up")
+    prepare(raw, tmp_path / "data", OPTIONS, "made up", popularity_figures)
     small = pl.read_parquet(tmp_path / "data" / "thumbnails.parquet")
     assert set(small["item_id"]) == {f"i{n}" for n in range(20)} - {"i2", "i3", "i4"}
     wide = Image.open(io.BytesIO(small.filter(item_id="i1")["thumbnail"][0]))
@@ -69,7 +72,7 @@ def test_thumbnails_are_made_once(raw: RawData, tmp_path: Path) -> None:
 
 
 def test_tasks_are_those_of_make_tasks_and_sound(raw: RawData, tmp_path: Path) -> None:
-    report = prepare(raw, tmp_path / "data", OPTIONS, "made up")
+    report = prepare(raw, tmp_path / "data", OPTIONS, "made up", popularity_figures)
     tasks, log, counts = (
         pl.read_parquet(tmp_path / "data" / f"{name}.parquet") for name in ("tasks", "interactions", "popularity")
     )
@@ -82,7 +85,7 @@ def test_tasks_are_those_of_make_tasks_and_sound(raw: RawData, tmp_path: Path) -
 
 def test_files_are_the_same_every_time(raw: RawData, tmp_path: Path) -> None:
     for name in "ab":
-        prepare(raw, tmp_path / name, OPTIONS, "made up")
+        prepare(raw, tmp_path / name, OPTIONS, "made up", popularity_figures)
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
@@ -91,14 +94,17 @@ def test_threads_do_not_change_anything(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np, polars as pl\n"
         "from pathlib import Path\n"
-        "from mllm_msr.data.prepare import PrepareOptions, prepare\n"
-        "from mllm_msr.data.readers import RawData\n"
+        "from mllm_msr.data.prepare import prepare\n"
+        "from mllm_msr.data.raw import RawData\n"
+        "from mllm_msr.evaluation.places import popularity_figures\n"
+        "from mllm_msr.records.sections import PrepareOptions\n"
         "assert pl.thread_pool_size() == int(sys.argv[2])\n"
         "rng = np.random.default_rng(0)\n"
         "table = rng.integers(0, [2000, 300, 50], (40000, 3))\n"
         "log = pl.DataFrame(table, schema=['user_id', 'item_id', 'timestamp'], orient='row')\n"
         "items = pl.DataFrame({'item_id': ['1'], 'title': ['One'], 'text': ['']})\n"
-        "prepare(RawData(log, items), Path(sys.argv[1]), PrepareOptions(max_history=15), 'made up')\n"
+        "options = PrepareOptions(max_history=15)\n"
+        "prepare(RawData(log, items), Path(sys.argv[1]), options, 'made up', popularity_figures)\n"
     )
     for threads in ("1", "7"):
         command = [sys.executable, "-c", code, str(tmp_path / threads), threads]
@@ -108,7 +114,7 @@ def test_threads_do_not_change_anything(tmp_path: Path) -> None:
 
 
 def test_broken_images_are_counted_with_reasons(raw: RawData, tmp_path: Path) -> None:
-    report = prepare(raw, tmp_path / "data", OPTIONS, "made up")
+    report = prepare(raw, tmp_path / "data", OPTIONS, "made up", popularity_figures)
     skipped = {row["what"]: row["examples"] for row in report["skipped"]}
     assert skipped["broken image: not an image"] == ["i2"]
     assert skipped["broken image: unreadable file (No such file or directory)"] == ["i3"]
@@ -118,7 +124,7 @@ def test_broken_images_are_counted_with_reasons(raw: RawData, tmp_path: Path) ->
 
 def test_broken_images_are_dropped_like_missing_ones(raw: RawData, tmp_path: Path) -> None:
     options = PrepareOptions(n_negatives=4, k_core_users=2, k_core_items=1, missing_images="drop")
-    report = prepare(raw, tmp_path / "data", options, "made up")
+    report = prepare(raw, tmp_path / "data", options, "made up", popularity_figures)
     kept = set(pl.read_parquet(tmp_path / "data" / "items.parquet")["item_id"])
     assert kept == {f"i{n}" for n in range(20)} - {"i2", "i3", "i4"}
     assert report["statistics"]["share_without_image"] == 0
@@ -126,7 +132,7 @@ def test_broken_images_are_dropped_like_missing_ones(raw: RawData, tmp_path: Pat
 
 
 def test_statistics(raw: RawData, tmp_path: Path) -> None:
-    report = prepare(raw, tmp_path / "data", OPTIONS, "made up")
+    report = prepare(raw, tmp_path / "data", OPTIONS, "made up", popularity_figures)
     statistics = report["statistics"]
     assert (statistics["users"], statistics["items"], statistics["interactions"]) == (12, 20, 72)
     assert (statistics["mean_length"], statistics["sparsity"], statistics["share_tied_times"]) == (6.0, 0.7, 0.0)
@@ -142,15 +148,3 @@ def test_statistics(raw: RawData, tmp_path: Path) -> None:
     )
     for part in wanted:
         assert part in shown
-
-
-def test_popularity_figures_expect_ties_to_fall_anywhere() -> None:
-    tasks = pl.DataFrame(
-        {"task_id": ["1", "2"], "candidates": [list("abcd"), list("adbc")], "labels": [[1, 0, 0, 0]] * 2}
-    )
-    same = pl.DataFrame({"item_id": list("abcd"), "count": [1, 1, 1, 1]})
-    figures = popularity_figures(tasks, same)
-    assert figures["hr@1"] == 0.25 and figures["auc_user"] == 0.5 and figures["hr@5"] == 1
-    assert figures["mrr@5"] == round((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4, 4)
-    second = pl.DataFrame({"item_id": list("abcd"), "count": [5, 9, 1, 1]})
-    assert popularity_figures(tasks, second) == {"hr@1": 0, "hr@5": 1, "hr@10": 1, "mrr@5": 0.5, "auc_user": 0.6667}

@@ -5,15 +5,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from mllm_msr.data.readers import (
-    BadRows,
-    RawData,
-    interactions_from,
-    parse_time,
-    read_csv,
-    read_jsonl,
-    ticks_a_second,
-)
+from mllm_msr.data.raw import BadRows, RawData
+from mllm_msr.data.readers import interactions_from, parse_time, read_csv, read_jsonl, ticks_a_second
 
 LOG = pl.DataFrame({"user_id": ["u"], "item_id": ["a"], "timestamp": [1]})
 ITEMS = pl.DataFrame({"item_id": ["a"], "title": [" A "], "text": [None]}, schema_overrides={"text": pl.String})

@@ -1,126 +1,29 @@
-"""From raw files to a prepared run by the command line: every source, and what overrides the recipe."""
+"""Which reader a recipe's source has, what it lacks, and what a run's data depends on."""
 
-import json
 from pathlib import Path
 
-import polars as pl
 import pytest
-import yaml
 
-from mllm_msr.cli import build_parser, main
-from mllm_msr.data.leakage import LeakageError
-from mllm_msr.data.sources.registry import open_recipe, source_fingerprint, source_options
-from mllm_msr.proof import prove
+from mllm_msr.data.sources.registry import check_source, read_source, source_fingerprint
 from mllm_msr.records.recipe import load_recipe
-from mllm_msr.records.run import Run
-from mllm_msr.records.storage import file_digest
+from mllm_msr.records.sections import (
+    AmazonSource,
+    DemoSource,
+    MicroLensSource,
+    MovieLensSource,
+    Source,
+    TablesSource,
+)
 
 ROOT = Path(__file__).parents[2]
-PAIRS = [
-    (user, (user * 3 + 5 * step) % 16, 1_600_000_000 + user + 100 * step) for user in range(12) for step in range(6)
-]
-FLAGS = ["--negatives", "4", "--set", "data.k_core_users=2", "--set", "data.k_core_items=1"]
-
-
-@pytest.fixture
-def shop(tmp_path: Path) -> Path:
-    log = pl.DataFrame(PAIRS, schema=["who", "sku", "when"], orient="row")
-    log.write_csv(tmp_path / "log.csv")
-    pl.DataFrame({"sku": range(16), "name": [f"Mug {n}" for n in range(16)]}).write_csv(tmp_path / "goods.csv")
-    return tmp_path
-
-
-def own_tables(shop: Path) -> list[str]:
-    columns = ["user_id=who", "item_id=sku", "timestamp=when", "title=name"]
-    named = [part for column in columns for part in ("--column", column)]
-    return ["--interactions", str(shop / "log.csv"), "--items", str(shop / "goods.csv"), *named]
-
-
-def report(folder: Path) -> dict:
-    return json.loads((folder / "data/report.json").read_text(encoding="utf-8"))
-
-
-def test_own_tables_need_no_recipe(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = shop / "run"
-    main(["prepare", *own_tables(shop), *FLAGS, "--seed", "3", "--output", str(run)])
-    shown = capsys.readouterr().out
-    for entry in (
-        "users",
-        "items",
-        "interactions",
-        "mean length",
-        "sparsity",
-        "share tied times",
-        "share without image",
-    ):
-        assert f"\n{entry} " in shown
-    protocol = report(run)["protocol"]
-    assert (protocol["name"], protocol["n_negatives"], protocol["seed"]) == ("strict", 4, 3)
-    assert protocol["candidate_hash"] in shown
-    assert report(run)["inputs"] == [[name, file_digest(shop / name)] for name in ("log.csv", "goods.csv")]
-    assert set(pl.read_parquet(run / "data/items.parquet")["title"]) == {f"Mug {n}" for n in range(16)}
-    main(["prepare", str(run / "config.yaml"), "--output", str(run)])
-    assert "prepare: up to date" in capsys.readouterr().out
-
-
-def test_flags_override_the_recipe(shop: Path) -> None:
-    main(["prepare", *own_tables(shop), *FLAGS, "--output", str(shop / "first")])
-    recipe = str(shop / "first/config.yaml")
-    flags = ["--protocol", "paper", "--folds", "4", "--fold", "1", "--negative-sampling", "popularity"]
-    main(["prepare", recipe, *flags, "--negatives", "5", "--output", str(shop / "second")])
-    protocol = report(shop / "second")["protocol"]
-    assert (protocol["name"], protocol["negatives"], protocol["n_negatives"]) == ("paper", "popularity", 5)
-    assert (protocol["train_tasks"], protocol["validation_tasks"], protocol["test_tasks"]) == (7, 2, 3)
-    main(["prepare", recipe, "--protocol", "global-cutoff", "--negatives", "all", "--output", str(shop / "third")])
-    assert report(shop / "third")["protocol"]["negatives"] == "all"
-    with pytest.raises(SystemExit, match="only protocol='paper' splits by user"):
-        main(["prepare", recipe, "--folds", "5", "--output", str(shop / "fourth")])
-
-
-def test_bad_rows_stop_or_are_counted(shop: Path) -> None:
-    with (shop / "log.csv").open("a") as file:
-        file.write("1,2,soon\n")
-    with pytest.raises(SystemExit, match=r"log\.csv, row 74: timestamp is no number or date.*--on-bad-rows skip"):
-        main(["prepare", *own_tables(shop), *FLAGS, "--output", str(shop / "run")])
-    main(["prepare", *own_tables(shop), *FLAGS, "--on-bad-rows", "skip", "--output", str(shop / "run")])
-    assert report(shop / "run")["skipped"][0] | {"examples": []} == {
-        "what": "log.csv: timestamp is no number or date",
-        "count": 1,
-        "examples": [],
-    }
-
-
-def test_microlens_and_amazon_by_recipe(tmp_path: Path) -> None:
-    micro, amazon = tmp_path / "micro", tmp_path / "amazon"
-    micro.mkdir()
-    amazon.mkdir()
-    pl.DataFrame(PAIRS, schema=["user", "item", "timestamp"], orient="row").write_csv(micro / "x_pairs.csv")
-    (micro / "x_titles.csv").write_text("item,title\n" + "".join(f"{n},Film {n}\n" for n in range(16)))
-    (amazon / "Toys.jsonl").write_text(
-        "".join(
-            json.dumps({"user_id": f"A{u}", "parent_asin": f"B{i}", "timestamp": t * 1000}) + "\n" for u, i, t in PAIRS
-        )
-    )
-    (amazon / "meta_Toys.jsonl").write_text(
-        "".join(json.dumps({"parent_asin": f"B{n}", "title": f"Toy {n}"}) + "\n" for n in range(16))
-    )
-    prepared = {}
-    for source, folder in (({"type": "microlens"}, micro), ({"type": "amazon", "category": "Toys"}, amazon)):
-        recipe = tmp_path / f"{source['type']}.yaml"
-        recipe.write_text(yaml.safe_dump({"name": "x", "source": source}))
-        main(["prepare", str(recipe), "--data", str(folder), *FLAGS, "--output", str(tmp_path / source["type"])])
-        prepared[source["type"]] = pl.read_parquet(tmp_path / source["type"] / "data/interactions.parquet")
-    assert prepared["amazon"].height == prepared["microlens"].height == 72
-    assert prepared["amazon"]["timestamp"].min() == 1_600_000_000  # milliseconds became seconds
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*_paper.yaml")), ids=lambda path: path.stem)
 def test_recipes_of_the_paper_come_in_both_protocols(path: Path) -> None:
     paper, strict = load_recipe(path), load_recipe(path.with_name(path.name.replace("_paper", "_strict")))
     assert paper.source == strict.source and paper.training == strict.training
-    assert (paper.data["protocol"], strict.data["protocol"]) == ("paper", "strict")
-    assert (paper.data["k_core_users"], paper.data["k_core_items"]) == (7 if "microlens" in path.stem else 6, 5)
-    source_options({"folder": "DIR", **paper.source})
+    assert (paper.data.protocol, strict.data.protocol) == ("paper", "strict")
+    assert (paper.data.k_core_users, paper.data.k_core_items) == (7 if "microlens" in path.stem else 6, 5)
     training = paper.training
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 8
     assert (training["lora_r"], training["learning_rate"], training["num_train_epochs"]) == (8, 2e-5, 10)
@@ -129,107 +32,44 @@ def test_recipes_of_the_paper_come_in_both_protocols(path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"type": "netflix"}, "unknown source type 'netflix'"),
-        ({"type": "amazon", "folder": "x"}, "needs 'category'"),
-        ({"type": "tables"}, "needs 'interactions'"),
-        ({"type": "microlens", "folder": "x", "cover": "y"}, "unknown option 'cover'"),
+        (MovieLensSource(), "'movielens' needs a folder: give --data DIR"),
+        (MicroLensSource(), "'microlens' needs a folder"),
+        (AmazonSource(folder="x"), "'amazon' needs 'category'"),
+        (TablesSource(), "'tables' needs 'interactions'"),
     ],
 )
-def test_mistakes_in_the_source_are_named(source: dict, message: str) -> None:
+def test_what_a_source_lacks_is_named(source: Source, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        source_options(source)
+        check_source(source)
+    with pytest.raises(ValueError, match=message):
+        read_source(source)
 
 
-def test_fingerprint_sees_contents_and_not_places(shop: Path) -> None:
-    source = {"type": "tables", "folder": str(shop), "interactions": "log.csv", "items": "goods.csv"}
-    before = source_fingerprint(source)
-    moved = shop / "moved"
+def test_every_source_has_a_reader(tmp_path: Path) -> None:
+    assert read_source(DemoSource(n_users=3, n_items=30)).items.height == 30
+    (tmp_path / "log.csv").write_text("who,item_id,timestamp\nann,1,5\n,2,6\n")
+    own = TablesSource(interactions="log.csv", columns={"user_id": "who"}, folder=str(tmp_path))
+    assert read_source(own, "skip").interactions.collect().rows() == [("ann", "1", 5)]
+    for source in (MovieLensSource(str(tmp_path)), MicroLensSource(str(tmp_path)), AmazonSource(str(tmp_path), "Toys")):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            read_source(source)
+
+
+def test_fingerprint_sees_contents_and_not_places(tmp_path: Path) -> None:
+    def source(folder: Path, columns: dict[str, str] | None = None) -> TablesSource:
+        return TablesSource("log.csv", "goods.csv", columns=columns or {}, folder=str(folder))
+
+    for name in ("log.csv", "goods.csv"):
+        (tmp_path / name).write_text(f"{name}\n")
+    before = source_fingerprint(source(tmp_path))
+    moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("log.csv", "goods.csv"):
-        (shop / name).rename(moved / name)
-    assert source_fingerprint({**source, "folder": str(moved)}) == before
+        (tmp_path / name).rename(moved / name)
+    assert source_fingerprint(source(moved)) == before
     with (moved / "log.csv").open("a") as file:
         file.write("1,2,3\n")
-    assert source_fingerprint({**source, "folder": str(moved)}) != before
-    assert source_fingerprint({**source, "folder": str(moved), "columns": {"user_id": "who"}}) != before
+    assert source_fingerprint(source(moved)) != before
+    assert source_fingerprint(source(moved, {"user_id": "who"})) != before
     with pytest.raises(FileNotFoundError, match=r"log\.csv does not exist"):
-        source_fingerprint(source)
-
-
-def test_nothing_to_prepare_is_said() -> None:
-    with pytest.raises(ValueError, match="give a recipe file, or own tables"):
-        open_recipe(build_parser().parse_args(["prepare"]))
-    with pytest.raises(ValueError, match="--backbone"):
-        open_recipe(build_parser().parse_args(["run", "--interactions", "log.csv"]))
-
-
-def test_proof_of_a_run_sees_ids_and_stale_tasks(shop: Path) -> None:
-    main(["prepare", *own_tables(shop), *FLAGS, "--output", str(shop / "run")])
-    run = Run.open(shop / "run")
-    prove(run)
-    (run.folder / "summaries").mkdir()
-    log = pl.read_parquet(run.folder / "data/interactions.parquet")
-    summaries = pl.DataFrame({"summary": ["a red mug", "like user-00042"]})
-    summaries.write_parquet(run.folder / "summaries/items.parquet")
-    prove(run)
-    log.with_columns(pl.lit("user-00042").alias("user_id")).write_parquet(run.folder / "data/interactions.parquet")
-    with pytest.raises(LeakageError):
-        prove(run)
-    log.vstack(log.head(1).with_columns(user_id=pl.lit("user-00042"))).write_parquet(
-        run.folder / "data/interactions.parquet"
-    )
-    with pytest.raises(LeakageError, match="raw ids in a text"):
-        prove(run)
-
-
-def test_proof_of_a_run_reads_what_max_history_cut_off(shop: Path) -> None:
-    main(["prepare", *own_tables(shop), *FLAGS, "--set", "data.max_history=4", "--output", str(shop / "run")])
-    run = Run.open(shop / "run")
-    prove(run)
-    tasks, seen = (pl.read_parquet(run.folder / f"data/{name}.parquet") for name in ("tasks", "seen"))
-    assert seen.height == 24
-    user, item = seen.row(0)
-    one = (pl.col("user_id") == user) & (pl.col("split") == "test")
-    target = tasks.filter(one).explode("candidates", "labels").filter(labels=1)["candidates"][0]
-    pair = pl.lit(pl.Series([[item, target]]))
-    spoilt = tasks.with_columns(
-        pl.when(one).then(pair).otherwise("candidates").alias("candidates"),
-        pl.when(one).then(pl.lit(pl.Series([[0, 1]]))).otherwise("labels").alias("labels"),
-    )
-    spoilt.write_parquet(run.folder / "data/tasks.parquet")
-    with pytest.raises(LeakageError, match="negatives that the user has met"):
-        prove(run)
-
-
-def test_proof_of_a_run_reads_the_finished_prompts(shop: Path) -> None:
-    run = shop / "run"
-    main(["prepare", *own_tables(shop), *FLAGS, "--output", str(run)])
-    main(["summarize", "items", str(run)])
-    main(["summarize", "users", str(run)])
-    opened, path = Run.open(run), run / "sft/train.parquet"
-    prove(opened)
-    rows = pl.read_parquet(path)
-    (message,) = rows["prompt"][0]
-    message["content"][0]["text"] += " 7"  # an id too short to be told from a number
-    changed = pl.Series("prompt", [[message], *rows["prompt"][1:]], dtype=rows.schema["prompt"])
-    rows.with_columns(changed).write_parquet(path)
-    with pytest.raises(LeakageError, match=r"(?s)prompts that are not made of.* 1 rows"):
-        prove(opened)
-
-
-def test_templates_print_no_ids(shop: Path) -> None:
-    for prompt, message in (
-        ("recommendation='User {{ user_id }}: {{ title }}?'", "unknown variable 'user_id'"),
-        ("recommendation='{{ title }} {{ label }}'", "unknown variable 'label'"),
-        ("advice='{{ title }}'", "unknown 'advice'"),
-        ("recommendation=User: {{ title }}: ?", "not valid YAML; put a text in"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main(["prepare", *own_tables(shop), *FLAGS, "--set", f"prompts.{prompt}", "--output", str(shop / "run")])
-
-
-def test_ids_as_titles_stop(shop: Path) -> None:
-    flags = [*own_tables(shop), "--column", "title=sku", *FLAGS, "--output", str(shop / "run")]
-    with pytest.raises(SystemExit, match="titles or descriptions that are the item's id"):
-        main(["prepare", *flags])
-    assert not (shop / "run/data").exists()
+        source_fingerprint(source(tmp_path))

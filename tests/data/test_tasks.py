@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_msr.data.leakage import check_leakage
-from mllm_msr.data.tasks import TaskPlan, Unseen, candidate_hash, make_tasks, noise, sample_ranks
+from mllm_msr.data.tasks import TaskPlan, candidate_hash, make_tasks
 from mllm_msr.records.sections import PrepareOptions
 
 
@@ -167,31 +167,6 @@ def test_target_stands_anywhere_and_negatives_are_uniform() -> None:
     assert max(abs(count / 2000 - 1 / 6) for count in places.values()) < 0.03
     drawn = Counter(test.explode("candidates", "labels").filter(labels=0)["candidates"])
     assert max(abs(count / 10_000 - 1 / 12) for count in drawn.values()) < 0.01
-
-
-def test_sampled_ranks_give_every_subset_alike() -> None:
-    size = 30_000
-    ranks = sample_ranks(np.full(size, 5), 2, 0, np.arange(size), np.zeros(size, dtype=int))
-    subsets = Counter(tuple(sorted(row)) for row in ranks.tolist())
-    assert len(subsets) == 10
-    assert max(abs(count / size - 0.1) for count in subsets.values()) < 0.01
-
-
-@settings(deadline=None, database=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1))
-def test_unseen_ranks_enumerate_what_is_unseen(pairs: list[tuple[int, int]]) -> None:
-    unseen = Unseen(np.array([user * 10 + item for user, item in pairs]), 5, 10)
-    for user in range(5):
-        expected = [item for item in range(10) if (user, item) not in pairs]
-        assert unseen.count[user] == len(expected)
-        assert unseen.item(np.array([user]), np.arange(len(expected))[None])[0].tolist() == expected
-        met = unseen.met(np.array([user]), np.arange(10)[None])[0]
-        assert [item for item in range(10) if not met[item]] == expected
-
-
-def test_noise_depends_on_every_part() -> None:
-    keys = [(0, "a", 1, 2), (1, "a", 1, 2), (0, "b", 1, 2), (0, "a", 2, 1), (0, "a", 1, 3)]
-    assert len({int(noise(*key)) for key in keys}) == 5
 
 
 @settings(max_examples=150, deadline=None, database=None)

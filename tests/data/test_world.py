@@ -17,6 +17,7 @@ from mllm_msr.data.sources.world import (
     preference_text,
     random_item,
 )
+from mllm_msr.records.sections import DemoSource
 
 VISIBLE = ("colour", "pattern", "kind", "badge")
 
@@ -81,7 +82,7 @@ def test_raw_data_and_oracle_speak_of_the_same_world():
         world.items[item].item_id for item in world.histories[2]
     ]
     pairs = log.head(3).select("user_id", "item_id")
-    source = {"type": "demo", "seed": 3, "n_users": 5, "n_items": 40}
+    source = DemoSource(seed=3, n_users=5, n_items=40)
     assert true_utilities(source, pairs) == pytest.approx(world.utilities[0, world.histories[0][:3]])
 
 

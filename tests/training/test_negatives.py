@@ -71,7 +71,7 @@ def test_every_unseen_item_is_as_likely_and_popular_ones_more_if_asked(small_run
         return drawn, items
 
     drawn, items = shown()
-    n_unseen = drawn.unseen.count[drawn.user[0]]
+    n_unseen = drawn.sampler.available[drawn.user[0]]
     for place in range(3):  # not only all places together
         counts = np.bincount(items[:, place], minlength=len(drawn.ids))
         assert (counts > 0).sum() == n_unseen and counts.max() < 1.6 * 2000 / n_unseen

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from mllm_msr.data.coded_log import PART_ROWS, Array, CodedLog, by_user_and_time, user_starts
-from mllm_msr.data.readers import RawData
+from mllm_msr.data.raw import RawData
 from mllm_msr.records.sections import PrepareOptions
 
 NO_TITLE = "Untitled item"

@@ -4,13 +4,9 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
-RUN_FILES = {
-    "items": "data/items.parquet",
-    "tasks": "data/tasks.parquet",
-    "item_summaries": "summaries/items.parquet",
-    "preferences": "summaries/preferences.parquet",
-    "sft": "sft/{split}.parquet",
-}
+from mllm_msr.records import schema
+
+RUN_TABLES = {table.name: table for table in schema.PUBLISHED}
 
 
 def load_table(source: str, config: str, split: str) -> Dataset:
@@ -28,12 +24,12 @@ def load_table(source: str, config: str, split: str) -> Dataset:
     if not (run / "config.yaml").is_file():
         name, _, revision = (source, "", "") if run.exists() else source.partition("@")
         return _facts(load_dataset(name, config, split=split, revision=revision or None))
-    path = run / RUN_FILES[config].format(split=split)
+    path = RUN_TABLES[config].path(run, split)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the earlier stages on {run} first (see mllm-msr run --help)")
     return _facts(Dataset.from_parquet(str(path), keep_in_memory=True))
 
 
 def _facts(table: Dataset) -> Dataset:
-    """Without the chat that ``sft`` also holds for other trainers: its pictures would be decoded row by row."""
+    """Without the chat that ``sft`` also holds for other trainers: its images would be decoded row by row."""
     return table.remove_columns([name for name in ("prompt", "completion", "images") if name in table.column_names])

@@ -51,10 +51,8 @@ def normalise(data: bytes, max_pixels: int = MAX_PIXELS, max_edge: int = MAX_EDG
 
 
 def thumbnail(data: bytes) -> bytes:
-    """A small JPEG of a stored picture, for reports; made once, in preparation."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-        small = image.convert("RGB")
+    """A small JPEG of an image for reports, transparency laid on white; :class:`BrokenImage` if it is none."""
+    small = _to_rgb(_load(data, MAX_PIXELS, 2 * THUMBNAIL))
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)

@@ -2,6 +2,9 @@
 
 import polars as pl
 
+from mllm_msr.data.raw import short
+from mllm_msr.modeling.preference import whole_blocks
+
 SHOWN = 5  # offending rows in a message
 SLICE = 50_000  # texts cut into words at a time
 TARGET = pl.col("candidates").list.get(pl.col("labels").list.arg_max()).alias("target")
@@ -142,9 +145,9 @@ def check_own_words(items: pl.DataFrame) -> None:
 
 
 def check_used_preferences(tasks: pl.DataFrame, preferences: pl.DataFrame, block_size: int) -> None:
-    """The preference that each task is asked with (step ``n // block_size`` of n items of history) has read only what
-    stands in that task's history, nothing later than its cutoff; or raise."""
-    step = (pl.col("history").list.len() // block_size).cast(pl.Int64).alias("step")
+    """The preference that each task is asked with has read only what stands in that task's history, and nothing later
+    than its cutoff; or raise."""
+    step = whole_blocks(pl.col("history").list.len(), block_size).cast(pl.Int64).alias("step")
     used = tasks.select("task_id", "user_id", step, "history", "cutoff").join(
         preferences.select("user_id", "step", "read_item_ids", "last_timestamp"), on=["user_id", "step"]
     )
@@ -193,4 +196,11 @@ def _none(offenders: pl.DataFrame, what: str) -> None:
 
 
 def _short(row: dict[str, object]) -> dict[str, object]:
-    return {k: [*v[:8], "…"] if isinstance(v, list) and len(v) > 8 else v for k, v in row.items()}
+    return {
+        name: [*value[:8], "…"]
+        if isinstance(value, list) and len(value) > 8
+        else short(value)
+        if isinstance(value, str)
+        else value
+        for name, value in row.items()
+    }

@@ -1,9 +1,4 @@
-"""What every source yields, and how files of other people's making are read.
-
-A source (``movielens.py``, ``microlens.py``, ``amazon.py``, ``tables.py``) returns :class:`RawData`: a log and a
-catalogue as they are in the files, and a list of everything that was left out or looked odd. Cleaning comes later.
-A log may be far larger than memory: it is scanned, never collected.
-"""
+"""Files of other people's making, read as they are: CSV, JSON lines, times of any kind."""
 
 import codecs
 import csv
@@ -13,115 +8,17 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import polars as pl
 from huggingface_hub import hf_hub_download
 
-Table = TypeVar("Table", pl.DataFrame, pl.LazyFrame)
-OnBadRows = Literal["error", "skip"]
-INTERACTION_SCHEMA: dict[str, pl.DataType] = {
-    "user_id": pl.String(),
-    "item_id": pl.String(),
-    "timestamp": pl.Int64(),
-}
-ITEM_SCHEMA: dict[str, pl.DataType] = {
-    "item_id": pl.String(),
-    "title": pl.String(),
-    "text": pl.String(),
-    "image_path": pl.String(),
-    "image_bytes": pl.Binary(),
-}
-EXAMPLES = 5  # how many cases of one oddity a report shows
+from mllm_msr.data.raw import BadRows, Wrong
+
 CHUNK = 200_000  # rows held at a time where a file must be read slowly
-
-
-@dataclass
-class RawData:
-    """A log and its catalogue, before cleaning.
-
-    ``interactions`` (a DataFrame is taken too): user_id str, item_id str, timestamp int64; the order of rows breaks
-    ties in time. ``items``: item_id str (unique), title str, text str, image_path str or null (a file or a URL),
-    image_bytes binary or null; a missing column is filled with "" or null. ``skipped``: ``{"what", "count",
-    "examples"}`` an oddity. ``ticks``: what ``timestamp`` counts, so many a second; cleaning brings it to seconds.
-    """
-
-    interactions: pl.LazyFrame
-    items: pl.DataFrame
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    ticks: int = 1
-
-    def __post_init__(self) -> None:
-        in_memory = isinstance(self.interactions, pl.DataFrame)
-        self.interactions = _conform(self.interactions.lazy(), INTERACTION_SCHEMA, "interactions")
-        optional = [pl.lit(None, ITEM_SCHEMA[c]).alias(c) for c in ITEM_SCHEMA if c not in self.items.columns]
-        items = _conform(self.items.lazy().with_columns(optional), ITEM_SCHEMA, "items").collect()
-        self.items = items.with_columns(pl.col("title", "text").fill_null("").str.strip_chars())
-        for table, columns in (
-            (
-                self.interactions.collect() if in_memory else None,
-                list(INTERACTION_SCHEMA),
-            ),  # readers check what they scan
-            (self.items, ["item_id"]),
-        ):
-            if table is not None and any(nulls := table.select(columns).null_count().row(0)):
-                raise ValueError(f"{max(nulls)} rows lack one of {columns}; drop them first")
-        if self.items["item_id"].is_duplicated().any():
-            raise ValueError("items: item_id must be unique; keep one row an item (see BadRows.unique_items)")
-
-
-def _conform(table: pl.LazyFrame, schema: dict[str, pl.DataType], what: str) -> pl.LazyFrame:
-    have = table.collect_schema().names()
-    if missing := [name for name in schema if name not in have]:
-        raise ValueError(f"{what}: no column {missing[0]!r}, only {have}")
-    return table.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
-
-
-@dataclass
-class BadRows:
-    """The bad rows of one source: the first one stops, or all are dropped and counted."""
-
-    on_bad_rows: OnBadRows = "error"
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-
-    def note(self, what: str, count: int, examples: list[Any]) -> None:
-        """Count something odd that does no harm; examples are shortened for the report."""
-        if count:
-            shown = [text if len(text := str(example)) <= 200 else text[:199] + "…" for example in examples[:EXAMPLES]]
-            self.skipped.append({"what": what, "count": count, "examples": shown})
-
-    def reject(self, path: Path | str, row: int | str, what: str, count: int, examples: list[Any]) -> None:
-        """Raise for the first bad row, or count them all, as ``on_bad_rows`` says."""
-        if self.on_bad_rows == "error":
-            raise ValueError(
-                f"{path}, row {row}: {what}: {examples[0]}. Mend the row, or leave such rows out and count them with "
-                "on_bad_rows='skip' (--on-bad-rows skip)."
-            )
-        self.note(f"{Path(path).name}: {what}", count, examples)
-
-    def drop(self, table: Table, bad: dict[str, pl.Expr], path: Path | str) -> Table:
-        """Drop the rows where one of ``bad`` (reason -> condition) holds; ``table`` has their numbers in the file in a
-        column ``row``. Of a scan only the bad rows' examples are collected."""
-        conditions = {what: condition.fill_null(False) for what, condition in bad.items()}
-        sums = [condition.sum().alias(what) for what, condition in conditions.items()]
-        counts = table.lazy().select(sums).collect(engine="streaming").to_dicts()[0]
-        for what, condition in conditions.items():
-            if counts[what]:
-                rows = table.lazy().filter(condition).head(EXAMPLES).collect(engine="streaming")
-                self.reject(path, rows["row"][0], what, counts[what], rows.to_dicts())
-        return table.filter(~pl.any_horizontal(conditions.values())) if any(counts.values()) else table
-
-    def unique_items(self, items: pl.DataFrame, path: Path | str) -> pl.DataFrame:
-        """Keep the first row of every item_id; surplus rows are counted, not an error (real catalogues have them)."""
-        surplus = items.filter(~pl.col("item_id").is_first_distinct())
-        self.note(
-            f"{Path(path).name}: surplus rows of an item (first one kept)", len(surplus), list(surplus["item_id"])
-        )
-        return items.filter(pl.col("item_id").is_first_distinct())
 
 
 def local_file(path: Path | str) -> Path:
@@ -203,24 +100,6 @@ def _read_csv_slowly(path: Path, bad: BadRows, separator: str) -> Iterator[pl.Da
                     wrong.add(number, row)
             yield pl.DataFrame(good, schema=schema, orient="row")
     wrong.report(bad, path, f"more than the header's {len(header)} fields")
-
-
-@dataclass
-class Wrong:
-    """Rows that could not be read, counted while the rest goes on."""
-
-    count: int = 0
-    row: int = 0
-    examples: list[Any] = field(default_factory=list)
-
-    def add(self, row: int, example: Any) -> None:
-        self.row = self.row or row
-        self.count += 1
-        self.examples += [example] * (self.count <= EXAMPLES)
-
-    def report(self, bad: BadRows, path: Path, what: str) -> None:
-        if self.count:
-            bad.reject(path, self.row, what, self.count, self.examples)
 
 
 def open_text(path: Path, bad: BadRows) -> io.TextIOWrapper:

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from mllm_msr.data.coded_log import ROW, Array, CodedLog, by_user_and_time, code, user_starts
+from mllm_msr.data.negatives import NegativeSampler, noise
 from mllm_msr.records.sections import PrepareOptions
 
 SPLITS = ("train", "validation", "test")
@@ -130,13 +131,13 @@ class Part:
 
         pairs = self.user * n_items + self.item
         cut = (seen["user"].astype(np.int64) - self.first_user) * n_items + seen["item"]
-        self.unseen = Unseen(np.concatenate([pairs, cut]), n_users, n_items)
+        self.sampler = NegativeSampler(np.concatenate([pairs, cut]), n_users, n_items)
         held_out = 1 if options.negatives == "all" else options.n_negatives
         wanted = np.where(split == TRAIN, options.n_train_negatives, held_out)
         refusals = {  # a target may be refused for several reasons; the first counts
             "targets_with_short_history": self.position < options.min_history,
             "targets_already_in_history": _repeated(pairs),
-            "targets_with_too_few_unseen_items": self.unseen.count[self.user] < wanted,
+            "targets_with_too_few_unseen_items": self.sampler.available[self.user] < wanted,
         }
         self.report: dict[str, int] = {}
         for name, refused in refusals.items():
@@ -153,7 +154,7 @@ class Part:
     def width(self, rows: Array) -> Array:
         """Candidates of each target: itself and its negatives."""
         options = self.options
-        held_out = self.unseen.count[self.user[rows]] if options.negatives == "all" else options.n_negatives
+        held_out = self.sampler.available[self.user[rows]] if options.negatives == "all" else options.n_negatives
         return 1 + np.where(self.split[rows] == TRAIN, options.n_train_negatives, held_out)
 
     def tasks(self, rows: Array, users: pl.Series, counts: Array) -> pl.DataFrame:
@@ -185,93 +186,14 @@ class Part:
     def _candidates(self, rows: Array, n: int, counts: Array) -> tuple[Array, Array]:
         """Item codes and labels, both ``(rows, 1 + n)``, the target at a random place."""
         seed, user, position = self.options.seed, self.user[rows] + self.first_user, self.position[rows]
-        unseen = self.unseen.count[self.user[rows]]
-        negatives = self.unseen.item(self.user[rows], sample_ranks(unseen, n, seed, user, position))
         if self.options.negatives == "popularity" and self.split[rows[0]] != TRAIN:
-            negatives = self._popular_negatives(rows, negatives, counts)
+            negatives = self.sampler.popular(self.user[rows], n, counts, seed, user, position)
+        else:
+            negatives = self.sampler.uniform(self.user[rows], n, seed, user, position)
         items = np.concatenate([self.item[rows][:, None], negatives], axis=1)
         keys = noise(seed, "order", user[:, None], position[:, None], np.arange(n + 1)[None])
         order = np.argsort(keys, axis=1, kind="stable")
         return np.take_along_axis(items, order, axis=1), (order == 0).astype(np.int64)
-
-    def _popular_negatives(self, rows: Array, uniform: Array, counts: Array) -> Array:
-        seed, user, n = self.options.seed, self.user[rows] + self.first_user, uniform.shape[1]
-        draw = noise(seed, "popular", user[:, None], self.position[rows][:, None], np.arange(8 * n)[None])
-        return self.unseen.popular(self.user[rows], uniform, counts, draw)
-
-
-class Unseen:
-    """Each user's unseen items, as ranks 0 ... count-1, without ever listing them.
-
-    ``pairs``: (P,) codes ``user * n_items + item`` of all that users have met, in any order, repeats allowed.
-    """
-
-    def __init__(self, pairs: Array, n_users: int, n_items: int) -> None:
-        pairs = np.sort(pairs)
-        self.pairs = pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])]
-        user, item = np.divmod(pairs, n_items)
-        lengths = np.bincount(user, minlength=n_users)
-        self.n_items = n_items
-        self.count = n_items - lengths  # (U,)
-        self.starts = np.cumsum(lengths) - lengths
-        # before a user's j-th met item (in item order) lie item - j unseen ones; user * (n_items + 1) keeps users apart
-        self.before = user * (n_items + 1) + item - (np.arange(len(pairs)) - self.starts[user])
-
-    def item(self, user: Array, rank: Array) -> Array:
-        """Item codes ``(B, n)`` of the unseen items at ``rank`` ``(B, n)`` of users ``(B,)``."""
-        key = user[:, None] * (self.n_items + 1) + rank
-        met = np.searchsorted(self.before, key.ravel(), side="right").reshape(key.shape) - self.starts[user][:, None]
-        return rank + met
-
-    def popular(self, user: Array, uniform: Array, counts: Array, draw: Array) -> Array:
-        """``(B, n)`` distinct unseen items, drawn by training count with the noise ``draw`` ``(B, R)``; a user who met
-        nearly all that is popular gets the rest from ``uniform`` ``(B, n)``. Draws that are seen or repeated are passed
-        over."""
-        weight = np.cumsum(counts if counts.any() else np.ones(len(counts), dtype=np.int64))
-        popular = np.searchsorted(weight, (draw % np.uint64(weight[-1])).astype(np.int64), side="right")
-        items = np.concatenate([popular, uniform], axis=1)  # (B, R + n)
-        order = np.argsort(items, axis=1, kind="stable")
-        ordered = np.take_along_axis(items, order, axis=1)
-        repeats = np.zeros(items.shape, dtype=bool)
-        np.put_along_axis(repeats, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-        good = ~repeats & ~self.met(user, items)
-        first = np.argsort(~good, axis=1, kind="stable")[:, : uniform.shape[1]]
-        return np.take_along_axis(items, first, axis=1)
-
-    def met(self, user: Array, items: Array) -> Array:
-        """Whether users ``(B,)`` have met items ``(B, n)``."""
-        key = user[:, None] * self.n_items + items
-        place = np.minimum(np.searchsorted(self.pairs, key), len(self.pairs) - 1)
-        return self.pairs[place] == key
-
-
-def sample_ranks(count: Array, n: int, seed: int, user: Array, position: Array) -> Array:
-    """``(B, n)`` distinct whole numbers below ``count`` ``(B,)`` a row; every subset is equally likely (R. Floyd)."""
-    chosen = np.empty((n, len(count)), dtype=np.int64)
-    state = noise(seed, "negative", user, position)
-    for j in range(n):
-        top = count - n + j
-        draw = (_mix(state, j) % (top + 1).astype(np.uint64)).astype(np.int64)
-        taken = (chosen[:j] == draw).any(axis=0)
-        chosen[j] = np.where(taken, top, draw)
-    return chosen.T
-
-
-def noise(seed: int, purpose: str, *keys: Array | int) -> Array:
-    """Uniform uint64 for every combination of keys (broadcast): splitmix64 over seed, purpose and keys."""
-    start = int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "big")
-    state = np.array(start, dtype=np.uint64)
-    for key in keys:
-        state = _mix(state, key)
-    return state
-
-
-def _mix(state: Array, key: Array | int) -> Array:
-    with np.errstate(over="ignore"):  # arithmetic is meant modulo 2^64
-        state = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return state ^ (state >> np.uint64(31))
 
 
 def candidate_hash(tasks: pl.DataFrame) -> str:

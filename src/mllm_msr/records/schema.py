@@ -4,12 +4,15 @@ No other file knows these. A frame is checked where it is read and where it is w
 origin stops with a sentence that names the file and the column, and not later in a join.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mllm_msr.records.storage import write_parquet
 
@@ -90,6 +93,37 @@ class Table:
             raise ValueError(f"{path}: the table {self.name!r} has no column {extra[0]!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_parquet(frame.select(*self.columns), path)
+
+    def arrow_schema(self) -> pa.Schema:
+        """The columns in Arrow's plain types, which every reader knows, images marked as `datasets` marks them."""
+        schema = pa.schema([(name, _arrow_type(dtype)) for name, dtype in self.columns.items()])
+        if IMAGE not in self.columns.values():
+            return schema
+        from datasets import Features, Image
+
+        images = {name: Image() for name, dtype in self.columns.items() if dtype == IMAGE}
+        return Features({**Features.from_arrow_schema(schema), **images}).arrow_schema
+
+    @contextmanager
+    def writer(self, path: Path) -> Iterator[Callable[[pl.DataFrame], None]]:
+        """Write a table that is larger than memory: call what this yields with one frame after another."""
+        schema = self.arrow_schema()
+        with pq.ParquetWriter(path, schema) as writer:
+
+            def write(frame: pl.DataFrame) -> None:
+                self.check(frame, path)
+                for part in frame.select(schema.names).iter_slices(100_000):
+                    writer.write_table(part.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema))
+
+            yield write
+
+
+def _arrow_type(dtype: Any) -> pa.DataType:
+    if isinstance(dtype, pl.List):
+        return pa.list_(_arrow_type(dtype.inner))
+    if isinstance(dtype, pl.Struct):
+        return pa.struct([(field.name, _arrow_type(field.dtype)) for field in dtype.fields])
+    return {pl.String: pa.string(), pl.Binary: pa.binary(), pl.Int64: pa.int64(), pl.Float32: pa.float32()}[dtype]
 
 
 INTERACTIONS = Table(

@@ -5,7 +5,9 @@ from typing import Any
 
 import polars as pl
 
-from mllm_msr.data.readers import BadRows, OnBadRows, RawData, interactions_from, join_text, local_file, read_jsonl
+from mllm_msr.data.raw import BadRows, RawData
+from mllm_msr.data.readers import interactions_from, join_text, local_file, read_jsonl
+from mllm_msr.records.sections import OnBadRows
 
 COLUMNS = {"user_id": "user_id", "item_id": "parent_asin", "timestamp": "timestamp"}
 REVIEWS: dict[str, Any] = {"user_id": pl.String, "parent_asin": pl.String, "timestamp": pl.Int64}

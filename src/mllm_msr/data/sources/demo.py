@@ -5,8 +5,9 @@ import io
 import numpy as np
 import polars as pl
 
-from mllm_msr.data.readers import RawData
-from mllm_msr.data.sources.world import draw, make_world
+from mllm_msr.data.raw import CATALOGUE, RawData
+from mllm_msr.data.sources.world import DrawnItem, draw, make_world
+from mllm_msr.records.schema import INTERACTIONS
 from mllm_msr.records.sections import DemoSource
 
 DAY = 86_400  # seconds between a user's choices
@@ -20,20 +21,8 @@ def read_demo(seed: int = 7, n_users: int = 400, n_items: int = 360) -> RawData:
         for user, history in enumerate(world.histories)
         for position, item in enumerate(history)
     ]
-    schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64}
     items = [(item.item_id, item.title, item.text, None, _png(item)) for item in world.items]
-    item_schema = {
-        "item_id": pl.String,
-        "title": pl.String,
-        "text": pl.String,
-        "image_path": pl.String,
-        "image_bytes": pl.Binary,
-    }
-    return RawData(
-        interactions=pl.LazyFrame(rows, schema=schema, orient="row"),
-        items=pl.DataFrame(items, schema=item_schema, orient="row"),
-        skipped=[],
-    )
+    return RawData(INTERACTIONS.frame(rows).lazy(), pl.DataFrame(items, schema=CATALOGUE, orient="row"))
 
 
 def true_utilities(source: DemoSource, pairs: pl.DataFrame) -> np.ndarray:
@@ -49,7 +38,7 @@ def true_utilities(source: DemoSource, pairs: pl.DataFrame) -> np.ndarray:
     return world.utilities[users, items]
 
 
-def _png(item) -> bytes:
+def _png(item: DrawnItem) -> bytes:
     buffer = io.BytesIO()
     draw(item).save(buffer, "PNG")
     return buffer.getvalue()

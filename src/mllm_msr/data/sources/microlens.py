@@ -5,17 +5,9 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.data.readers import (
-    BadRows,
-    OnBadRows,
-    RawData,
-    batches,
-    image_files,
-    interactions_from,
-    open_text,
-    read_csv,
-    spool,
-)
+from mllm_msr.data.raw import BadRows, RawData
+from mllm_msr.data.readers import batches, image_files, interactions_from, open_text, read_csv, spool
+from mllm_msr.records.sections import OnBadRows
 
 COLUMNS = {"user_id": "user", "item_id": "item", "timestamp": "timestamp"}
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.data.readers import BadRows, OnBadRows, RawData, image_files, interactions_from, join_text, read_csv
+from mllm_msr.data.raw import BadRows, RawData
+from mllm_msr.data.readers import image_files, interactions_from, join_text, read_csv
+from mllm_msr.records.sections import OnBadRows
 
 GENRES = (
     *("Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "FilmNoir"),

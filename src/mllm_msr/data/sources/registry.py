@@ -1,20 +1,22 @@
-"""Where a run's raw data comes from: the readers of the sources that a recipe may name."""
+"""Where a run's raw data comes from: the readers of the sources that a recipe may name, and what they read."""
 
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mllm_msr.records.sections import OnBadRows, Source, source_type
+from mllm_msr.data.raw import RawData
+from mllm_msr.records.sections import (
+    AmazonSource,
+    DemoSource,
+    MicroLensSource,
+    MovieLensSource,
+    OnBadRows,
+    Source,
+    TablesSource,
+    source_type,
+)
 from mllm_msr.records.storage import file_digest
 
-READERS = {
-    "demo": ("mllm_msr.data.sources.demo", "read_demo"),
-    "movielens": ("mllm_msr.data.sources.movielens", "read_movielens"),
-    "microlens": ("mllm_msr.data.sources.microlens", "read_microlens"),
-    "amazon": ("mllm_msr.data.sources.amazon", "read_amazon"),
-    "tables": ("mllm_msr.data.sources.tables", "read_tables"),
-}
 PLACES = ("folder", "interactions", "items", "images")
 REQUIRED = {
     "movielens": ("folder",),
@@ -24,14 +26,31 @@ REQUIRED = {
 }
 
 
-def read_source(source: Source, on_bad_rows: OnBadRows = "error"):
-    """The raw data of a recipe's section ``source``."""
+def read_source(source: Source, on_bad_rows: OnBadRows = "error") -> RawData:
+    """The raw data of a recipe's section ``source``; see :func:`check_source` for what it raises."""
     check_source(source)
-    module, function = READERS[source_type(source)]
-    options = {name: value for name, value in asdict(source).items() if value is not None}
-    if source_type(source) != "demo":
-        options["on_bad_rows"] = on_bad_rows
-    return getattr(import_module(module), function)(**options)
+    match source:
+        case DemoSource(seed=seed, n_users=n_users, n_items=n_items):
+            from mllm_msr.data.sources.demo import read_demo
+
+            return read_demo(seed, n_users, n_items)
+        case MovieLensSource(folder=str(folder)):
+            from mllm_msr.data.sources.movielens import read_movielens
+
+            return read_movielens(Path(folder), on_bad_rows)
+        case MicroLensSource(folder=str(folder), covers=covers):
+            from mllm_msr.data.sources.microlens import read_microlens
+
+            return read_microlens(Path(folder), covers and Path(covers), on_bad_rows)
+        case AmazonSource(folder=str(folder), category=str(category)):
+            from mllm_msr.data.sources.amazon import read_amazon
+
+            return read_amazon(folder, category, on_bad_rows)
+        case TablesSource(interactions=str(interactions), items=items, images=images, columns=columns, folder=folder):
+            from mllm_msr.data.sources.tables import read_tables
+
+            return read_tables(interactions, items, columns, images, folder, on_bad_rows)
+    raise ValueError(f"source {source_type(source)!r} has no reader")
 
 
 def check_source(source: Source) -> None:

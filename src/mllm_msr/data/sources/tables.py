@@ -11,10 +11,8 @@ import polars as pl
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
 
+from mllm_msr.data.raw import BadRows, RawData
 from mllm_msr.data.readers import (
-    BadRows,
-    OnBadRows,
-    RawData,
     image_files,
     interactions_from,
     local_file,
@@ -24,6 +22,7 @@ from mllm_msr.data.readers import (
     spool,
     spool_folder,
 )
+from mllm_msr.records.sections import OnBadRows
 
 LOG_COLUMNS = ("user_id", "item_id", "timestamp")
 ITEM_COLUMNS = ("item_id", "title", "text", "image")
