@@ -28,12 +28,14 @@ from random_llava import save_random_llava
 
 from mllm_msr.data.sources.demo import read_demo
 from mllm_msr.demo.pretraining import PROMPTS
+from mllm_msr.processing.engine_registry import build_engine
 from mllm_msr.processing.engine_transformers import TransformersEngine
-from mllm_msr.processing.engines import SummaryOptions, build_engine
+from mllm_msr.processing.engines import Failure
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.summaries import summarize_items, summarize_users
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.sections import SummaryOptions
 
 SIZES = {  # width, feed-forward, layers, heads; of the vision tower width, layers, heads, edge, patch
     "tiny": ((128, 256, 2, 4), (64, 2, 1, 64, 16)),
@@ -55,7 +57,7 @@ class OneAnswer(TransformersEngine):
     """Doubtful texts stay as they are."""
 
     def generate(self, task, inputs, seeds=None, again=False):
-        return [ValueError("one answer only")] * len(inputs) if again else super().generate(task, inputs, seeds)
+        return [Failure("one-answer-only")] * len(inputs) if again else super().generate(task, inputs, seeds)
 
 
 class Bench:

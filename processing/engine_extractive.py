@@ -1,16 +1,18 @@
 """The engine without a model: keywords and colours, deterministic, for machines without weights.
 
-It is also the honest row "is the language model worth it?".
+It also answers the question whether the language model is worth its cost.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from mllm_msr.processing.engines import Task, Text
+from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.processing.engines import Answer, Descriptions, HistoryBlock, Text
+from mllm_msr.records.sections import Task
 
 _COMMON = set(
     re.findall(
@@ -40,7 +42,7 @@ _COLOUR_NAMES = {
 
 
 class ExtractiveEngine:
-    """No model: an item's first telling words and dominant colours; a preference counts words, older ones fading."""
+    """An item's first keywords and its dominant colours; a preference counts words, and older ones fade."""
 
     generator, revision, batch_size = "extractive", "1", 256
 
@@ -54,28 +56,24 @@ class ExtractiveEngine:
         return ""
 
     def generate(
-        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
-    ) -> list[Text | Exception]:
-        write = {"preference": self._preference, "fusion": self._fusion}.get(task, self._item)
-        return [Text(write(one), True) for one in inputs]
+        self, task: Task, inputs: Sequence[Any], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Answer]:
+        write: dict[Task, Callable[[Any], str]] = {"preference": self._preference, "fusion": self._fusion}
+        return [Text(write.get(task, self._item)(given), True) for given in inputs]
 
-    def _fusion(self, item: Mapping[str, Any]) -> str:
-        return ", ".join(dict.fromkeys(_listed(item["text_summary"]) + _listed(item["image_summary"])))
+    def _fusion(self, item: Descriptions) -> str:
+        return ", ".join(dict.fromkeys(_listed(item.text_summary) + _listed(item.image_summary)))
 
-    def _item(self, item: Mapping[str, Any]) -> str:
-        words = list(dict.fromkeys(keywords(item.get("text") or "")))[: self.item_words]
-        if not words:
-            words = keywords(item.get("title") or "")
-        if item.get("image") is not None:
-            words += dominant_colours(item["image"])
-        return ", ".join(words)
+    def _item(self, item: Candidate) -> str:
+        words = list(dict.fromkeys(keywords(item.text)))[: self.item_words] or keywords(item.title)
+        return ", ".join(words + (dominant_colours(item.image) if item.image is not None else []))
 
-    def _preference(self, block: Mapping[str, Any]) -> str:
+    def _preference(self, block: HistoryBlock) -> str:
         score: dict[str, float] = {}
-        for rank, word in enumerate(_listed(block.get("previous") or "")):
+        for rank, word in enumerate(_listed(block.previous or "")):
             score[word] = 1.8 / (1 + 0.1 * rank)
-        for item in block["items"]:
-            for word in _listed(item["summary"]):
+        for item in block.items:
+            for word in _listed(item.summary):
                 score[word] = score.get(word, 0.0) + 1.0
         return ", ".join(sorted(score, key=lambda word: -score[word])[: self.preference_words])
 
@@ -92,12 +90,12 @@ class TitlesEngine:
         return ""
 
     def generate(
-        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
-    ) -> list[Text | Exception]:
+        self, task: Task, inputs: Sequence[Any], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Answer]:
         if task != "preference":
-            return [Text(one.get("title") or "", True) for one in inputs]
-        told = ([one.get("previous") or "", *(item["title"] for item in one["items"])] for one in inputs)
-        return [Text("; ".join(filter(None, titles)), True) for titles in told]
+            return [Text(item.title, True) for item in inputs]
+        titles = ([block.previous, *(item.title for item in block.items)] for block in inputs)
+        return [Text("; ".join(filter(None, parts)), True) for parts in titles]
 
 
 def keywords(text: str) -> list[str]:
@@ -106,7 +104,7 @@ def keywords(text: str) -> list[str]:
 
 
 def dominant_colours(image: Image.Image, count: int = 2) -> list[str]:
-    """Names of the ``count`` colours that cover most of the picture."""
+    """Names of the ``count`` colours that cover most of the image."""
     names = list(_COLOUR_NAMES)
     palette = torch.tensor(list(_COLOUR_NAMES.values()), dtype=torch.float32)
     small = image.convert("RGB").resize((24, 24))

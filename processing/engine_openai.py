@@ -1,41 +1,53 @@
 """Texts from any OpenAI-compatible server: vLLM, SGLang, ``transformers serve``, a hosted one.
 
-Only the standard library speaks here: one request is one POST. The key comes from the environment variable
-``OPENAI_API_KEY`` and goes nowhere but into the header of a request, and never along with a redirection.
+One request is one POST. The key comes from the environment variable ``OPENAI_API_KEY`` and goes nowhere but into the
+header of a request, and never along with a redirection. What the server says when it refuses is not shown, since it may
+quote the key, its own address or an input: a failure is named by its status.
 """
 
+import asyncio
 import base64
-import http.client
 import io
 import json
+import logging
+import math
 import os
 import re
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
+import aiohttp
 from PIL import Image
+from yarl import URL
 
+from mllm_msr.modeling.generated_text import tidy
 from mllm_msr.processing.chat import chat_parts
-from mllm_msr.processing.engines import MAX_NEW_TOKENS, EngineUnavailable, Task, Text, prompt_digest
+from mllm_msr.processing.engines import Answer, EngineUnavailable, Failure, Text, prompt_digest
+from mllm_msr.records.sections import MAX_NEW_TOKENS, Task
 
+logger = logging.getLogger(__name__)
 AGAIN = {"temperature": 0.7, "top_p": 0.9, "room": 1.5}  # for a second answer
 GIVE_UP_AFTER = 3  # requests in a row that failed on the way, each after all its tries
 OF_THE_INPUT = (400, 413, 415, 422)  # too long, or refused as it is: another may well pass
 CUT_SHORT = ("length", "content_filter")
 PASSING = (408, 409, 425, 429)  # and all above 499
+REMEDIES = {
+    401: "set OPENAI_API_KEY",
+    402: "the account of this key has no credit",
+    403: "this key may not use it",
+    404: "check summaries.base_url and summaries.model",
+}
 LONGEST_PAUSE = 60.0  # seconds
+MOST_BYTES = 2**22  # of an answer, which is a text of some hundred tokens
+OPTIONAL = ("temperature", "top_p", "seed")  # parameters that some models do not take
 # Names of control tokens, which a server may take for such within a text: <|im_end|>, </s>, <image>, [INST]
 _CONTROL = re.compile(r"<(?=\|?/?[A-Za-z_][\w-]*\|?>)|\[(?=/?[A-Z_]+\])")
-
-
-class _NoRedirection(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any, **named: Any) -> None:
-        return None
 
 
 class OpenAIEngine:
@@ -44,7 +56,8 @@ class OpenAIEngine:
     A request that fails on the way (connection, timeout, 5xx, 429, an answer cut short) is tried again after a pause
     that doubles, or as long as the server asks. An input the server refuses, or fails on while it serves others, has
     failed alone; when the server serves none, or knows no such model or key, the engine is unavailable, and no further
-    input is tried.
+    input is tried. A server that asks for ``max_completion_tokens``, or refuses a parameter of sampling, gets the
+    request in those terms, from then on always.
 
     Args:
         model: the name the server knows it by.
@@ -53,7 +66,12 @@ class OpenAIEngine:
         base_url: up to and with ``/v1``; by default ``OPENAI_BASE_URL``.
         revision: what it has loaded, which no server tells: another name makes all texts anew.
         requests_per_minute: begin no more than so many.
-        timeout: seconds without a byte after which a request has failed.
+        timeout: seconds after which a request has failed, however much of its answer has come.
+        tries: of a request that fails on the way.
+        pause: seconds before the second try.
+
+    Raises:
+        ValueError: no address, or a key that no HTTP header can hold.
     """
 
     def __init__(
@@ -74,19 +92,15 @@ class OpenAIEngine:
         batch_size: int = 64,
         pause: float = 1.0,
     ) -> None:
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not (base_url or "").startswith(("http://", "https://")):
-            raise ValueError(
-                f"no server: set summaries.base_url or OPENAI_BASE_URL to http(s)://.../v1, not {base_url!r}"
-            )
-        self.url = f"{str(base_url).rstrip('/')}/chat/completions"
+        self._url = _endpoint(base_url or os.environ.get("OPENAI_BASE_URL", ""))
+        self._headers = {"Content-Type": "application/json"} | ({} if self._url.user else _authorization())
         self.generator, self.revision, self.prompts, self.noun = model, revision or "", prompts, noun
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
         self.temperature, self.top_p = temperature, top_p
         self.concurrency, self.batch_size, self.timeout, self.tries = concurrency, batch_size, timeout, tries
         self.interval, self.pause = 60 / requests_per_minute if requests_per_minute else 0.0, pause
-        self._lock, self._next_start, self._lost_in_a_row = threading.Lock(), 0.0, 0
-        self._opener = urllib.request.build_opener(_NoRedirection)
+        self._next_start = 0.0
+        self._terms: dict[str, str | None] = {}  # parameters by another name, or not sent at all (None)
 
     def prompt_hash(self, task: Task) -> str:
         return prompt_digest(self.prompts[task], self.noun)
@@ -95,19 +109,31 @@ class OpenAIEngine:
         return f"temperature {self.temperature}, top_p {self.top_p}, {self.max_new_tokens[task]}, {AGAIN}"
 
     def generate(
-        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
-    ) -> list[Text | Exception]:
-        """Failures come in place of texts, so that what a dying server still answered is kept."""
-        self._lost_in_a_row = 0
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(
-                pool.map(lambda one, seed: self._one(task, one, seed, again), inputs, seeds or [0] * len(inputs))
-            )
+        self, task: Task, inputs: Sequence[Any], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Answer]:
+        """Failures come in place of texts, so that what a dying server still answered is kept.
 
-    def _one(self, task: Task, values: Mapping[str, Any], seed: int, again: bool) -> Text | Exception:
-        content = [_part(part) for part in chat_parts(self.prompts[task], _harmless(values), self.noun)]
+        Mappings of the prompt's variables are taken as well.
+        """
+
+        async def answers() -> list[Answer]:
+            limits = aiohttp.ClientTimeout(total=self.timeout)
+            cookies = aiohttp.DummyCookieJar()
+            async with aiohttp.ClientSession(headers=self._headers, timeout=limits, cookie_jar=cookies) as session:
+                batch = _Batch(self, session, asyncio.Semaphore(self.concurrency))
+                return await asyncio.gather(
+                    *(
+                        batch.answer(task, given, seed, again)
+                        for given, seed in zip(inputs, seeds or [0] * len(inputs), strict=True)
+                    )
+                )
+
+        return _run(answers())
+
+    def _request(self, task: Task, given: Any, seed: int, again: bool) -> dict[str, Any]:
+        content = [_part(part) for part in chat_parts(self.prompts[task], _harmless(given), self.noun)]
         plain = "".join(part["text"] for part in content if part["type"] == "text")
-        request = {
+        return {
             "model": self.generator,
             "messages": [{"role": "user", "content": plain if all("text" in part for part in content) else content}],
             "max_tokens": int(self.max_new_tokens[task] * (AGAIN["room"] if again else 1)),
@@ -115,78 +141,205 @@ class OpenAIEngine:
             "top_p": min(self.top_p, AGAIN["top_p"]) if again else self.top_p,
             "seed": seed % 2**31,
         }
-        body = json.dumps(request).encode()
-        problem: Exception = EngineUnavailable("nothing was tried")
-        for attempt in range(self.tries):
-            with self._lock:  # who comes while another finds out whether the server lives waits for the answer
-                lost = self._lost_in_a_row
-            if lost >= GIVE_UP_AFTER:
-                return EngineUnavailable(f"{self.url} fails again and again; run again to go on when it is back")
-            pause = min(self.pause * 2**attempt, LONGEST_PAUSE)
-            try:
-                choice = self._post(body)["choices"][0]
-                text = choice["message"]["content"] or ""
-                self._lost_in_a_row = 0
-                return Text(text.strip(), choice.get("finish_reason") not in CUT_SHORT)
-            except urllib.error.HTTPError as error:
-                said = error.read(500).decode(errors="replace").replace(os.environ.get("OPENAI_API_KEY") or "\0", "***")
-                problem = RuntimeError(f"{self.url} answered {error.code}: {said}")
-                if error.code in OF_THE_INPUT:
-                    self._lost_in_a_row = 0
-                    return problem
-                if error.code < 500 and error.code not in PASSING:
-                    return self._unavailable(error.code, said)
-                asked = error.headers.get("Retry-After", "")
-                pause = min(max(pause, float(asked)), LONGEST_PAUSE) if asked.isdigit() else pause
-            except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
-                problem = ConnectionError(f"{self.url} cannot be reached or broke off ({error!r})")
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                problem = RuntimeError(f"{self.url} sent no whole chat completion ({error!r})")
-            if attempt + 1 < self.tries:
-                time.sleep(pause)
-        with self._lock:
-            self._lost_in_a_row += 1
-            if self._lost_in_a_row >= GIVE_UP_AFTER and self._answers():
-                self._lost_in_a_row = 0  # so the inputs are at fault
-            lost = self._lost_in_a_row
-        if lost >= GIVE_UP_AFTER:
-            return EngineUnavailable(f"{problem}; run again to go on when it is back")
-        return problem
 
-    def _answers(self) -> bool:
-        """Whether the server can do the least that may be asked."""
-        message = {"role": "user", "content": "Say yes."}
+    async def _exchange(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> "Text | _Trouble":
+        """One answer; if the server objects to a parameter, in the terms it asks for, which are kept if they help."""
+        terms = self._terms
+        outcome = await self._post(session, _in_terms(request, terms))
+        while isinstance(outcome, _Trouble) and outcome.status in (400, 422):
+            objection = _objection(outcome.body, terms)
+            if objection is None:
+                break
+            terms = {**terms, **objection}
+            outcome = await self._post(session, _in_terms(request, terms))
+        if isinstance(outcome, Text) and terms != self._terms:
+            self._terms = terms
+            if left_out := [name for name, other in terms.items() if other is None]:
+                logger.warning("the server does not take %s: its own values hold", " and ".join(left_out))
+        return outcome
+
+    async def _post(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> "Text | _Trouble":
+        now = time.monotonic()
+        start = max(now, self._next_start)
+        self._next_start = start + self.interval
+        await asyncio.sleep(start - now)
         try:
-            self._send(json.dumps({"model": self.generator, "messages": [message], "max_tokens": 1}).encode())
-        except (OSError, http.client.HTTPException, ValueError):
-            return False
-        return True
+            async with session.post(
+                self._url, data=json.dumps(request).encode(), allow_redirects=False, proxy=_proxy(self._url)
+            ) as response:
+                content = bytearray()
+                async for chunk in response.content.iter_chunked(2**16):
+                    content += chunk
+                    if len(content) > MOST_BYTES:
+                        return _Trouble("too-long-answer")
+                body, status = content.decode("utf-8-sig", "replace"), response.status
+                pause = _seconds(response.headers.get("Retry-After", ""))
+        except TimeoutError:
+            return _Trouble("timeout")
+        except (aiohttp.ClientError, OSError):  # refused, reset, cut short
+            return _Trouble("connection")
+        if not 200 <= status < 300:
+            return _Trouble(f"http-{status}", status, body, pause)
+        try:
+            choice = json.loads(body)["choices"][0]
+            text = _text_of(choice["message"].get("content"))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            return _Trouble("malformed-answer")
+        return Text(tidy(text), choice.get("finish_reason") not in CUT_SHORT)
 
-    def _unavailable(self, code: int, said: str) -> EngineUnavailable:
-        self._lost_in_a_row = GIVE_UP_AFTER  # no use for the others either
-        remedies = {
-            401: "set OPENAI_API_KEY",
-            403: "this key may not use it",
-            404: "check summaries.base_url and model",
-        }
-        remedy = remedies.get(code, "check summaries.base_url")
-        return EngineUnavailable(f"{self.url} answered {code} for model {self.generator!r}: {remedy} ({said})")
 
-    def _post(self, body: bytes) -> Any:
-        with self._lock:
-            now = time.monotonic()
-            start = max(now, self._next_start)
-            self._next_start = start + self.interval
-        time.sleep(start - now)
-        return self._send(body)
+@dataclass(frozen=True)
+class _Trouble:
+    """Why a request has no text: ``status`` is 0 if there was no HTTP answer; ``pause`` is what the server asks for."""
 
-    def _send(self, body: bytes) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers)
-        with self._opener.open(request, timeout=self.timeout) as response:
-            return json.loads(response.read())
+    reason: str
+    status: int = 0
+    body: str = ""
+    pause: float = 0.0
+
+
+@dataclass
+class _Batch:
+    """The requests of one ``generate``, which find out together whether the server is there."""
+
+    engine: OpenAIEngine
+    session: aiohttp.ClientSession
+    places: asyncio.Semaphore
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lost_in_a_row: int = 0
+    unavailable: EngineUnavailable | None = None
+
+    async def answer(self, task: Task, given: Any, seed: int, again: bool) -> Answer:
+        engine = self.engine
+        async with self.places:
+            request = await asyncio.to_thread(engine._request, task, given, seed, again)
+            trouble = _Trouble("not-tried")
+            for attempt in range(engine.tries):
+                async with self.checking:  # wait while another finds out whether the server is there
+                    if self.unavailable:
+                        return self.unavailable
+                outcome = await engine._exchange(self.session, request)
+                if isinstance(outcome, Text):
+                    self.lost_in_a_row = 0
+                    return outcome
+                trouble = outcome
+                if trouble.status in OF_THE_INPUT:
+                    self.lost_in_a_row = 0
+                    return Failure(trouble.reason)
+                if 0 < trouble.status < 500 and trouble.status not in PASSING:
+                    remedy = REMEDIES.get(trouble.status, "check summaries.base_url")
+                    self.unavailable = EngineUnavailable(
+                        f"the server answered {trouble.status} for model {engine.generator!r}: {remedy}"
+                    )
+                    return self.unavailable
+                if attempt + 1 < engine.tries:
+                    await asyncio.sleep(min(max(engine.pause * 2**attempt, trouble.pause), LONGEST_PAUSE))
+            return await self._lost(trouble)
+
+    async def _lost(self, trouble: _Trouble) -> Answer:
+        """The input's own failure, unless the server fails on everything."""
+        async with self.checking:
+            self.lost_in_a_row += 1
+            if self.lost_in_a_row >= GIVE_UP_AFTER and not self.unavailable:
+                message = {"role": "user", "content": "Say yes."}  # the least that may be asked
+                least = {"model": self.engine.generator, "messages": [message], "max_tokens": 1}
+                if isinstance(await self.engine._exchange(self.session, least), Text):
+                    self.lost_in_a_row = 0
+                else:
+                    self.unavailable = EngineUnavailable(
+                        f"the server fails again and again ({trouble.reason}); run again to go on when it is back"
+                    )
+            return self.unavailable or Failure(trouble.reason)
+
+
+def _run(work: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
+    """``work`` to its end; in a thread of its own where there is an event loop already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def _endpoint(base_url: str) -> URL:
+    """The address of chat completions. It may be a secret, so that no error shows it."""
+    try:
+        url = URL(base_url.strip().rstrip("/").removesuffix("/chat/completions"))
+    except ValueError:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("no server: set summaries.base_url or OPENAI_BASE_URL to an address http(s)://HOST/v1")
+    return (url / "chat/completions").with_query(url.query)
+
+
+def _authorization() -> dict[str, str]:
+    """The header with the key, if there is one; ValueError, without the key, if no header can hold it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise ValueError(
+            "OPENAI_API_KEY has a character that no HTTP header may have, such as a line break, a space or a letter "
+            "that is not ASCII: copy the key anew"
+        )
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _proxy(url: URL) -> str | None:
+    """As the environment says."""
+    return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
+
+
+def _in_terms(request: Mapping[str, Any], terms: Mapping[str, str | None]) -> dict[str, Any]:
+    named = ((terms.get(name, name), value) for name, value in request.items())
+    return {name: value for name, value in named if name is not None}
+
+
+def _objection(body: str, terms: Mapping[str, str | None]) -> dict[str, str | None] | None:
+    """The first parameter not changed yet to which the server objects, and what to send in its place (None: nothing).
+
+    >>> _objection("max_tokens is not supported, use max_completion_tokens", {})
+    {'max_tokens': 'max_completion_tokens'}
+    """
+    if "max_tokens" not in terms and "max_completion_tokens" in body:
+        return {"max_tokens": "max_completion_tokens"}
+    for name in OPTIONAL:
+        if name not in terms and re.search(rf"\b{name}\b", body):
+            return {name: None}
+    return None
+
+
+def _seconds(retry_after: str) -> float:
+    """What ``Retry-After`` asks for, a number or a date; 0 if it is neither or in the past.
+
+    >>> _seconds("1.5"), _seconds("-3"), _seconds("soon"), _seconds("Wed, 21 Oct 2015 07:28:00 GMT")
+    (1.5, 0.0, 0.0, 0.0)
+    """
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(retry_after)
+            seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content: a text, or parts, of which those of reasoning are left out.
+
+    >>> _text_of([{"type": "thinking", "thinking": "They want a summary."}, {"type": "text", "text": "A mug"}])
+    'A mug'
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = [content] if isinstance(content, Mapping) else content
+    texts = [
+        part if isinstance(part, str) else part["text"]
+        for part in parts
+        if isinstance(part, str) or part.get("type", "text") in ("text", "output_text")
+    ]
+    return "".join(texts)
 
 
 def _part(part: Any) -> dict[str, Any]:
@@ -196,16 +349,18 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture as a lossless data URL, so that the server sees what a model in this process would."""
+    """The image as a lossless data URL, so that the server sees what a model in this process would."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _harmless(value: Any) -> Any:
-    """``value`` with a space inside every name of a control token in its texts."""
+    """The variables of a prompt, with a space inside every name of a control token in their texts."""
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {key: _harmless(part) for key, part in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_harmless(part) for part in value]
-    return _CONTROL.sub(lambda found: f"{found[0]} ", value) if isinstance(value, str) else value
+    return _CONTROL.sub(lambda match: f"{match[0]} ", value) if isinstance(value, str) else value

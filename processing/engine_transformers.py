@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mllm_msr.processing.decoding import OwnSeeds, decode
-from mllm_msr.processing.engines import MAX_NEW_TOKENS, EngineUnavailable, Task, Text, prompt_digest
+from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.picture_memory import KEY, PictureMemory, takes_features
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.records.sections import MAX_NEW_TOKENS, Task
 from mllm_msr.records.storage import folder_digest
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ AGAIN = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "room": 1.
 
 
 class TransformersEngine:
-    """Batched generation, greedy or sampled. A text that has ended leaves its batch; equal pictures are encoded once.
+    """Batched generation, greedy or sampled. A text that has ended leaves its batch; equal images are encoded once.
 
     The model is loaded when the first text is wanted. A batch of more than ``token_budget`` tokens is divided; one that
     does not fit into memory is halved, and what then fits becomes the budget.
@@ -42,8 +44,9 @@ class TransformersEngine:
         label: what is written as the generator of a text, if not ``name_or_path``.
         max_new_tokens: the longest text, in tokens, by task.
         token_budget: rows times (longest prompt + longest text) of what is generated at once.
-        model_kwargs: for ``from_pretrained``: ``device_map``, ``quantization_config``, ``attn_implementation``. Without
-            ``device_map`` the model goes to this process's accelerator (``LOCAL_RANK``), if there is one.
+        device_map: as for ``from_pretrained``; without one the model goes to this process's accelerator
+            (``LOCAL_RANK``), if there is one.
+        dtype, attn_implementation, quantization_config: as for ``from_pretrained``.
     """
 
     def __init__(
@@ -53,19 +56,22 @@ class TransformersEngine:
         *,
         label: str | None = None,
         revision: str | None = None,
-        dtype: str = "auto",
         batch_size: int = 16,
         token_budget: int | None = None,
         max_new_tokens: Mapping[str, int] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        **model_kwargs: Any,
+        dtype: str = "auto",
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
     ) -> None:
         self.name_or_path, self.generator = name_or_path, label or name_or_path
         self.batch_size, self.token_budget = batch_size, token_budget
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
         self.temperature, self.top_p = temperature, top_p
-        self.dtype, self.model_kwargs = dtype, model_kwargs
+        self.dtype, self.device_map, self.attn_implementation = dtype, device_map, attn_implementation
+        self.quantization_config = quantization_config
         self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
         self.memory = PictureMemory(self.processor)
         self.config = AutoConfig.from_pretrained(name_or_path, revision=revision)
@@ -74,15 +80,21 @@ class TransformersEngine:
 
     @cached_property
     def model(self) -> Any:
-        sees = self.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        where = {} if Path(self.name_or_path).is_dir() else {"revision": self.revision or None}
+        takes_images = self.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        auto_class = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
         try:
-            model = auto_class.from_pretrained(self.name_or_path, dtype=self.dtype, **where, **self.model_kwargs).eval()
+            model = auto_class.from_pretrained(
+                self.name_or_path,
+                revision="main" if Path(self.name_or_path).is_dir() else self.revision or "main",
+                dtype=self.dtype,
+                device_map=self.device_map,
+                attn_implementation=self.attn_implementation,
+                quantization_config=self.quantization_config,
+            ).eval()
         except Exception as error:
             raise EngineUnavailable(f"{self.generator} cannot be loaded: {error}") from error
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if accelerator and model.device.type == "cpu" and "device_map" not in self.model_kwargs:
+        if accelerator and model.device.type == "cpu" and self.device_map is None:
             rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
             model = model.to(torch.device(accelerator.type, rank))
         if model.device.type == "cpu" and self.dtype == "auto":
@@ -95,14 +107,14 @@ class TransformersEngine:
 
     def settings(self, task: Task) -> str:
         how = f"temperature {self.temperature}, top_p {self.top_p}" if self.temperature else "greedy"
-        quantised = self.model_kwargs.get("quantization_config")
-        more = [self.dtype, self.processor.max_length, str(quantised) if quantised else None, AGAIN]
+        quantised = str(self.quantization_config) if self.quantization_config else None
+        more = [self.dtype, self.processor.max_length, quantised, AGAIN]
         return f"{how}, {self.max_new_tokens[task]}, {more}"
 
     @torch.inference_mode()
     def generate(
-        self, task: Task, inputs: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None, again: bool = False
-    ) -> list[Text | Exception]:
+        self, task: Task, inputs: Sequence[Any], seeds: Sequence[int] | None = None, again: bool = False
+    ) -> list[Answer]:
         seeds = seeds or [0] * len(inputs)
         batch = self._encode(task, inputs)
         limit = int(self.max_new_tokens[task] * (AGAIN["room"] if again else 1))
@@ -124,22 +136,23 @@ class TransformersEngine:
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
         size = -(-rows // parts)
-        texts: list[Text | Exception] = []
+        texts: list[Answer] = []
         for start in range(0, rows, size):
             texts += self.generate(task, inputs[start : start + size], seeds[start : start + size], again)
         return texts
 
-    def _encode(self, task: Task, inputs: Sequence[Mapping[str, Any]]) -> BatchFeature:
+    def _encode(self, task: Task, inputs: Sequence[Any]) -> BatchFeature:
         if task == "preference":
-            return self.processor.preference([one["items"] for one in inputs], [one["previous"] for one in inputs])
-        items = [dict(one) for one in inputs]
-        if any(one.get("image") is not None for one in items) and takes_features(self.model):
+            blocks = [[vars(item) for item in block.items] for block in inputs]
+            return self.processor.preference(blocks, [block.previous for block in inputs])
+        if task != "fusion" and any(item.image is not None for item in inputs) and takes_features(self.model):
             self.memory.forget(all_but=self.batch_size)
-            for one in items:
-                one["image"] = self.memory.stand_in(one["image"]) if one.get("image") is not None else None
-        return self.processor.item_summary(items, task)
+            inputs = [
+                item if item.image is None else replace(item, image=self.memory.stand_in(item.image)) for item in inputs
+            ]
+        return self.processor.item_summary([dict(vars(item)) for item in inputs], task)
 
-    def _answer(self, batch: BatchFeature, limit: int, seeds: Sequence[int], again: bool) -> list[Text | Exception]:
+    def _answer(self, batch: BatchFeature, limit: int, seeds: Sequence[int], again: bool) -> list[Answer]:
         model: Any = self.model
         batch = batch.to(model.device, model.dtype)
         if (keys := batch.pop(KEY, None)) is not None:
@@ -163,8 +176,8 @@ class TransformersEngine:
             custom_generate=decode,
             own_seeds=OwnSeeds(seeds, model.device) if temperature else None,
         )
-        ends = model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        end = model.generation_config.eos_token_id
+        ends = {end} if isinstance(end, int) else set(end or ())
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [Text(text.strip(), bool(ends.intersection(row))) for text, row in zip(texts, new, strict=True)]
 

@@ -16,25 +16,26 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.records.storage import digest, is_alive, sweep, write_parquet
+from mllm_msr.processing.text_status import StoredText, has_failed
+from mllm_msr.records.schema import TEXTS
+from mllm_msr.records.storage import digest, is_alive, sweep
 
 logger = logging.getLogger(__name__)
-SCHEMA = {"key": pl.String, "text": pl.String, "status": pl.String}
 LEASE = 60.0  # seconds without a sign of life after which a claim of another machine is void
 MANY = 500  # files from which on they are joined into one when the store is opened
 
 
 class TextStore:
-    """``rows[key]`` is (text, status). What had failed earlier is forgotten, so that it is tried again."""
+    """``rows`` has the texts by key. What had failed earlier is forgotten, so that it is tried again."""
 
     def __init__(self, folder: Path, lease: float = LEASE) -> None:
         self.folder, self.lease = folder, lease
         self.claims = folder / "claims"
         self.claims.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        self.rows: dict[str, tuple[str, str]] = {}
+        self.rows: dict[str, StoredText] = {}
         self._seen: dict[str, int] = {}  # file name -> time of the version that was read
-        self._watched: dict[Path, tuple[int, float]] = {}  # claim -> its last touch, and when we first saw that
+        self._watched: dict[Path, tuple[int, float]] = {}  # claim -> its last touch, and when we first saw that one
         files: list[Path] = []
         # Once more whenever there are new ones: another process may just have joined those listed before.
         while new := [path for path in sorted(folder.glob("*.parquet")) if path.name not in self._seen]:
@@ -42,7 +43,7 @@ class TextStore:
         if len(files) >= MANY and not any(self.claims.iterdir()):
             self._join(files)
 
-    def add(self, batch: Sequence[str], rows: dict[str, tuple[str, str]]) -> None:
+    def add(self, batch: Sequence[str], rows: dict[str, StoredText]) -> None:
         """Keep texts of ``batch`` as one file, together with those of it that are known."""
         self.rows.update(rows)
         path = self._file(batch)
@@ -117,20 +118,19 @@ class TextStore:
     def _read(self, path: Path, failures: bool) -> bool:
         try:
             self._seen[path.name] = path.stat().st_mtime_ns
-            rows = pl.read_parquet(path).select(*SCHEMA).rows()
+            rows = TEXTS.read(path, list(TEXTS.columns)).rows()
         except FileNotFoundError:  # another process has joined the files
             return False
-        except (pl.exceptions.PolarsError, OSError) as error:
-            logger.warning("%s cannot be read (%s): its texts are generated again", path, error)
+        except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+            logger.warning("%s cannot be read (%s): its texts are generated again", path, type(error).__name__)
             return False
         for key, text, status in rows:
-            failed = status.startswith("failed")
-            if not failed or (failures and key not in self.rows):
-                self.rows[key] = (text, status)
+            if not has_failed(status) or (failures and key not in self.rows):
+                self.rows[key] = StoredText(text, status)
         return True
 
     def _write(self, path: Path, rows: list[tuple[str, str, str]]) -> None:
-        write_parquet(pl.DataFrame(rows, schema=SCHEMA, orient="row"), path)
+        TEXTS.write(TEXTS.frame(rows), path)
 
     def _join(self, files: list[Path]) -> None:
         whole = self._file(sorted(self.rows))

@@ -47,7 +47,7 @@ def prepare(run: RunFolder) -> None:
 
 def summary_tools(run: RunFolder, name: str) -> Any:
     """Engine, store and options for the texts called ``name``."""
-    from mllm_msr.processing.engines import build_engine
+    from mllm_msr.processing.engine_registry import build_engine
     from mllm_msr.processing.text_store import TextStore
 
     options = run.recipe.summaries

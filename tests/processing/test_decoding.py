@@ -1,4 +1,4 @@
-"""Rows that leave their batch, and pictures encoded once: on every family the texts of stock greedy search."""
+"""Rows that leave their batch, and images encoded once: on every family the texts of stock greedy search."""
 
 import io
 
@@ -7,23 +7,24 @@ import pytest
 import torch
 from tiny_models import FAMILIES, picture
 
+from mllm_msr.modeling.inputs import Candidate, HistoryItem
 from mllm_msr.processing.decoding import OwnSeeds
 from mllm_msr.processing.engine_transformers import TransformersEngine
-from mllm_msr.processing.engines import Text
+from mllm_msr.processing.engines import HistoryBlock, Text
 from mllm_msr.processing.summaries import summarize_items
 from mllm_msr.processing.text_store import TextStore
 
 LIMIT = 24
-SHOWN = (1, 2, None, 1, 3, 1, 2, 4)  # which picture each item has
+IMAGE_SEEDS = (1, 2, None, 1, 3, 1, 2, 4)  # which image each item has
 
 
-def shown(seed: int | None):
+def image_of(seed: int | None):
     return seed and picture(seed, 40 + 16 * (seed % 2), 30)
 
 
-def items() -> list[dict]:
+def items() -> list[Candidate]:
     return [
-        {"title": f"Film {n} " + "of summers " * n, "text": "", "image": shown(seed)} for n, seed in enumerate(SHOWN)
+        Candidate(title=f"Film {n} " + "of summers " * n, image=image_of(seed)) for n, seed in enumerate(IMAGE_SEEDS)
     ]
 
 
@@ -64,8 +65,8 @@ def encoded_by(engine: TransformersEngine, monkeypatch) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_are_those_of_stock_search_and_equal_pictures_are_encoded_once(backbone, family, monkeypatch):
     engine = engine_of(backbone(family))
-    wanted = stock(engine, engine.processor.item_summary(items()))
-    assert len({len(one.text) for one in wanted}) > 2
+    wanted = stock(engine, engine.processor.item_summary([dict(vars(item)) for item in items()]))
+    assert len({len(text.text) for text in wanted}) > 2
     seen = encoded_by(engine, monkeypatch)
     assert engine.generate("item_summary", items()) == wanted
     assert engine.generate("item_summary", items()[::-1]) == wanted[::-1]
@@ -74,12 +75,11 @@ def test_texts_are_those_of_stock_search_and_equal_pictures_are_encoded_once(bac
 
 def test_a_language_model_writes_what_stock_search_writes(backbone):
     engine = engine_of(backbone("language_model"))
-    blocks = [
-        {"items": [{"title": "One", "summary": "red " * n}], "previous": "ships" if n % 2 else None} for n in range(8)
-    ]
-    batch = engine.processor.preference([one["items"] for one in blocks], [one["previous"] for one in blocks])
+    blocks = [HistoryBlock([HistoryItem("One", "red " * n)], "ships" if n % 2 else None) for n in range(8)]
+    items = [[vars(item) for item in block.items] for block in blocks]
+    batch = engine.processor.preference(items, [block.previous for block in blocks])
     wanted = stock(engine, batch)
-    assert len({len(one.text) for one in wanted}) > 2
+    assert len({len(text.text) for text in wanted}) > 2
     assert engine.generate("preference", blocks) == wanted
 
 
@@ -89,8 +89,8 @@ def test_neither_seeds_nor_penalties_know_of_rows_that_have_left(backbone, again
     engine.model.generation_config.update(no_repeat_ngram_size=0, repetition_penalty=1.3)
     engine.model.generation_config.eos_token_id += [engine.processor.tokenizer.pad_token_id]  # as of Qwen's models
     together = engine.generate("item_summary", items(), range(8), again)
-    assert len({len(one.text) for one in together}) > 2
-    assert together == [engine.generate("item_summary", [one], [n], again)[0] for n, one in enumerate(items())]
+    assert len({len(text.text) for text in together}) > 2
+    assert together == [engine.generate("item_summary", [item], [n], again)[0] for n, item in enumerate(items())]
 
 
 def test_a_row_that_has_ended_is_no_more_worked_on(backbone):
@@ -120,7 +120,7 @@ def test_items_with_one_picture_go_together_over_many_batches(backbone, tmp_path
 def test_no_more_pictures_are_kept_than_two_batches_have(backbone):
     engine = engine_of(backbone("llava"), batch_size=2)
     for seed in range(1, 9, 2):
-        engine.generate("item_summary", [{"title": "", "text": "", "image": shown(seed + n)} for n in (0, 1)])
+        engine.generate("item_summary", [Candidate(image=image_of(seed + n)) for n in (0, 1)])
     assert len(engine.memory.pictures) == len(engine.memory.features) == 4
     assert not any("pixel_values" in one.tensors for one in engine.memory.pictures.values())
 

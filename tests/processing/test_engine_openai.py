@@ -22,13 +22,16 @@ from transformers.utils.import_utils import is_serve_available
 
 from mllm_msr.data.sources import world
 from mllm_msr.demo.pretraining import PROMPTS
+from mllm_msr.modeling.inputs import Candidate, HistoryItem
 from mllm_msr.processing.chat import chat_parts
 from mllm_msr.processing.engine_openai import OpenAIEngine, data_url
-from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, Text, build_engine
+from mllm_msr.processing.engine_registry import build_engine
+from mllm_msr.processing.engines import EngineUnavailable, Failure, HistoryBlock, Text
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.processing.summaries import summarize_users
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.sections import SummaryOptions
 
 ASK = {"preference": "{{ previous }}>{{ items[0].summary }}", "item_summary": "{{ title }} {{ image }} {{ text }}"}
 IMAGE = Image.new("RGB", (3, 2), (10, 200, 30))
@@ -74,8 +77,8 @@ def engine(url: str, **options) -> OpenAIEngine:
     return OpenAIEngine("tiny", ASK, base_url=url, **{"pause": 0.01, "tries": 3, "timeout": 5, **options})
 
 
-def blocks(*summaries: str) -> list[dict]:
-    return [{"items": [{"title": "", "summary": one}], "previous": None} for one in summaries]
+def blocks(*summaries: str) -> list[HistoryBlock]:
+    return [HistoryBlock([HistoryItem(summary=summary)], None) for summary in summaries]
 
 
 def echo(body, n=0):
@@ -100,7 +103,7 @@ def test_a_request_says_all_and_the_answer_keeps_its_place():
 
 def test_a_picture_goes_as_a_lossless_data_url_where_the_prompt_puts_it():
     with server(lambda body, n: (200, completion("fine"))) as (url, seen):
-        engine(url).generate("item_summary", [{"title": "Mug", "text": "of clay", "image": IMAGE}])
+        engine(url).generate("item_summary", [Candidate("", "Mug", "of clay", IMAGE)])
     before, picture, after = seen[0]["body"]["messages"][0]["content"]
     assert (before["text"], after["text"]) == ("Mug ", " of clay")
     data = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))
@@ -174,13 +177,13 @@ def test_one_input_the_server_refuses_fails_alone():
     with server(lambda body, n: (400, b"too long") if "bad" in str(body) else echo(body)) as (url, _):
         out = engine(url).generate("preference", blocks("a", "bad", "c"))
     assert [isinstance(one, Text) for one in out] == [True, False, True]
-    assert "answered 400: too long" in str(out[1])
+    assert out[1] == Failure("http-400")
 
 
 def test_inputs_on_which_the_server_breaks_fail_alone_while_it_serves_others():
     with server(lambda body, n: (500, b"bug") if "bad" in str(body) else echo(body)) as (url, _):
         out = engine(url, concurrency=2).generate("preference", blocks(*["bad"] * 7, "fine"))
-    assert [type(one) for one in out] == [*[RuntimeError] * 7, Text]
+    assert out == [*[Failure("http-500")] * 7, Text("read >fine", True)]
 
 
 def test_an_over_long_answer_is_told_and_the_second_is_given_more_room():
@@ -265,7 +268,7 @@ def free_port() -> int:
 def test_a_real_server_writes_what_the_model_in_this_process_writes_even_if_killed_midway(tmp_path):
     rng = np.random.default_rng(5)
     drawn = [world.random_item(rng, str(k)) for k in range(30)]
-    inputs = [{"title": one.title, "text": one.text, "image": world.draw(one)} for one in drawn]
+    inputs = [Candidate("", item.title, item.text, world.draw(item)) for item in drawn]
     local = build_engine(SummaryOptions(model="demo", max_new_tokens={"item_summary": 16}), PROMPTS, "thing")
     assert isinstance(local.processor, MllmMsrProcessor)
     wanted = local.generate("item_summary", inputs)

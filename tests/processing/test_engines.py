@@ -1,4 +1,7 @@
-"""Engines: the demo's real base model in batches, and the one without a model."""
+"""Engines: the demo's real base model in batches, and those without a model."""
+
+from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -7,11 +10,15 @@ from PIL import Image
 
 from mllm_msr.data.sources import world
 from mllm_msr.demo.pretraining import PROMPTS
+from mllm_msr.modeling.inputs import Candidate, HistoryItem
 from mllm_msr.processing.engine_extractive import ExtractiveEngine, TitlesEngine, dominant_colours
+from mllm_msr.processing.engine_registry import ENGINES, build_engine
 from mllm_msr.processing.engine_transformers import TransformersEngine
-from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, build_engine
+from mllm_msr.processing.engines import EngineUnavailable, HistoryBlock
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.sections import SummaryOptions
+from mllm_msr.records.typed import build
 
 
 def make(**options) -> TransformersEngine:
@@ -31,28 +38,34 @@ def things(n: int) -> list[world.DrawnItem]:
     return [world.random_item(rng, str(k)) for k in range(n)]
 
 
+def candidate(item: world.DrawnItem) -> Candidate:
+    return Candidate(title=item.title, text=item.text, image=world.draw(item))
+
+
+def candidates(n: int) -> list[Candidate]:
+    return [candidate(item) for item in things(n)]
+
+
 def test_the_base_model_sees_what_is_drawn_and_reads_what_is_written(engine):
     drawn = things(60)
-    inputs = [{"title": one.title, "text": one.text, "image": world.draw(one)} for one in drawn]
-    texts = engine.generate("item_summary", inputs)
-    assert all(one.ended for one in texts)
-    right = np.mean([got.text == world.describe(one.traits) for one, got in zip(drawn, texts, strict=True)])
+    texts = engine.generate("item_summary", [candidate(item) for item in drawn])
+    assert all(text.ended for text in texts)
+    right = np.mean([got.text == world.describe(item.traits) for item, got in zip(drawn, texts, strict=True)])
     assert right >= 0.85
 
 
 def test_the_base_model_condenses_a_block_with_what_was_before(engine):
     drawn = things(60)
     blocks = [drawn[k : k + 3] for k in range(0, 60, 3)]
-    before = world.condense([one.traits for one in drawn[:3]], None)
+    before = world.condense([item.traits for item in drawn[:3]], None)
     inputs = [
-        {
-            "items": [{"title": one.title, "summary": world.describe(one.traits)} for one in block],
-            "previous": world.preference_text(before),
-        }
+        HistoryBlock(
+            [HistoryItem(item.title, world.describe(item.traits)) for item in block], world.preference_text(before)
+        )
         for block in blocks
     ]
-    wanted = [world.preference_text(world.condense([one.traits for one in block], before)) for block in blocks]
-    got = [one.text for one in engine.generate("preference", inputs)]
+    wanted = [world.preference_text(world.condense([item.traits for item in block], before)) for block in blocks]
+    got = [text.text for text in engine.generate("preference", inputs)]
     words = [
         (set(a.replace(";", ",").split(", ")), set(b.replace(";", ",").split(", ")))
         for a, b in zip(wanted, got, strict=True)
@@ -60,21 +73,17 @@ def test_the_base_model_condenses_a_block_with_what_was_before(engine):
     assert np.mean([len(a & b) / len(a | b) for a, b in words]) >= 0.8
 
 
-def test_a_text_does_not_depend_on_its_company(engine):
-    inputs = [{"title": one.title, "text": one.text, "image": world.draw(one)} for one in things(7)]
-    inputs[2]["image"] = None
+def test_a_text_does_not_depend_on_the_rest_of_its_batch(engine):
+    inputs = candidates(7)
+    inputs[2] = replace(inputs[2], image=None)
     together = engine.generate("item_summary", inputs)
-    assert together == [engine.generate("item_summary", [one])[0] for one in inputs]
+    assert together == [engine.generate("item_summary", [alone])[0] for alone in inputs]
 
 
-def seen(n: int) -> list[dict]:
-    return [{"title": one.title, "text": one.text, "image": world.draw(one)} for one in things(n)]
-
-
-def test_a_sampled_text_depends_on_its_seed_and_not_on_its_company():
-    engine, inputs = make(temperature=2.0), seen(6)
+def test_a_sampled_text_depends_on_its_seed_and_not_on_its_batch():
+    engine, inputs = make(temperature=2.0), candidates(6)
     together = engine.generate("item_summary", inputs, range(6))
-    assert together == [engine.generate("item_summary", [one], [k])[0] for k, one in enumerate(inputs)]
+    assert together == [engine.generate("item_summary", [alone], [k])[0] for k, alone in enumerate(inputs)]
     assert together == engine.generate("item_summary", inputs[::-1], range(6)[::-1])[::-1]
     others = engine.generate("item_summary", inputs, range(100, 106))
     assert sum(a != b for a, b in zip(together, others, strict=True)) >= 4
@@ -83,19 +92,19 @@ def test_a_sampled_text_depends_on_its_seed_and_not_on_its_company():
 def test_a_second_answer_has_half_as_much_room_again():
     engine = make()
     engine.max_new_tokens["item_summary"] = 4
-    first, second = (engine.generate("item_summary", seen(3), range(3), again) for again in (False, True))
-    assert not any(one.ended for one in first)
+    first, second = (engine.generate("item_summary", candidates(3), range(3), again) for again in (False, True))
+    assert not any(text.ended for text in first)
     assert all(len(after.text) > len(before.text) for before, after in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("budget", [1, 200, 10_000])
 def test_batches_within_a_token_budget_give_the_same_texts(engine, budget):
-    inputs = seen(5)
+    inputs = candidates(5)
     assert make(token_budget=budget).generate("item_summary", inputs) == engine.generate("item_summary", inputs)
 
 
 def test_out_of_memory_means_smaller_batches_from_then_on(engine, monkeypatch):
-    inputs, tight = seen(8), make()
+    inputs, tight = candidates(8), make()
     sizes = []
 
     def generate(*arguments, real=tight.model.generate, **batch):
@@ -124,8 +133,8 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
     def facts(task, **options):
         prompts = options.pop("prompts", {})
         noun = options.pop("noun", "item")
-        one = build_engine(SummaryOptions(model="demo", **options), prompts, noun)
-        return one.prompt_hash(task), one.settings(task)
+        made = build_engine(SummaryOptions(model="demo", **options), prompts, noun)
+        return made.prompt_hash(task), made.settings(task)
 
     base = {task: facts(task) for task in ("item_summary", "preference")}
     assert facts("item_summary", batch_size=3, token_budget=99, concurrency=2) == base["item_summary"]
@@ -143,8 +152,8 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"engine": "magic", "model": "x"}, "'magic' is none of transformers, openai, extractive, titles"),
-        ({"model": "x", "blocks": 3}, r"unknown keys \['blocks'\]"),
+        ({"engine": "magic", "model": "x"}, "'magic': must be one of 'transformers', 'openai', 'extractive', 'titles'"),
+        ({"model": "x", "blocks": 3}, "unknown key 'blocks'; did you mean 'block_size'"),
         ({}, "name the model of the transformers engine"),
         ({"model": "x", "max_new_tokens": {"items": 3}}, r"unknown \['items'\]"),
         ({"model": "x", "batch_size": 0}, "must be at least 1"),
@@ -152,55 +161,56 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
 )
 def test_a_wrong_option_is_named(section, message):
     with pytest.raises(ValueError, match=message):
-        SummaryOptions.from_recipe(section)
+        build(SummaryOptions, section, "summaries")
+
+
+def test_every_engine_that_a_recipe_may_name_can_be_built():
+    assert ENGINES.keys() == set(get_args(get_type_hints(SummaryOptions)["engine"]))
 
 
 def test_titles_alone_are_titles_and_nothing_else():
     engine = TitlesEngine()
-    item = {"title": "The Red Mug", "text": "of stone", "image": Image.new("RGB", (8, 8), "red")}
-    assert [one.text for one in engine.generate("item_summary", [item, {"title": None}])] == ["The Red Mug", ""]
-    block = {"items": [{"title": "B", "summary": "x"}, {"title": "", "summary": "y"}], "previous": "A"}
+    item = Candidate(title="The Red Mug", text="of stone", image=Image.new("RGB", (8, 8), "red"))
+    assert [text.text for text in engine.generate("item_summary", [item, Candidate()])] == ["The Red Mug", ""]
+    block = HistoryBlock([HistoryItem("B", "x"), HistoryItem("", "y")], "A")
     assert engine.generate("preference", [block])[0].text == "A; B"
 
 
 def test_without_a_model_words_and_colours_are_extracted():
     engine = ExtractiveEngine(item_words=3)
-    item = {
-        "title": "Zorro",
-        "text": "A masked rider, and his horse.",
-        "image": Image.new("RGB", (9, 9), (200, 40, 40)),
-    }
-    (one,) = engine.generate("item_summary", [item])
-    assert one.text == "masked, rider, horse, red, black"
-    (one,) = engine.generate("item_summary", [{"title": "Zorro", "text": "", "image": None}])
-    assert one.text == "zorro"
+    image = Image.new("RGB", (9, 9), (200, 40, 40))
+    (text,) = engine.generate("item_summary", [Candidate("", "Zorro", "A masked rider, and his horse.", image)])
+    assert text.text == "masked, rider, horse, red, black"
+    (text,) = engine.generate("item_summary", [Candidate("", "Zorro")])
+    assert text.text == "zorro"
 
 
 def test_without_a_model_old_words_fade_and_repeated_words_lead():
     engine = ExtractiveEngine(preference_words=3)
-    block = [{"summary": "drama, red"}, {"summary": "drama, blue"}, {"summary": "comedy"}]
-    (first,) = engine.generate("preference", [{"items": block, "previous": None}])
+    block = [HistoryItem(summary=summary) for summary in ("drama, red", "drama, blue", "comedy")]
+    (first,) = engine.generate("preference", [HistoryBlock(block, None)])
     assert first.text == "drama, red, blue"
-    (second,) = engine.generate("preference", [{"items": [{"summary": "comedy"}] * 3, "previous": first.text}])
+    comedies = [HistoryItem(summary="comedy")] * 3
+    (second,) = engine.generate("preference", [HistoryBlock(comedies, first.text)])
     assert second.text.split(", ")[0] == "comedy"
 
 
 def test_dominant_colours_are_ordered_by_area():
-    picture = Image.new("RGB", (10, 10), (45, 95, 200))
-    picture.paste((240, 215, 60), (0, 0, 10, 3))
-    assert dominant_colours(picture) == ["blue", "yellow"]
+    image = Image.new("RGB", (10, 10), (45, 95, 200))
+    image.paste((240, 215, 60), (0, 0, 10, 3))
+    assert dominant_colours(image) == ["blue", "yellow"]
 
 
 def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_items():
     engine = make(device_map="cpu", attn_implementation="no such thing")
     with pytest.raises(EngineUnavailable, match="demo cannot be loaded"):
-        engine.generate("item_summary", seen(1))
+        engine.generate("item_summary", candidates(1))
 
 
 def test_dtype_and_device_map_are_passed_on():
     engine = make(dtype="bfloat16", device_map="cpu", attn_implementation="eager")
     assert engine.model.dtype == torch.bfloat16 and engine.model.config._attn_implementation == "eager"
-    (text,) = engine.generate("item_summary", seen(1))
+    (text,) = engine.generate("item_summary", candidates(1))
     assert text.text
 
 
@@ -212,4 +222,4 @@ def test_a_failed_accelerator_is_no_fault_of_the_items(monkeypatch):
 
     monkeypatch.setattr(engine.model, "generate", fail)
     with pytest.raises(EngineUnavailable, match="run again to go on"):
-        engine.generate("item_summary", seen(3))
+        engine.generate("item_summary", candidates(3))

@@ -1,16 +1,20 @@
 """Summaries: resumable, incremental, and honest about what failed."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
 import pytest
 from PIL import Image
 
-from mllm_msr.processing.engines import EngineUnavailable, SummaryOptions, Text
-from mllm_msr.processing.summaries import assess, summarize_items, summarize_users
+from mllm_msr.modeling.inputs import HistoryItem
+from mllm_msr.processing.engines import EngineUnavailable, Failure, PromptInput, Text
+from mllm_msr.processing.summaries import summarize_items, summarize_users
+from mllm_msr.processing.text_status import assess
 from mllm_msr.processing.text_store import TextStore
+from mllm_msr.records.schema import ITEMS
+from mllm_msr.records.sections import SummaryOptions
 
 
 class Scribe:
@@ -31,25 +35,26 @@ class Scribe:
     def settings(self, task: str) -> str:
         return ""
 
-    def generate(self, task: str, inputs: Sequence[Mapping[str, Any]], seeds=None, again=False) -> list[Any]:
+    def generate(self, task: str, inputs: Sequence[PromptInput], seeds=None, again=False) -> list[Any]:
         if self.dies_after is not None and len(self.asked) >= self.dies_after:
             raise KeyboardInterrupt
-        if any(self.chokes_on and one.get("title") == self.chokes_on for one in inputs):
+        if self.chokes_on and any(given.title == self.chokes_on for given in inputs):
             raise RuntimeError("cannot digest this")
         self.asked += inputs
-        return [self.answer(task, one, again) for one in inputs]
+        return [self.answer(task, given, again) for given in inputs]
 
-    def answer(self, task: str, one: Mapping[str, Any], again: bool) -> Any:
-        if self.gone_at and one.get("title") == self.gone_at:
+    def answer(self, task: str, given: Any, again: bool) -> Any:
+        title = getattr(given, "title", None)
+        if self.gone_at and title == self.gone_at:
             return EngineUnavailable("the server is gone")
         usual = {
-            "item_summary": lambda: f"{one['title']} {one['image'].size if one['image'] else 'unseen'}",
-            "image_summary": lambda: f"looks {one['image'].size[0]}",
-            "text_summary": lambda: f"is {one['title']}",
-            "fusion": lambda: f"{one['text_summary']} and {one['image_summary']}",
-            "preference": lambda: f"[{one['previous'] or ''}{'+'.join(i['summary'] for i in one['items'])}]",
+            "item_summary": lambda: f"{title} {given.image.size if given.image else 'unseen'}",
+            "image_summary": lambda: f"looks {given.image.size[0]}",
+            "text_summary": lambda: f"is {title}",
+            "fusion": lambda: f"{given.text_summary} and {given.image_summary}",
+            "preference": lambda: f"[{given.previous or ''}{'+'.join(item.summary for item in given.items)}]",
         }
-        return self.says.get((one.get("title"), again)) or Text(usual[task](), True)
+        return self.says.get((title, again)) or Text(usual[task](), True)
 
 
 def png(edge: int) -> bytes:
@@ -60,9 +65,7 @@ def png(edge: int) -> bytes:
 
 def catalogue(n: int = 10) -> pl.DataFrame:
     rows = [(f"i{k}", f"title {k}", "", {"bytes": png(40 + k), "path": None} if k % 3 else None) for k in range(n)]
-    image = pl.Struct({"bytes": pl.Binary, "path": pl.String})
-    schema = {"item_id": pl.String, "title": pl.String, "text": pl.String, "image": image}
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    return ITEMS.frame(rows)
 
 
 def log(lengths: dict[str, int]) -> pl.DataFrame:
@@ -101,11 +104,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
 def test_one_bad_item_is_marked_and_tried_again(tmp_path):
     out = summarize_items(catalogue(), Scribe(chokes_on="title 5"), TextStore(tmp_path))
     assert out.filter(pl.col("status") != "ok")["item_id"].to_list() == ["i5"]
-    assert "cannot digest this" in out["status"][5]
+    assert out["status"][5] == "failed:RuntimeError"  # and not what the exception says
     scribe = Scribe()
     again = summarize_items(catalogue(), scribe, TextStore(tmp_path))
     assert set(again["status"]) == {"ok"}
-    assert [one["title"] for one in scribe.asked] == ["title 5"]
+    assert [item.title for item in scribe.asked] == ["title 5"]
 
 
 def test_a_changed_prompt_regenerates(tmp_path):
@@ -146,7 +149,7 @@ def test_only_users_with_a_new_block_cost_anything(tmp_path):
     first = summarize_users(before, own, own, Scribe(), TextStore(tmp_path))
     scribe = Scribe()
     second = summarize_users(after, own, own, scribe, TextStore(tmp_path))
-    assert [[item["summary"] for item in one["items"]] for one in scribe.asked] == [["v 6", "v 7", "v 8"]]
+    assert [block.items for block in scribe.asked] == [[HistoryItem(f"v {k}", f"v {k}") for k in (6, 7, 8)]]
     assert second.filter((pl.col("user_id") != "v") | (pl.col("step") < 3)).equals(first)
 
 
@@ -195,8 +198,8 @@ def test_the_three_prompts_describe_a_picture_once_and_fuse_where_there_are_two(
     scribe = Scribe()
     out = summarize_items(items, scribe, TextStore(tmp_path), SummaryOptions("extractive", item_prompts="paper"))
     assert out["summary"].to_list() == ["is A and looks 40", "is B and looks 40", "is C", "looks 40"]
-    assert len([one for one in scribe.asked if "image" in one]) == 1
-    assert len([one for one in scribe.asked if "text_summary" in one]) == 2
+    assert len([given for given in scribe.asked if getattr(given, "image", None)]) == 1
+    assert len([given for given in scribe.asked if hasattr(given, "text_summary")]) == 2
     assert set(out["status"]) == {"ok"}
     assert out["prompt_hash"].n_unique() == 1
 
@@ -246,15 +249,13 @@ def test_a_doubtful_text_is_asked_for_once_more_and_else_marked(tmp_path):
 
 def test_a_failed_step_leaves_the_preference_as_it_was(tmp_path):
     class Deaf(Scribe):
-        def answer(self, task, one, again):
-            return (
-                RuntimeError("not this one") if one["items"][0]["summary"] == "3" else super().answer(task, one, again)
-            )
+        def answer(self, task, block, again):
+            return Failure("http-400") if block.items[0].summary == "3" else super().answer(task, block, again)
 
     out = summarize_users(log({"u": 9}), SUMMARIES, SUMMARIES, Deaf(), TextStore(tmp_path))
     assert out.select("preference", "status").rows() == [
         ("[0+1+2]", "ok"),
-        ("[0+1+2]", "failed:RuntimeError: not this one"),
+        ("[0+1+2]", "failed:http-400"),
         ("[[0+1+2]6+7+8]", "ok"),
     ]
     out = summarize_users(log({"u": 9}), SUMMARIES, SUMMARIES, Scribe(), TextStore(tmp_path))
@@ -279,6 +280,6 @@ def test_an_engine_that_never_succeeds_is_not_asked_a_million_times(tmp_path):
             raise TypeError("the prompt is wrong")
 
     scribe = Broken()
-    with pytest.raises(EngineUnavailable, match="all of the first 32 inputs failed:TypeError: the prompt is wrong"):
+    with pytest.raises(EngineUnavailable, match="all of the first 32 inputs failed, the last with TypeError"):
         summarize_items(catalogue(60), scribe, TextStore(tmp_path))
     assert summarize_items(catalogue(60), Scribe(), TextStore(tmp_path))["status"].unique().to_list() == ["ok"]

@@ -24,12 +24,12 @@ class Slow:  # each block takes a while, and is written down with who wrote it
     def prompt_hash(self, task): return task
     def settings(self, task): return ""
     def generate(self, task, inputs, seeds=None, again=False):
-        for one in inputs:
-            if sys.argv[2] == "full" and one["previous"]:
+        for block in inputs:
+            if sys.argv[2] == "full" and block.previous:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as if the disk were full
             print("asked", flush=True)
             time.sleep(0.02)
-        return [Text(f"{one['previous'] or ''}{one['items'][0]['summary']}.", True) for one in inputs]
+        return [Text(f"{block.previous or ''}{block.items[0].summary}.", True) for block in inputs]
 
 rows = [(f"u{n}", f"i{n} {k}", k) for n in range(12) for k in range(6)]
 log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")

@@ -1,0 +1,86 @@
+"""The engines by the name that a recipe calls them. Nothing heavy is imported before its engine is wanted."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mllm_msr.processing.engines import Engine
+from mllm_msr.processing.prompts import PROMPTS
+from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.sections import MAX_NEW_TOKENS, SummaryOptions
+
+Build = Callable[[SummaryOptions, Mapping[str, str], str], Engine]
+
+
+def build_engine(options: SummaryOptions, prompts: Mapping[str, str] | None = None, noun: str = "item") -> Engine:
+    """The engine of a recipe; its model is loaded when the first text is wanted.
+
+    Args:
+        prompts: templates that replace the default ones, by name.
+        noun: what the prompts call an item.
+    """
+    return ENGINES[options.engine](options, {**PROMPTS, **(prompts or {})}, noun)
+
+
+def _extractive(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:
+    from mllm_msr.processing.engine_extractive import ExtractiveEngine
+
+    return ExtractiveEngine()
+
+
+def _titles(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:
+    from mllm_msr.processing.engine_extractive import TitlesEngine
+
+    return TitlesEngine()
+
+
+def _openai(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:
+    from mllm_msr.processing.engine_openai import OpenAIEngine
+
+    return OpenAIEngine(
+        options.model,
+        prompts,
+        noun,
+        base_url=options.base_url,
+        revision=options.revision,
+        max_new_tokens=MAX_NEW_TOKENS | options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        concurrency=options.concurrency,
+        requests_per_minute=options.requests_per_minute,
+        timeout=options.timeout,
+        tries=options.tries,
+        batch_size=max(options.batch_size, options.concurrency),
+    )
+
+
+def _transformers(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:
+    from mllm_msr.processing.engine_transformers import TransformersEngine
+    from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+
+    name = backbone_path(options.model)
+    processor = MllmMsrProcessor.from_backbone(
+        name, revision=options.revision, prompts=dict(prompts), item_noun=noun, max_length=options.max_length
+    )
+    return TransformersEngine(
+        name,
+        processor,
+        label=Path(name).name if Path(options.model).is_dir() else options.model,  # no path of this machine
+        revision=options.revision,
+        max_new_tokens=MAX_NEW_TOKENS | options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        token_budget=options.token_budget,
+        device_map=options.device_map,
+        attn_implementation=options.attn_implementation,
+        quantization_config=options.quantization_config,
+    )
+
+
+ENGINES: dict[str, Build] = {
+    "transformers": _transformers,
+    "openai": _openai,
+    "extractive": _extractive,
+    "titles": _titles,
+}
