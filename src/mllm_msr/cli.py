@@ -4,7 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mllm_msr.records.run import RunFolder
 
 EXAMPLES = """\
 examples:
@@ -15,8 +18,9 @@ examples:
   mllm-msr rank RUN --users all --output rankings          for all users; `accelerate launch -m mllm_msr.cli rank ...`
                                                            shares them among processes
   mllm-msr show user u0003 demo_output                     what was read and written of one user, step by step
+  mllm-msr show page RUN                                   try a run's model in the browser
   mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
-stages, each alone on a run directory; what is finished is skipped, what was interrupted goes on:
+stages, each alone on a run; what is finished is skipped, what was interrupted goes on:
   mllm-msr prepare recipes/movielens_100k.yaml --data DIR --output RUN
   mllm-msr summarize items RUN
   mllm-msr summarize users RUN
@@ -24,7 +28,7 @@ stages, each alone on a run directory; what is finished is skipped, what was int
   mllm-msr evaluate RUN
   mllm-msr report RUN
 evidence:
-  mllm-msr evaluate RUN --baselines knn,tfidf,svd,sasrec,gru4rec   further rows on exactly the same candidates
+  mllm-msr evaluate RUN --baselines knn,tfidf,svd,sasrec,gru4rec   further variants on exactly the same candidates
   mllm-msr evaluate RUN --full-catalogue 100 --agreement 50        among all items; whether number formats agree
   mllm-msr evaluate RUN --model OTHER --fine-tune 100              cross-domain; without --fine-tune as it is
   mllm-msr study recipes/studies/ablations_demo.yaml               what each part of the method is worth, on the demo
@@ -33,21 +37,24 @@ evidence:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from")
     parser = argparse.ArgumentParser(
         prog="mllm-msr",
         description="Recommendation with multimodal LLMs: summarise items and users, fine-tune, rank, report, publish.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[debug],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str, into=commands) -> argparse.ArgumentParser:
-        return into.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def command(name: str, text: str, into: Any = commands) -> argparse.ArgumentParser:
+        return into.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[debug])
 
     demo = command("demo", "run the whole method on the embedded data set")
-    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="run directory (default: demo_output)")
+    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="its run (default: demo_output)")
     demo.add_argument("--serve", action="store_true", help="then show it in the browser (needs the extra [demo])")
-    demo.add_argument("--port", type=int, default=7860, help="of --serve (default: 7860)")
+    demo.add_argument("--port", type=port, default=7860, help="of --serve (default: 7860)")
 
     for name, text in (
         ("run", "do every stage of a recipe, from raw data to report and Hub folder"),
@@ -56,35 +63,34 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(name, text)
         sub.add_argument("recipe", type=Path, nargs="?", help="recipe file, see recipes/; not needed for own tables")
         sub.add_argument("--data", metavar="DIR", help="folder of the raw data, or hf://datasets/OWNER/NAME")
-        sub.add_argument("--output", type=Path, help="run directory (default: runs/<recipe's name>)")
-        sub.add_argument("--limit-users", type=int, help="keep a seeded sample of users, to be done sooner")
-        sub.add_argument("--backbone", help="model to fine-tune instead of the recipe's (Hub id, folder, or demo)")
+        sub.add_argument("--output", type=Path, help="folder of the run (default: runs/<recipe's name>)")
+        sub.add_argument("--limit-users", type=positive, help="keep a seeded sample of users, to be done sooner")
+        sub.add_argument("--backbone", type=text_of, help="model to fine-tune (Hub id, folder, or demo)")
         add_data_options(sub)
 
     summarize = command("summarize", "write item summaries or user preferences")
     parts = summarize.add_subparsers(dest="part", required=True, metavar="items|users")
-    for name, text in (("items", "summarise each item's picture and words"), ("users", "write preferences by blocks")):
-        command(name, text, parts).add_argument("run", type=Path, help="run directory")
-
-    for name, text in (
-        ("train", "fine-tune the recommender on the run's examples"),
-        ("evaluate", "score the frozen tasks with every row of the table and compute the metrics"),
-        ("report", "write report.html and results.md"),
-    ):
-        sub = command(name, text)
-        sub.add_argument("run", type=Path, help="run directory")
-        if name == "evaluate":
-            known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
-            sub.add_argument(
-                "--baselines", metavar="A,B", type=names, default=[], help=f"further rows on the same tasks, of {known}"
-            )
-            sub.add_argument("--model", metavar="RUN|REPO", help="rank with the model of another run, or of the Hub")
-            some = "fine-tune it on so many of this run's training tasks first; without --model, the recipe's backbone"
-            sub.add_argument("--fine-tune", metavar="N", type=positive, help=some)
-            whole = "also rank the choices of N users (or all) among the whole catalogue"
-            sub.add_argument("--full-catalogue", metavar="N|all", type=positive_or_all, help=whole)
-            ways = "also score N tasks in other number formats and ways of computing, to see whether they agree"
-            sub.add_argument("--agreement", metavar="N", type=positive, help=ways)
+    stages = [
+        command("items", "summarise each item's image and words", parts),
+        command("users", "write preferences by history blocks", parts),
+        command("train", "fine-tune the recommender on the run's examples"),
+        evaluate := command("evaluate", "score the frozen tasks with every variant of the table, compute the metrics"),
+        report := command("report", "write report.html and results.md"),
+    ]
+    for sub in stages:
+        sub.add_argument("run", type=Path, help="folder of the run")
+        if sub is not report:
+            add_setting(sub, "a value of the run's recipe from now on, of the sections that the stage reads")
+    known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
+    further = f"further variants on the same tasks, of {known}"
+    evaluate.add_argument("--baselines", metavar="A,B", type=names, default=[], help=further)
+    evaluate.add_argument("--model", metavar="RUN|REPO", help="rank with the model of another run, or of the Hub")
+    tasks = "fine-tune it on so many of this run's training tasks first; without --model, the recipe's backbone"
+    evaluate.add_argument("--fine-tune", metavar="N", type=positive, help=tasks)
+    whole = "also rank the choices of N users (or all) among the whole catalogue"
+    evaluate.add_argument("--full-catalogue", metavar="N|all", type=positive_or_all, help=whole)
+    ways = "also score N tasks in other number formats and ways of computing, to see whether they agree"
+    evaluate.add_argument("--agreement", metavar="N", type=positive, help=ways)
 
     study = command("study", "run one recipe under many settings; one table and plot of them all")
     study.add_argument("study", type=Path, help="study file, see recipes/studies/ablations_demo.yaml")
@@ -92,30 +98,27 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--data", metavar="DIR", help="folder of the raw data of every cell")
     study.add_argument("--only", metavar="CELL", action="append", default=[], help="run this cell; may be repeated")
 
-    compare = command("compare", "put the rows of several runs side by side")
-    compare.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
+    compare = command("compare", "put the results of several runs side by side")
+    compare.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
 
-    rank = command("rank", "rank the catalogue, or some of it, for one user of a run")
-    rank.add_argument("run", type=Path, help="run directory with a trained model")
+    rank = command("rank", "rank the catalogue, or some of it, for users of a run")
+    rank.add_argument("run", type=Path, help="folder of a run with a trained model")
     who = rank.add_mutually_exclusive_group(required=True)
-    who.add_argument("--user", help="user id: the last preference, all unseen items as candidates")
-    who.add_argument("--preference", help="a preference in words instead of a user")
-    who.add_argument(
-        "--users", metavar="all|A,B", type=names, help="many users, into files (resumable; several processes share)"
-    )
-    rank.add_argument(
-        "--items", type=names, help="comma-separated candidate item ids (default: all the user has not seen)"
-    )
-    rank.add_argument("--top-k", type=int, default=10, help="how many to show (default: 10)")
+    who.add_argument("--user", type=text_of, help="user id: the last preference, all unseen items as candidates")
+    who.add_argument("--preference", type=text_of, help="a preference in words instead of a user")
+    many = "many users, into files (resumable; several processes share)"
+    who.add_argument("--users", metavar="all|A,B", type=names, help=many)
+    rank.add_argument("--items", type=names, metavar="A,B", help="candidate item ids (default: the catalogue)")
+    rank.add_argument("--top-k", type=positive, default=10, help="how many to show (default: 10)")
     rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")
     index = command("index", "compute ahead what a model with interaction=late keeps of every item, for rank")
-    index.add_argument("run", type=Path, help="run directory with a trained model")
+    index.add_argument("run", type=Path, help="folder of a run with a trained model")
     for sub in (rank, index):
         sub.add_argument("--memory-gb", type=float, help="kept of users and items (default: half of what is free)")
 
     publish = command("publish", "release a run on the Hub: model, data set, metric, demo Space")
-    publish.add_argument("run", type=Path, help="run directory with a report")
-    publish.add_argument("--namespace", required=True, help="user or organisation on the Hub")
+    publish.add_argument("run", type=Path, help="folder of a run with a report")
+    publish.add_argument("--namespace", required=True, type=text_of, help="user or organisation on the Hub")
     for flag, text in (
         ("model", "model, processor, code and card"),
         ("datasets", "the derived data set"),
@@ -126,15 +129,19 @@ def build_parser() -> argparse.ArgumentParser:
     publish.add_argument("--collection", action="store_true", help="also gather them in a collection")
     publish.add_argument("--public", action="store_true", help="for everyone to see, once all is there")
     publish.add_argument("--create-pr", action="store_true", help="propose pull requests instead of committing")
-    publish.add_argument("--tag", help="of the release (default: v and the version of mllm-msr)")
+    publish.add_argument("--tag", type=text_of, help="of the release (default: v and the version of mllm-msr)")
     publish.add_argument("--dry-run", action="store_true", help="show the files and cards; nothing leaves this machine")
-    publish.add_argument("--without-images", action="store_true", help="embed no pictures in the data set")
-    publish.add_argument("--anonymise", action="store_true", help="hash drawn users too; real ones always are")
+    publish.add_argument("--without-images", action="store_true", help="embed no images in the data set")
+    publish.add_argument("--anonymise", action="store_true", help="hash the demo's users too; real ones always are")
 
-    show = command("show", "print a user's history with the preference after each block")
-    user = command("user", "print one user's history", show.add_subparsers(dest="part", required=True, metavar="user"))
-    user.add_argument("id", help="user id")
-    user.add_argument("run", type=Path, nargs="?", default=Path("demo_output"), help="run directory (demo_output)")
+    show = command("show", "print one user's history, or open a run's model in the browser")
+    what = show.add_subparsers(dest="part", required=True, metavar="user|page")
+    user = command("user", "print a user's history with the preference after each history block", what)
+    user.add_argument("id", type=text_of, help="user id")
+    page = command("page", "try a run's model in the browser (needs the extra [demo])", what)
+    page.add_argument("--port", type=port, default=7860, help="where to serve it (default: 7860)")
+    for sub in (user, page):
+        sub.add_argument("run", type=Path, nargs="?", default=Path("demo_output"), help="its folder (demo_output)")
     return parser
 
 
@@ -143,33 +150,39 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group(
         "own tables (CSV, TSV, JSON lines, Parquet, or a data set hf://datasets/OWNER/NAME)"
     )
-    own.add_argument("--interactions", metavar="FILE", help="log: user_id, item_id, timestamp")
-    own.add_argument("--items", metavar="FILE", help="catalogue: item_id, title, text, image")
-    own.add_argument("--images", metavar="DIR", help="folder of the image files")
+    own.add_argument("--interactions", metavar="FILE", type=text_of, help="log: user_id, item_id, timestamp")
+    own.add_argument("--items", metavar="FILE", type=text_of, help="catalogue: item_id, title, text, image")
+    own.add_argument("--images", metavar="DIR", type=text_of, help="folder of the image files")
     own.add_argument(
         "--column", metavar="OURS=YOURS", action="append", type=mapping, default=[], help="e.g. user_id=reviewer"
     )
     data = parser.add_argument_group("data protocol (docs/data.md)")
     data.add_argument("--protocol", choices=("strict", "paper", "global-cutoff"))
-    data.add_argument("--negatives", metavar="N|all", type=count_or_all, help="a held-out target; all: full catalogue")
+    data.add_argument("--negatives", metavar="N|all", type=positive_or_all, help="a target; all: full catalogue")
     data.add_argument("--negative-sampling", choices=("uniform", "popularity"))
     data.add_argument("--folds", type=int, metavar="K", help="protocol paper: test 1/K of the users, K runs test all")
     data.add_argument("--fold", type=int, metavar="k", help="which fold, 0 ... K-1")
     data.add_argument("--on-bad-rows", choices=("error", "skip"), help="stop at the first, or count and leave out")
     data.add_argument("--seed", type=int, help="of candidates, samples, training and evaluation")
-    further = "any other value of the recipe, e.g. data.k_core_users=7"
-    data.add_argument("--set", metavar="KEY=VALUE", action="append", type=mapping, default=[], help=further)
+    add_setting(data, "any other value of the recipe, e.g. data.k_core_users=7")
+
+
+def add_setting(parser: Any, text: str) -> None:
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", type=mapping, default=[], help=text)
+
+
+# ---- types of arguments: what they refuse is wrong usage, and ends with status 2 -----------------------------------
 
 
 def mapping(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not equals:
+    if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name, value
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
@@ -178,35 +191,71 @@ def positive_or_all(text: str) -> int | Literal["all"]:
     return "all" if text == "all" else positive(text)
 
 
-def count_or_all(text: str) -> int | Literal["all"]:
-    return 0 if text == "0" else positive_or_all(text)
+def port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 (any that is free) to 65535")
+    return int(text)
+
+
+def text_of(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
+    return [text_of(name).strip() for name in text.split(",")]
+
+
+# ---- commands: from options to typed arguments; what is heavy is imported by the command that needs it -------------
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if problem := wrong_usage(options):
+        parser.error(problem)
     try:
         COMMANDS[options.command](options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(f"mllm-msr: {message}")
     except KeyboardInterrupt:
-        sys.exit("mllm-msr: interrupted; run the same command again to go on")
+        print("mllm-msr: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if getattr(options, "debug", False):
+            raise
+        sys.exit(f"mllm-msr: {in_words(error)}")
 
 
-# ---- commands: from options to typed arguments; what is heavy is imported by the command that needs it --------------
+def wrong_usage(options: argparse.Namespace) -> str | None:
+    """What no single argument shows: options that need each other."""
+    if options.command in ("run", "prepare") and not (options.recipe or options.interactions):
+        return "give a recipe file, or own tables by --interactions (and --items)"
+    if options.command == "run" and not (options.recipe or options.backbone):
+        return "without a recipe, say which model to fine-tune: --backbone with a Hub id or a folder"
+    if options.command == "compare" and len(options.runs) < 2:
+        return "name two runs or more to compare"
+    if options.command == "rank" and options.users and not options.output:
+        return "name a folder for the rankings of --users: --output DIR"
+    return None
 
 
-def _open(options: argparse.Namespace) -> Any:
-    from mllm_msr.opening import open_run
+def in_words(error: Exception) -> str:
+    """An error as one line for the user; of one that was not foreseen, its type and how to see more."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError | ValueError | RuntimeError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error}; run again with --debug to see where it comes from"
 
-    return open_run(options.run)
+
+def existing_run(options: argparse.Namespace, stage: str | None = None) -> "RunFolder":
+    from mllm_msr.opening import open_run, parse_setting
+
+    settings = {key: parse_setting(key, text) for key, text in getattr(options, "set", ())}
+    return open_run(options.run, stage, settings)
 
 
-def _open_recipe(options: argparse.Namespace) -> Any:
+def recipe_run(options: argparse.Namespace) -> "RunFolder":
     from mllm_msr.opening import Overrides, open_recipe, parse_setting
 
     direct = "data interactions items images limit_users protocol negatives negative_sampling folds fold on_bad_rows"
@@ -215,13 +264,15 @@ def _open_recipe(options: argparse.Namespace) -> Any:
         columns=dict(options.column),
         settings={key: parse_setting(key, text) for key, text in options.set},
     )
-    return open_recipe(options.recipe, overrides, options.output, trains=options.command == "run")
+    return open_recipe(options.recipe, overrides, options.output)
 
 
 def demo(options: argparse.Namespace) -> None:
     from mllm_msr.demo.main import demo
-    from mllm_msr.stages import serve
+    from mllm_msr.stages import check_port, serve
 
+    if options.serve:
+        check_port(options.port)
     run = demo(options.output)
     if options.serve:
         serve(run, options.port)
@@ -230,42 +281,29 @@ def demo(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     from mllm_msr.stages import run_all
 
-    run_all(_open_recipe(options))
+    run_all(recipe_run(options))
 
 
-def prepare(options: argparse.Namespace) -> None:
-    from mllm_msr.stages import prepare
+def stage(options: argparse.Namespace) -> None:
+    from mllm_msr.stages import FUNCTIONS, print_next
 
-    prepare(_open_recipe(options))
-
-
-def summarize(options: argparse.Namespace) -> None:
-    from mllm_msr.stages import summarize_items, summarize_users
-
-    (summarize_items if options.part == "items" else summarize_users)(_open(options))
-
-
-def train(options: argparse.Namespace) -> None:
-    from mllm_msr.stages import train
-
-    train(_open(options))
+    name = f"summarize {options.part}" if options.command == "summarize" else options.command
+    run = recipe_run(options) if name == "prepare" else existing_run(options, name)
+    FUNCTIONS[name](run)
+    print_next(run)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     from mllm_msr.evaluation.evaluate import scorable, with_evaluation
-    from mllm_msr.stages import evaluate
+    from mllm_msr.stages import evaluate, print_next
     from mllm_msr.transfer import with_model_of
 
-    run = with_evaluation(_open(options), options.baselines, options.full_catalogue, options.agreement)
+    run = existing_run(options, "evaluate")
+    run = with_evaluation(run, options.baselines, options.full_catalogue, options.agreement)
     if options.model or options.fine_tune:
         run = with_model_of(run, options.model, options.fine_tune)
     evaluate(run, scorable(run) if options.baselines else None)
-
-
-def report(options: argparse.Namespace) -> None:
-    from mllm_msr.stages import report
-
-    report(_open(options))
+    print_next(run)
 
 
 def study(options: argparse.Namespace) -> None:
@@ -276,29 +314,31 @@ def study(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     from mllm_msr.hub_cards.results_page import compare
+    from mllm_msr.records.run import RunFolder
 
-    print(compare(options.runs))
+    runs = [RunFolder.open(path) for path in options.runs]
+    for run in runs:
+        run.require("evaluate")
+    print(compare([run.path for run in runs]))
 
 
 def rank(options: argparse.Namespace) -> None:
     from mllm_msr import rank
 
-    run = _open(options)
-    how = {"items": options.items, "top_k": options.top_k, "memory_gb": options.memory_gb}
+    run = existing_run(options)
+    how = rank.Ranking(options.items, options.top_k, options.memory_gb)
     if options.users:
-        if not options.output:
-            raise ValueError("name a folder for the rankings: --output DIR")
-        rank.rank_users(run, None if options.users == ["all"] else options.users, options.output, **how)
+        rank.rank_users(run, None if options.users == ["all"] else options.users, options.output, how)
     elif options.user:
-        rank.rank_user(run, options.user, **how)
+        rank.rank_user(run, options.user, how)
     else:
-        rank.rank_preference(run, options.preference, **how)
+        rank.rank_preference(run, options.preference, how)
 
 
 def index(options: argparse.Namespace) -> None:
     from mllm_msr.rank import index
 
-    index(_open(options), options.memory_gb)
+    index(existing_run(options), options.memory_gb)
 
 
 def publish(options: argparse.Namespace) -> None:
@@ -316,21 +356,35 @@ def publish(options: argparse.Namespace) -> None:
         images=not options.without_images,
         anonymise=options.anonymise,
     )
-    publish(_open(options), release)
+    publish(existing_run(options), release)
 
 
 def show(options: argparse.Namespace) -> None:
     from mllm_msr.show import show_user
+    from mllm_msr.stages import check_port, serve
 
-    show_user(_open(options), options.id)
+    if options.part == "user":
+        show_user(existing_run(options), options.id)
+    else:
+        check_port(options.port)
+        serve(existing_run(options), options.port)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    command.__name__: command
-    for command in (
-        demo, run, prepare, summarize, train, evaluate, report, study, compare, rank, index, publish, show,
-    )
-}  # fmt: skip
+    "demo": demo,
+    "run": run,
+    "prepare": stage,
+    "summarize": stage,
+    "train": stage,
+    "evaluate": evaluate,
+    "report": stage,
+    "study": study,
+    "compare": compare,
+    "rank": rank,
+    "index": index,
+    "publish": publish,
+    "show": show,
+}
 
 
 if __name__ == "__main__":

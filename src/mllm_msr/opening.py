@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import yaml
 
-from mllm_msr.data.sources.registry import check_source
+from mllm_msr.data.sources.registry import check_source, source_places
 from mllm_msr.proof import check_templates
 from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, with_settings
-from mllm_msr.records.run import RunFolder
+from mllm_msr.records.run import STAGES, RunFolder
 
 
 @dataclass(frozen=True)
@@ -75,32 +75,47 @@ class Overrides:
         return with_settings({**content, "source": source, "data": data}, {**settings, **self.settings})
 
 
-def open_recipe(
-    recipe: Path | None, overrides: Overrides, output: Path | None = None, trains: bool = False
-) -> RunFolder:
+def open_recipe(recipe: Path | None, overrides: Overrides, output: Path | None = None) -> RunFolder:
     """The run of a recipe file, or of own tables alone, in ``output`` (by default below ``runs``).
 
-    Args:
-        trains: whether a model is to be fine-tuned, for which own tables have to name one.
-
     Raises:
-        ValueError: neither a recipe nor tables, or anything in them that is unknown, of a wrong type, or missing.
+        ValueError: anything in the recipe that is unknown, of a wrong type or missing, or a folder of another run.
         FileNotFoundError: a recipe file or raw data that does not exist.
     """
     if recipe:
         content, name = load_content(recipe), recipe.stem
-    elif overrides.interactions:
-        name = Path(overrides.interactions.split("?")[0]).name.split(".")[0]
-        content = {"name": name, "source": {"type": "tables"}, "summaries": {"engine": "extractive"}}
-        if trains and not overrides.backbone:
-            raise ValueError("without a recipe, say which model to fine-tune: --backbone with a Hub id or a folder")
     else:
-        raise ValueError("give a recipe file, or own tables by --interactions (and --items)")
+        name = Path((overrides.interactions or "").split("?")[0]).name.split(".")[0]
+        content = {"name": name, "source": {"type": "tables"}, "summaries": {"engine": "extractive"}}
     try:
         checked = check_recipe(overrides.apply(content))
     except ValueError as error:
         raise ValueError(f"{recipe}: {error}" if recipe else str(error)) from error
-    return RunFolder.create(output or Path("runs") / name, checked)
+    path = output or Path("runs") / name
+    refuse_other_data(path, checked)
+    return RunFolder.create(path, checked)
+
+
+def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] | None = None) -> RunFolder:
+    """An existing run; for a stage with its whole recipe checked, under ``settings`` of the sections that it reads.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: a mistake in the recipe, or a setting of a section that an earlier stage reads.
+    """
+    run = RunFolder.open(path)
+    if stage is None:
+        return run
+    for key in settings or {}:
+        section = key.partition(".")[0]
+        if section not in STAGES[stage].sections:
+            owner = next((name for name, spec in STAGES.items() if section in spec.sections), "prepare")
+            raise ValueError(
+                f"--set {key}: `{stage}` does not read the section {section!r}; it is read first by "
+                f"`{run.command(owner)} --set {key}=...`"
+            )
+    recipe = check_recipe(with_settings(run.recipe.to_dict(), settings or {}))
+    return run if recipe == run.recipe else RunFolder.create(path, recipe)
 
 
 def check_recipe(content: Mapping[str, Any]) -> Recipe:
@@ -111,9 +126,19 @@ def check_recipe(content: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def open_run(path: Path) -> RunFolder:
-    """An existing run."""
-    return RunFolder.open(path)
+def refuse_other_data(path: Path, recipe: Recipe) -> None:
+    """Raise ValueError if ``path`` holds a run of other raw data; of the same at another place it is the run of both.
+
+    Data that has moved is no longer where it was; if both places exist, the folder would be made another run's.
+    """
+    if not (path / "config.yaml").is_file():
+        return
+    earlier, wanted = (source_places(source) for source in (RunFolder.open(path).recipe.source, recipe.source))
+    if earlier != wanted and earlier and all(isinstance(place, str) or place.exists() for place in earlier):
+        raise ValueError(
+            f"{path} holds a run of {', '.join(map(str, earlier))}, not of {', '.join(map(str, wanted))}: name another "
+            "folder by --output"
+        )
 
 
 def parse_setting(key: str, text: str) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.evaluation.loading import Computing, load_catalogue, load_recommender
+from mllm_msr.modeling.inputs import HistoryItem, User
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS
 from mllm_msr.records.storage import digest, write_text
@@ -21,78 +22,87 @@ SHARD = 64  # users of one file
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """How to rank.
+
+    Args:
+        items: ids of the candidates; None is the catalogue. One that is named twice counts once.
+        top_k: how many candidates a user gets.
+        memory_gb: what may be kept of users and items; None is half of what is free.
+    """
+
+    items: Sequence[str] | None = None
+    top_k: int = 10
+    memory_gb: float | None = None
+
+    def candidates(self, catalogue: Catalogue) -> list[str]:
+        """The ids of the candidates, each once, in their order; ValueError names those that are unknown."""
+        if self.items is None:
+            return list(catalogue)
+        if unknown := [item for item in self.items if item not in catalogue]:
+            example = next(iter(catalogue))
+            raise ValueError(
+                f"{_listed(unknown)} no item of the catalogue ({len(catalogue)} items, such as {example!r})"
+            )
+        return list(dict.fromkeys(self.items))
+
+
+@dataclass(frozen=True)
 class RunUser:
-    """A user of a run: the last preference, the items chosen since, and all items ever chosen."""
+    """A user of a run, and all items that the user has ever chosen."""
 
     user_id: str
-    preference: str
-    recent: list[str]
-    chosen: set[str]
-
-    def to_model(self) -> dict[str, Any]:
-        return {"preference": self.preference, "recent": [{"summary": summary} for summary in self.recent]}
+    words: User
+    chosen: frozenset[str] = frozenset()
 
 
-def rank_user(
-    run: RunFolder, user_id: str, *, items: Sequence[str] | None, top_k: int, memory_gb: float | None
-) -> None:
-    """Print the best of ``items``, or of all items, that a user of the run has not chosen yet."""
-    (user,) = read_users(run, [user_id])
+def rank_user(run: RunFolder, user_id: str, how: Ranking) -> None:
+    """Print the best candidates that a user of the run has not chosen yet."""
+    run.require("train")
+    print_best(run, read_users(run, [user_id])[0], how)
+
+
+def rank_preference(run: RunFolder, preference: str, how: Ranking) -> None:
+    """Print the best candidates for a preference in words."""
+    run.require("train")
+    print_best(run, RunUser("", User(preference)), how)
+
+
+def print_best(run: RunFolder, user: RunUser, how: Ranking) -> None:
     catalogue = load_catalogue(run)
-    wanted = [item for item in dict.fromkeys(items or catalogue) if items or item not in user.chosen]
-    print_best(run, catalogue, user, wanted, top_k, memory_gb)
+    names = how.candidates(catalogue)
+    if user.chosen.issuperset(names):
+        raise ValueError(f"user {user.user_id!r} has chosen all of these items already: there is nothing to rank")
+    best = best_of([user], load_ranker(run, how), names, catalogue, how.top_k)
+    print(f"preference: {user.words.preference or '(none)'}")
+    for place, item, score in best.select("rank", "item_id", "score").iter_rows():
+        print(f"{place:3d}  {score:.3f}  {item}  {catalogue[item].title}")
 
 
-def rank_preference(
-    run: RunFolder, preference: str, *, items: Sequence[str] | None, top_k: int, memory_gb: float | None
-) -> None:
-    """Print the best of ``items``, or of all items, for a preference in words."""
-    catalogue = load_catalogue(run)
-    print_best(run, catalogue, RunUser("", preference, [], set()), list(items or catalogue), top_k, memory_gb)
-
-
-def print_best(
-    run: RunFolder, catalogue: Catalogue, user: RunUser, items: list[str], top_k: int, memory_gb: float | None
-) -> None:
-    candidates = [vars(catalogue[item]) for item in items]
-    (best,) = load_recommender(run, computing(run, memory_gb)).rank([user.to_model()], candidates, top_k, "ranking")
-    print(f"preference: {user.preference or '(none)'}")
-    for place, candidate in enumerate(best, 1):
-        print(f"{place:3d}  {candidate['score']:.3f}  {candidate['item_id']}  {candidate['title']}")
-
-
-def rank_users(
-    run: RunFolder,
-    users: Sequence[str] | None,
-    output: Path,
-    *,
-    items: Sequence[str] | None,
-    top_k: int,
-    memory_gb: float | None,
-) -> None:
+def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: Ranking) -> None:
     """Write each user's best candidates (see ``schema.RANKINGS``), in files of 64 users; files that are there are left
     as they are, and several processes share the rest.
 
     Args:
-        users: None is every user of the run.
-        items: the candidates; None is the catalogue.
+        users: None is every user of the run; one that is named twice counts once.
     """
+    run.require("train")
     state = PartialState()
-    known = run.read(INTERACTIONS, ["user_id"])["user_id"].unique(maintain_order=True).to_list()
-    users = known if users is None else users
-    if unknown := set(users) - set(known):
-        raise ValueError(f"user {min(unknown)!r} has no interactions in {run.path}")
-    key = digest(run.key("train"), list(users), top_k, items)
-    claim(output, key, state.is_main_process)
-    state.wait_for_everyone()
+    everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
+    users = list(everyone if users is None else dict.fromkeys(users))
+    if unknown := [user for user in users if user not in everyone]:
+        raise ValueError(f"{_listed(unknown)} no user of {run.path}; ids look like {next(iter(everyone))!r}")
     catalogue = load_catalogue(run)
-    names = list(items or catalogue)
+    names = how.candidates(catalogue)
+    claim(output, digest(run.key("train"), users, how.top_k, names), state.is_main_process)
+    state.wait_for_everyone()
     shards = [users[start : start + SHARD] for start in range(0, len(users), SHARD)]
     paths = [output / f"ranking-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    ranker = load_recommender(run, computing(run, memory_gb))
+    ranker = load_ranker(run, how)
     for number in tqdm(missing[state.process_index :: state.num_processes], desc="ranking", unit="file"):
-        RANKINGS.write(best_of(read_users(run, shards[number]), ranker, names, catalogue, top_k), paths[number])
+        best = best_of(read_users(run, shards[number]), ranker, names, catalogue, how.top_k)
+        RANKINGS.write(best, paths[number])
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{len(users)} users x {len(names)} candidates: {output}")
@@ -111,15 +121,15 @@ def claim(folder: Path, key: str, first: bool) -> None:
 def best_of(
     users: Sequence[RunUser], ranker: Any, names: Sequence[str], catalogue: Catalogue, top_k: int
 ) -> pl.DataFrame:
-    """The best ``top_k`` of ``names`` that each user has not chosen yet."""
+    """The best ``top_k`` of the items ``names`` that each user has not chosen yet, as ``schema.RANKINGS``."""
     place = {item: number for number, item in enumerate(names)}
-    logits = ranker.score([user.to_model() for user in users], [names] * len(users), catalogue, progress="pairs")
+    logits = ranker.score([asdict(user.words) for user in users], [names] * len(users), catalogue, progress="pairs")
     rows = []
     for user, row in zip(users, logits, strict=True):
-        old = [place[item] for item in user.chosen if item in place]
+        chosen = [place[item] for item in user.chosen if item in place]
         values = row.copy()
-        values[old] = -np.inf
-        best = np.argsort(-values, kind="stable")[: min(top_k, len(names) - len(old))]
+        values[chosen] = -np.inf
+        best = np.argsort(-values, kind="stable")[: min(top_k, len(names) - len(chosen))]
         scores = 1 / (1 + np.exp(-row.astype(np.float64)))
         rows += [
             (user.user_id, rank, names[item], float(row[item]), float(scores[item]))
@@ -129,36 +139,60 @@ def best_of(
 
 
 def read_users(run: RunFolder, users: Sequence[str]) -> list[RunUser]:
-    """Some users of a run; ValueError names one that is not there."""
+    """Some users of a run, each with the preference in force and the items chosen since; ValueError for an unknown
+    one."""
     wanted = pl.col("user_id").is_in(list(users))
-    log = run.scan(INTERACTIONS).filter(wanted).collect()
-    histories = {user: part["item_id"].to_list() for (user,), part in log.group_by("user_id")}
-    texts = run.scan(PREFERENCES).filter(wanted).sort("step").collect()
-    written = {user: part["preference"].to_list() for (user,), part in texts.group_by("user_id", maintain_order=True)}
+    histories = _items_of(run.scan(INTERACTIONS).filter(wanted))
+    cut = _items_of(run.scan(CUT_INTERACTIONS).filter(wanted)) if run.recipe.data.max_history is not None else {}
+    last = (
+        run.scan(PREFERENCES)
+        .filter(wanted)
+        .group_by("user_id")
+        .agg(pl.col("step", "preference").sort_by("step").last())
+    )
+    in_force = {user: (step, preference) for user, step, preference in last.collect().iter_rows()}
     summaries = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
-    cut: dict[str, list[str]] = {}
-    if run.recipe.data.max_history is not None:
-        lost = run.scan(CUT_INTERACTIONS).filter(wanted).collect()
-        cut = {user: part["item_id"].to_list() for (user,), part in lost.group_by("user_id")}
-    read = []
+    found = []
     for user in users:
         if user not in histories:
-            raise ValueError(f"user {user!r} has no interactions in {run.path}")
-        history, steps = histories[user], written.get(user, [])
-        recent = history[len(steps) * run.block_size :]
-        chosen = {*history, *cut.get(user, ())}
-        read.append(RunUser(user, steps[-1] if steps else "", [summaries[item] for item in recent], chosen))
-    return read
+            example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
+            raise ValueError(f"{_listed([user])} no user of {run.path}; ids look like {example!r}")
+        step, preference = in_force.get(user, (0, ""))
+        recent = [HistoryItem(summary=summaries[item]) for item in histories[user][step * run.block_size :]]
+        chosen = frozenset([*histories[user], *cut.get(user, ())])
+        found.append(RunUser(user, User(preference, recent), chosen))
+    return found
+
+
+def _items_of(log: pl.LazyFrame) -> dict[str, list[str]]:
+    return dict(log.group_by("user_id", maintain_order=True).agg("item_id").collect().iter_rows())
 
 
 def index(run: RunFolder, memory_gb: float | None) -> None:
     """Compute ahead what a ``late`` model keeps of every item, and drop what is no more."""
+    run.require("train")
+    if not is_late(run):
+        raise ValueError(
+            f"the model of {run.path} has interaction='joint': it computes items anew for every user, so there is "
+            "nothing to index; `mllm-msr rank` works without"
+        )
     ranker = load_recommender(run, Computing(cache=run.item_cache, memory_gb=memory_gb))
     new, kept, dropped = ranker.index(load_catalogue(run), progress="items")
     size = sum(path.stat().st_size for path in ranker.cache.folder.glob("*/*"))
     print(f"{new} items computed, {kept} were there, {dropped} dropped; {size / 1e6:.1f} MB in {ranker.cache.folder}")
 
 
-def computing(run: RunFolder, memory_gb: float | None) -> Computing:
-    """How to rank: with the index where there is one."""
-    return Computing(cache=run.item_cache if run.item_cache.is_dir() else None, memory_gb=memory_gb)
+def load_ranker(run: RunFolder, how: Ranking) -> Any:
+    """The run's model, with the index where there is one."""
+    cache = run.item_cache if run.item_cache.is_dir() and is_late(run) else None
+    return load_recommender(run, Computing(cache=cache, memory_gb=how.memory_gb))
+
+
+def is_late(run: RunFolder) -> bool:
+    config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
+    return config.get("interaction") == "late"
+
+
+def _listed(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - 3} more are" if len(ids) > 3 else " is" if len(ids) == 1 else " are"
+    return ", ".join(map(repr, ids[:3])) + more

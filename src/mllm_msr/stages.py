@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +23,8 @@ from mllm_msr.records.variants import Variant
 def run_all(run: RunFolder) -> None:
     """Every stage in order."""
     with run.lock(f"mllm-msr run, in {run.path}"):
-        for stage in (prepare, summarize_items, summarize_users, train, evaluate, report):
-            stage(run)
+        for name in STAGES:
+            FUNCTIONS[name](run)
 
 
 def prepare(run: RunFolder) -> None:
@@ -223,6 +224,16 @@ def publish(run: RunFolder, wanted: Release) -> None:
     )
 
 
+def check_port(port: int) -> None:
+    """Raise ValueError if a port of this machine is taken; 0 is any that is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"port {port} cannot be used ({error.strerror}): name another by --port") from error
+
+
 def serve(run: RunFolder, port: int) -> None:
     """The demo Space on this machine, with the model and the data set of a run."""
     from mllm_msr.hub_cards.publishing import build_hub
@@ -231,7 +242,24 @@ def serve(run: RunFolder, port: int) -> None:
         from mllm_msr.hub_cards import space_app
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is not installed: `pip install 'mllm-msr[demo]'`") from error
+    run.require("train")
     built = build_hub(run.path)
     space_app.serve(
         str(built["model"]), str(built["dataset"]), None, run.recipe.item_noun, run.block_size, server_port=port
     )
+
+
+FUNCTIONS: dict[str, Callable[[RunFolder], None]] = {
+    "prepare": prepare,
+    "summarize items": summarize_items,
+    "summarize users": summarize_users,
+    "train": train,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def print_next(run: RunFolder) -> None:
+    """Say which command comes next."""
+    pending = next(iter(run.pending("report")), None)
+    print("next:", run.command(pending) if pending else f"mllm-msr publish {run.path} --namespace NAME --dry-run")

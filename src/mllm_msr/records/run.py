@@ -27,6 +27,7 @@ from mllm_msr.records.recipe import FORMAT, CheckFlags, Recipe, load_content, pa
 from mllm_msr.records.results import Results
 from mllm_msr.records.schema import TASKS, Table
 from mllm_msr.records.storage import digest, file_digest, write_text
+from mllm_msr.records.variants import VARIANTS
 
 LIBRARIES = ("mllm-msr", "torch", "transformers", "trl", "peft", "datasets", "huggingface-hub", "polars")
 
@@ -36,27 +37,36 @@ class StageSpec:
     """A stage.
 
     Args:
-        after: the stages it rests on.
         sections: of the recipe that its command may change by ``--set``.
         settings: what of the recipe its output depends on.
+        after: the stages it rests on.
     """
 
-    after: tuple[str, ...]
     sections: tuple[str, ...]
     settings: Callable[[Recipe], Any]
+    after: Callable[[Recipe], tuple[str, ...]]
 
 
 def _texts(recipe: Recipe) -> Any:
     return [recipe.summaries.facts(), recipe.prompts, recipe.item_noun]
 
 
+def _scored(recipe: Recipe) -> tuple[str, ...]:
+    needs_model = any(VARIANTS[name].needs_model for name in recipe.evaluation.rows)
+    return ("prepare", "summarize users", "train") if needs_model else ("prepare",)
+
+
 STAGES: dict[str, StageSpec] = {  # in their order, by the command that does each
-    "prepare": StageSpec((), ("source", "data"), lambda recipe: [asdict(recipe.source), asdict(recipe.data)]),
-    "summarize items": StageSpec(("prepare",), ("summaries", "prompts"), _texts),
-    "summarize users": StageSpec(("summarize items",), ("summaries", "prompts"), _texts),
-    "train": StageSpec(("summarize users",), ("training",), Recipe.training_flags),
-    "evaluate": StageSpec(("prepare",), ("evaluation",), lambda recipe: asdict(recipe.evaluation)),
-    "report": StageSpec(("evaluate",), (), lambda recipe: [recipe.name, recipe.license, recipe.item_noun]),
+    "prepare": StageSpec(
+        ("source", "data"), lambda recipe: [asdict(recipe.source), asdict(recipe.data)], lambda recipe: ()
+    ),
+    "summarize items": StageSpec(("summaries", "prompts", "item_noun"), _texts, lambda recipe: ("prepare",)),
+    "summarize users": StageSpec(("summaries", "prompts", "item_noun"), _texts, lambda recipe: ("summarize items",)),
+    "train": StageSpec(("training",), Recipe.training_flags, lambda recipe: ("summarize users",)),
+    "evaluate": StageSpec(("evaluation",), lambda recipe: asdict(recipe.evaluation), _scored),
+    "report": StageSpec(
+        ("license",), lambda recipe: [recipe.name, recipe.license, recipe.item_noun], lambda recipe: ("evaluate",)
+    ),
 }
 
 
@@ -233,27 +243,38 @@ class RunFolder:
         write_text(self.path / "provenance.json", json.dumps(content, indent=2))
 
     def require(self, name: str, thoroughly: bool = False) -> None:
-        """Raise, naming the command to run, unless a stage is done and nothing it rests on has changed since.
+        """Raise, naming the commands to run, unless a stage is done and nothing it rests on has changed since.
 
         Args:
             thoroughly: read files again whose size and time are as noted.
 
         Raises:
-            FileNotFoundError: the stage, or one before it, has not been done yet.
-            ValueError: the recipe, an earlier stage, or a file that it wrote is no longer what it was.
+            FileNotFoundError: the stage has not been done yet.
+            ValueError: the recipe, an earlier stage, or a file that one of them wrote is no longer what it was.
         """
-        done = self.provenance()["stages"].get(name)
-        for earlier in done["after"] if done else STAGES[name].after:
-            self.require(earlier, thoroughly)
-        command = f"mllm-msr {name} {self.command_argument(name)}"
-        if done is None:
-            raise FileNotFoundError(f"stage {name!r} of {self.path} has not been done yet: run `{command}` first")
-        if reason := self._changed(name, done, thoroughly):
-            raise ValueError(f"stage {name!r} of {self.path} is out of date, as {reason}: run `{command}` again")
+        if not (pending := self.pending(name, thoroughly)):
+            return
+        commands = ", then ".join(f"`{self.command(stage)}`" for stage in pending)
+        if name not in self.provenance()["stages"]:
+            raise FileNotFoundError(f"stage {name!r} of {self.path} has not been done yet: run {commands} first")
+        reason = next(iter(pending.values()))
+        raise ValueError(f"stage {name!r} of {self.path} is out of date, as {reason}: run {commands} again")
 
-    def command_argument(self, name: str) -> str:
-        """What follows the name of a stage on the command line to do it for this run."""
-        return f"{self.config} --output {self.path}" if name == "prepare" else str(self.path)
+    def pending(self, name: str, thoroughly: bool = False) -> dict[str, str]:
+        """The stages to do before a stage is up to date, itself included, in their order, each with the reason."""
+        stages = self.provenance()["stages"]
+        done, found = stages.get(name), dict[str, str]()
+        for earlier in done["after"] if done else STAGES[name].after(self.recipe):
+            found |= self.pending(earlier, thoroughly)
+        if done is None:
+            found[name] = f"{name!r} has not been done yet"
+        elif reason := self._changed(name, done, thoroughly) or next(iter(found.values()), None):
+            found[name] = reason
+        return found
+
+    def command(self, name: str) -> str:
+        """The command line that does a stage of this run."""
+        return f"mllm-msr {name} " + (f"{self.config} --output {self.path}" if name == "prepare" else str(self.path))
 
     def key(self, name: str) -> str:
         """A hash of all that a stage was made of and of all that it wrote; raises like :meth:`require`."""
@@ -263,7 +284,7 @@ class RunFolder:
     def _changed(self, name: str, done: Mapping[str, Any], thoroughly: bool = False) -> str | None:
         stages = self.provenance()["stages"]
         for earlier, outcome in done["after"].items():
-            if _outcome(stages[earlier]) != outcome:
+            if earlier not in stages or _outcome(stages[earlier]) != outcome:
                 return f"{earlier!r} has been done anew"
         if done["settings"] != digest(STAGES[name].settings(self.recipe)):
             return "the recipe has changed"
@@ -298,7 +319,8 @@ class RunFolder:
         with self.lock(f"mllm-msr {name} {self.path}"):
             if RunFolder.open(self.path).recipe.to_dict() != self.recipe.to_dict():
                 raise ValueError(f"another command has changed the recipe of {self.path} meanwhile: run this one again")
-            earlier = {stage: self.key(stage) for stage in (STAGES[name].after if after is None else after)}
+            rests_on = STAGES[name].after(self.recipe) if after is None else after
+            earlier = {stage: self.key(stage) for stage in rests_on}
             settings = digest(STAGES[name].settings(self.recipe))
             key = digest(name, version("mllm-msr"), earlier, list(facts) or settings)
             done = self.provenance()["stages"].get(name)
@@ -320,7 +342,7 @@ class RunFolder:
 
     def take_over(self, name: str, key: str, writes: Sequence[Path]) -> None:
         """Note a stage as done whose files come from elsewhere, made of what ``key`` stands for."""
-        earlier = {stage: self.key(stage) for stage in STAGES[name].after}
+        earlier = {stage: self.key(stage) for stage in STAGES[name].after(self.recipe)}
         self._note(name, {"key": key, "after": earlier, "settings": digest(STAGES[name].settings(self.recipe))}, writes)
 
     def adopt(self, donor: "RunFolder", stages: Sequence[str]) -> None:
