@@ -9,8 +9,11 @@ from .families import FAMILIES
 
 
 def as_mapping(candidate: Any) -> dict[str, Any]:
-    """A candidate's fields."""
-    return dict(candidate if isinstance(candidate, Mapping) else vars(candidate))
+    """The fields of a user or a candidate."""
+    if isinstance(candidate, Mapping):
+        return dict(candidate)
+    fields = dict(vars(candidate))
+    return fields | {"recent": [vars(item) for item in fields["recent"]]} if "recent" in fields else fields
 
 
 class Shown:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .image_features import Shown
+from .image_features import Shown, as_mapping
 from .item_cache import ItemCache
 from .late_ranking import LatePlan, within
 from .packing import BlocksTooLong, block_limits, pack_joint
@@ -77,6 +77,7 @@ class Recommender:
         Returns:
             U float32 arrays, each of shape (its number of candidates,).
         """
+        users = [as_mapping(user) for user in users]
         out = [np.empty(len(row), dtype=np.float32) for row in candidates]
         names = list(dict.fromkeys(item for row in {id(row): row for row in candidates}.values() for item in row))
         code = {item: number for number, item in enumerate(names)}
