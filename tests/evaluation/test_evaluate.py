@@ -173,6 +173,19 @@ def test_scores_of_other_candidates_are_refused(trained):
         evaluate(run)
 
 
+def test_the_recipe_says_which_metrics(prepared):
+    assert tuple(prepared.recipe.evaluation.metrics) == METRICS
+    wanted = ["hr@3", "ndcg@10", "auc"]
+    recipe = {**RECIPE, "evaluation": {"rows": ["popularity", "knn"], "metrics": wanted, "full_catalogue": "all"}}
+    results = evaluate(RunFolder.create(prepared.path, parse_recipe(recipe)))
+    assert all(list(metrics) == wanted for metrics in results.variants.values())
+    assert results.full_catalogue is not None
+    assert all(list(figures.full) == wanted[:2] for figures in results.full_catalogue.variants.values())
+    for wrong in (["recall@5"], ["hr@0"], ["hr"], []):
+        with pytest.raises(ValueError, match=r"evaluation\.metrics"):
+            parse_recipe({**RECIPE, "evaluation": {"metrics": wrong}})
+
+
 def test_an_unknown_baseline_is_named(prepared):
     with pytest.raises(ValueError, match=r"unknown baseline 'nonsense'; known are .*popularity"):
         with_evaluation(prepared, ["knn", "nonsense"])

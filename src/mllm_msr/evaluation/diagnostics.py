@@ -8,12 +8,32 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.metrics import Array, Values, estimates, user_columns
-from mllm_msr.records.results import AgreementFigures, Check, Estimate, Reliability, ReliabilityBin, Slice
+from mllm_msr.evaluation.metrics import Array, Columns, Values, estimates, paired, user_columns
+from mllm_msr.records.results import (
+    AgreementFigures,
+    Check,
+    Difference,
+    Estimate,
+    Metrics,
+    Reliability,
+    ReliabilityBin,
+    Slice,
+)
 
 SLICE_METRICS = ("auc_user", "hr@5", "ndcg@5")
 COLD = 5  # a user of fewer items
 COUNT_BANDS = (0, 1, 5, 20, 100)  # training interactions of the target: the lower ends of the bands
+
+
+def measured(columns: Columns, n_bootstrap: int = 1000) -> Metrics:
+    """The metrics of :func:`~mllm_msr.evaluation.metrics.user_columns` with their intervals."""
+    return {name: Estimate.from_json(content) for name, content in estimates(columns, n_bootstrap).items()}
+
+
+def compared(ours: Columns, theirs: Columns) -> dict[str, Difference]:
+    """The metrics of one variant less another's, columns of the same users; see
+    :func:`~mllm_msr.evaluation.metrics.paired`."""
+    return {name: Difference.from_json(content) for name, content in paired(ours, theirs).items()}
 
 
 def slices(scores: pl.DataFrame, tasks: pl.DataFrame, popularity: pl.DataFrame) -> list[Slice]:
@@ -39,14 +59,11 @@ def slices(scores: pl.DataFrame, tasks: pl.DataFrame, popularity: pl.DataFrame) 
         for part in parts[by].unique().sort():
             within = (parts[by] == part).to_numpy()
             variants = {
-                variant: {
-                    name: Estimate.from_json(found)
-                    for name, found in estimates({k: column[within] for k, column in own.items()}, 200).items()
-                }
+                variant: measured({name: column[within] for name, column in own.items()}, n_bootstrap=200)
                 for variant, own in columns.items()
             }
             sliced.append(Slice(by, part, int(within.sum()), variants))
-    return sorted(sliced, key=lambda one: (one.by, int(one.part.split("-")[0].rstrip("+"))))
+    return sorted(sliced, key=lambda each: (each.by, int(each.part.split("-")[0].rstrip("+"))))
 
 
 def _parts(tasks: pl.DataFrame, popularity: pl.DataFrame) -> list[pl.Series]:

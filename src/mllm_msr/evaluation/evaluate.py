@@ -11,14 +11,14 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation import diagnostics
+from mllm_msr.evaluation.diagnostics import checks, compared, measured, reliability, slices
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs, measure_catalogue, rank_in_catalogue
-from mllm_msr.evaluation.metrics import METRICS, estimates, paired, user_columns
+from mllm_msr.evaluation.metrics import user_columns
 from mllm_msr.evaluation.scorers import SCORERS, Scorer
 from mllm_msr.evaluation.scoring import random_tasks
 from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
 from mllm_msr.processing.examples import run_contexts
-from mllm_msr.records.results import Calibration, Difference, Estimate, Results
+from mllm_msr.records.results import Calibration, Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import (
     PLACES,
@@ -160,7 +160,8 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
             agreement = measure_agreement(scored.in_all_ways(options.agreement))
     run.write(SCORES, pl.concat(scores.values()))
     ranked = {name: frame for name, frame in places.items() if frame is not None}
-    full_catalogue = measure_catalogue(scores, ranked, METRICS) if ranked else None
+    names = [name for name in options.metrics if name != "auc"]  # which places do not tell
+    full_catalogue = measure_catalogue(scores, ranked, names) if ranked and names else None
     return replace(measure(run, scores), full_catalogue=full_catalogue, agreement=agreement)
 
 
@@ -173,17 +174,15 @@ def measure(run: RunFolder, scores: dict[str, pl.DataFrame]) -> Results:
         if not frame.select("user_id", "item_id").equals(first.select("user_id", "item_id")):
             raise ValueError(f"variant {name!r} was scored on other candidates: remove {run.scores} and evaluate again")
     users, labels = first["user_id"], first["label"].to_numpy()
-    columns = {name: user_columns(users, labels, frame["logit"]) for name, frame in scores.items()}
-    against: dict[str, dict[str, Difference]] = {}
-    calibration = None
+    names = run.recipe.evaluation.metrics
+    columns = {name: user_columns(users, labels, frame["logit"], names) for name, frame in scores.items()}
+    against, calibration = {}, None
     if OURS in scores:
-        for name in columns.keys() - {OURS}:
-            differences = paired(columns[OURS], columns[name]).items()
-            against[name] = {metric: Difference.from_json(one) for metric, one in differences}
+        against = {name: compared(columns[OURS], other) for name, other in columns.items() if name != OURS}
         logits = scores[OURS]["logit"].to_numpy()
-        here, there = (_positive_odds(part) for part in (tasks, run.tasks("train")))
-        shift = float(np.log(here / there)) if there else 0.0
-        as_trained, corrected = (diagnostics.reliability(labels, logits, by) for by in (0.0, shift))
+        odds, training_odds = (_positive_odds(part) for part in (tasks, run.tasks("train")))
+        shift = float(np.log(odds / training_odds)) if training_odds else 0.0
+        as_trained, corrected = (reliability(labels, logits, by) for by in (0.0, shift))
         calibration = Calibration(as_trained, corrected, shift)
     everything = pl.concat(scores.values())
     return Results(
@@ -194,13 +193,10 @@ def measure(run: RunFolder, scores: dict[str, pl.DataFrame]) -> Results:
         n_candidates=int(tasks["candidates"].list.len().to_numpy().max()),
         seed=protocol["seed"],
         candidate_hash=protocol["candidate_hash"],
-        variants={
-            name: {metric: Estimate.from_json(one) for metric, one in estimates(own).items()}
-            for name, own in columns.items()
-        },
-        against={name: against[name] for name in scores if name in against},
-        slices=diagnostics.slices(everything, tasks, popularity),
-        checks=diagnostics.checks(everything, popularity),
+        variants={name: measured(own) for name, own in columns.items()},
+        against=against,
+        slices=slices(everything, tasks, popularity),
+        checks=checks(everything, popularity),
         calibration=calibration,
         model_of=run.recipe.evaluation.model_of,
     )

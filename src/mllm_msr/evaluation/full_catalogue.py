@@ -6,11 +6,12 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.metrics import estimates, user_columns
+from mllm_msr.evaluation.diagnostics import measured
+from mllm_msr.evaluation.metrics import user_columns
 from mllm_msr.evaluation.places import place_columns, rank_of_choice
 from mllm_msr.evaluation.scorers import Scorer
 from mllm_msr.evaluation.scoring import random_tasks
-from mllm_msr.records.results import CatalogueFigures, Estimate, FullCatalogue
+from mllm_msr.records.results import CatalogueFigures, FullCatalogue
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS
 
@@ -68,12 +69,10 @@ def measure_catalogue(
         places: each variant's ``records.schema.PLACES`` among all items.
     """
     variants = {}
-    for variant, found in places.items():
-        own = scores[variant].join(found.select("user_id"), on="user_id", how="semi", maintain_order="left")
-        full = estimates(place_columns(found, metrics))
-        sampled = estimates(user_columns(own["user_id"], own["label"], own["logit"], list(full)))
-        variants[variant] = CatalogueFigures(
-            *({name: Estimate.from_json(one) for name, one in part.items()} for part in (sampled, full))
-        )
+    for variant, frame in places.items():
+        own = scores[variant].join(frame.select("user_id"), on="user_id", how="semi", maintain_order="left")
+        full = place_columns(frame, metrics)
+        sampled = user_columns(own["user_id"], own["label"], own["logit"], list(full))
+        variants[variant] = CatalogueFigures(measured(sampled), measured(full))
     sizes = next(iter(places.values()))["candidates"].to_numpy()
     return FullCatalogue(len(sizes), round(float(sizes.mean()), 1), variants)

@@ -38,7 +38,7 @@ Scorer = Callable[[pl.DataFrame], pl.DataFrame]  # tasks to ``user_id``, ``item_
 
 
 @dataclass(frozen=True)
-class Shown:
+class ModelView:
     """What a model is shown of the items and of the users, and which model it is."""
 
     items: Callable[[Catalogue, int], Mapping[str, Candidate]] = as_it_is
@@ -46,11 +46,11 @@ class Shown:
     load: Callable[[RunFolder], "Recommender"] = load_recommender
 
 
-def model_scorer(name: str, shown: Shown, run: RunFolder) -> Scorer:
+def model_scorer(name: str, view: ModelView, run: RunFolder) -> Scorer:
     """Our model; its tasks are contexts, see ``records.schema.CONTEXTS``."""
     seed = run.recipe.evaluation.seed
-    recommender, catalogue = shown.load(run), shown.items(load_catalogue(run), seed)
-    return lambda contexts: score_with_model(recommender, shown.users(contexts, seed), catalogue, name)
+    recommender, catalogue = view.load(run), view.items(load_catalogue(run), seed)
+    return lambda contexts: score_with_model(recommender, view.users(contexts, seed), catalogue, name)
 
 
 def value_scorer(make: Callable[[RunFolder], Ranker], run: RunFolder) -> Scorer:
@@ -89,13 +89,13 @@ def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame, int
 
 
 MODELS = {
-    OURS: Shown(),
-    "text_only": Shown(items=without_images),
-    "blank_images": Shown(items=with_blank_images),
-    "shuffled_images": Shown(items=with_shuffled_images),
-    "no_preference": Shown(users=without_preference),
-    "other_user": Shown(users=of_another_user),
-    "no_sft": Shown(load=load_backbone),
+    OURS: ModelView(),
+    "text_only": ModelView(items=without_images),
+    "blank_images": ModelView(items=with_blank_images),
+    "shuffled_images": ModelView(items=with_shuffled_images),
+    "no_preference": ModelView(users=without_preference),
+    "other_user": ModelView(users=of_another_user),
+    "no_sft": ModelView(load=load_backbone),
 }
 RANKERS: dict[str, Callable[[RunFolder], Ranker]] = {
     "popularity": popularity,
@@ -108,6 +108,6 @@ RANKERS: dict[str, Callable[[RunFolder], Ranker]] = {
     "gru4rec": partial(collaborative, partial(sequence_ranker, GRU4Rec)),
 }
 SCORERS: dict[str, Callable[[RunFolder], Scorer]] = {
-    **{name: partial(model_scorer, name, shown) for name, shown in MODELS.items()},
+    **{name: partial(model_scorer, name, view) for name, view in MODELS.items()},
     **{name: partial(value_scorer, make) for name, make in RANKERS.items()},
 }

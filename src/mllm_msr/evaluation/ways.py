@@ -19,7 +19,7 @@ WAYS = {
 
 
 def score_in_all_ways(run: RunFolder, contexts: pl.DataFrame) -> pl.DataFrame:
-    """``records.schema.WAYS_OF_COMPUTING`` of some tasks: as evaluated first, then in each of :data:`WAYS`."""
+    """``records.schema.WAYS_OF_COMPUTING`` of the given tasks: as evaluated first, then in each of :data:`WAYS`."""
     catalogue, frames, late = load_catalogue(run), [], False
     for way, how in {"": Computing(), **WAYS}.items():
         if late and how.share_prefix is not None:

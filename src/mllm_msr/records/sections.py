@@ -3,6 +3,7 @@
 The section ``training`` alone is not one of them: its fields are the flags of ``training/sft.py``, which are TRL's.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ MAX_NEW_TOKENS: dict[str, int] = {  # the paper's two descriptions of an item ge
     "fusion": 96,
     "preference": 256,
 }
+DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "map")
+METRIC = re.compile(r"auc|auc_user|map|(hr|mrr|ndcg)@[1-9][0-9]*")
 MAX_PIXELS = 50_000_000  # about what a full-frame camera makes; more is a mistake or an attack
 MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of this kind
 
@@ -179,7 +182,8 @@ class EvaluationOptions:
     rows: list[str] = field(default_factory=lambda: list(DEFAULT_VARIANTS))  # the variants of the results table
     seed: int = 0
     token_budget: int = 8192  # tokens of one forward
-    # these add figures and leave scores as they are
+    # these decide what is measured and leave scores as they are
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))  # any of METRIC, see evaluation.metrics
     full_catalogue: int | Literal["all"] | None = None  # users ranked among all items as well
     full_catalogue_pairs: int = 500_000  # that our model scores for it at most; baselines score any number
     agreement: int | None = None  # tasks on which ways of computing are compared
@@ -188,6 +192,11 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_types(self, "evaluation")
         at_least(self, token_budget=1, full_catalogue_pairs=1, agreement=1)
+        if not self.metrics or not self.rows:
+            raise ValueError("metrics and rows: name at least one of each")
+        for name in self.metrics:
+            if not METRIC.fullmatch(name):
+                raise ValueError(f"metrics: unknown metric {name!r}; known are auc, auc_user, map, hr@K, mrr@K, ndcg@K")
         for name in self.rows:
             if name not in VARIANTS:
                 raise ValueError(f"rows: unknown variant {name!r}{did_you_mean(name, VARIANTS)}")
