@@ -10,6 +10,7 @@ import evaluate
 
 from mllm_msr.evaluation.metrics import ranking_metrics
 
+USER_IDS = ("string", "int64", "float64")  # types of ids; the first that fits the input is taken
 DESCRIPTION = """\
 Ranking metrics of a recommender that scores candidates of users: pooled AUC, AUC per user, HR@1, HR@5, HR@10, MRR@5,
 NDCG@5 and MAP, each with a 95 % bootstrap interval over users. Per user first, then the mean; candidates with equal
@@ -19,7 +20,7 @@ INPUTS = """\
 Args:
     predictions: scores of user-candidate pairs, higher is better.
     references: 1 for what the user chose, else 0.
-    user_ids: whose pair it is.
+    user_ids: whose pair it is; texts or numbers.
     n_bootstrap: resamples of users (1000).
     seed: of the resampling (0).
 
@@ -44,7 +45,7 @@ class RankingMetrics(evaluate.Metric):
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=INPUTS,
-            features=datasets.Features({**pair, "user_ids": datasets.Value("string")}),
+            features=[datasets.Features({**pair, "user_ids": datasets.Value(kind)}) for kind in USER_IDS],
         )
 
     def _compute(

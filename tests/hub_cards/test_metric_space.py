@@ -1,0 +1,34 @@
+"""The metric of the Hub takes what its users have: ids of any plain type, whole lists, batches and single pairs."""
+
+import numpy as np
+import pytest
+
+from mllm_msr.hub_cards.metric_space import RankingMetrics
+
+PAIRS = {"predictions": [0.9, 0.1, 0.3, 0.4], "references": [1, 0, 1, 0]}
+
+
+@pytest.mark.parametrize(
+    "user_ids",
+    [
+        ["a", "a", "b", "b"],
+        [1, 1, 2, 2],
+        [1.0, 1.0, 2.5, 2.5],
+        np.array([7, 7, 3, 3], dtype=np.int32),
+        np.array(["x", "x", "y", "y"]),
+    ],
+    ids=["texts", "whole numbers", "numbers", "an array of numbers", "an array of texts"],
+)
+def test_user_ids_are_texts_or_numbers(user_ids):
+    assert RankingMetrics().compute(**PAIRS, user_ids=user_ids)["hr@1"] == 0.5
+
+
+def test_batches_and_single_pairs_are_gathered():
+    user_ids = [1, 1, 2, 2]
+    batches, singles = RankingMetrics(), RankingMetrics()
+    for start in (0, 2):
+        part = {name: values[start : start + 2] for name, values in PAIRS.items()}
+        batches.add_batch(**part, user_ids=user_ids[start : start + 2])
+    for prediction, reference, user_id in zip(*PAIRS.values(), user_ids, strict=True):
+        singles.add(predictions=prediction, references=reference, user_ids=user_id)
+    assert batches.compute()["hr@1"] == singles.compute()["hr@1"] == 0.5
