@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
 from mllm_msr.training.arguments import ExampleArguments
-from mllm_msr.training.negatives import NegativeOptions, EpochNegatives
+from mllm_msr.training.negatives import EpochNegatives, NegativeOptions
 
 
 @dataclass

@@ -11,7 +11,7 @@ from datasets import load_dataset
 from mllm_msr.hub_cards.publishing import build_hub
 from mllm_msr.training import sft
 from mllm_msr.training.data import TrainingData
-from mllm_msr.training.negatives import NegativeOptions, EpochNegatives
+from mllm_msr.training.negatives import EpochNegatives, NegativeOptions
 
 
 def negatives(run, **more) -> EpochNegatives:
