@@ -3,11 +3,13 @@
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics.pairwise import cosine_similarity
 
 from mllm_msr.data.tasks import TaskPlan
 from mllm_msr.evaluation import baselines
+from mllm_msr.evaluation.coded_tasks import CodedTasks
 from mllm_msr.evaluation.metrics import ranking_metrics
 from mllm_msr.evaluation.scoring import pairs
 from mllm_msr.records.sections import PrepareOptions
@@ -61,11 +63,31 @@ def test_neighbours_are_those_of_cosine_similarity():
     users, codes = np.nonzero(matrix)
     training = pl.DataFrame({"user_id": users.astype(str), "item_id": [f"{code:02}" for code in codes]})
     items = pl.DataFrame({"item_id": [f"{code:02}" for code in range(17)]})
-    nearest, cosines = baselines.neighbours(baselines.user_item_matrix(training, items), most=5)
+    nearest = baselines.Neighbours.of(baselines.user_item_matrix(training, items))
     expected = cosine_similarity(matrix.T)
     np.fill_diagonal(expected, 0)
-    assert np.allclose(cosines, np.sort(expected, axis=1)[:, ::-1][:, :5], atol=1e-6)
-    assert np.allclose(np.take_along_axis(expected, nearest, axis=1), cosines, atol=1e-6)
+    assert np.allclose(nearest.table(None).to_dense(), expected, atol=1e-6)
+    five_best = nearest.table(5).to_dense().numpy()
+    assert ((five_best > 0).sum(axis=1) == np.minimum((expected > 0).sum(axis=1), 5)).all()
+    assert np.allclose(np.sort(five_best, axis=1)[:, -5:], np.sort(expected, axis=1)[:, -5:], atol=1e-6)
+
+
+def test_neighbours_beyond_what_memory_is_meant_for_are_the_furthest(monkeypatch):
+    matrix = torch.ones(3, 400).to_sparse()
+    assert baselines.Neighbours.of(matrix).most == 399
+    monkeypatch.setattr(baselines, "MOST_PAIRS", 1)
+    assert baselines.Neighbours.of(matrix).most == 200
+
+
+def test_knn_may_need_neighbours_beyond_any_fixed_number():
+    crowd = [f"b{number:03}" for number in range(300)]  # bought together with the answer more often ...
+    rows = [(f"u{user}", item) for user in range(3) for item in ("answer", *crowd)]
+    rows += [("u3", "answer"), ("u3", "chosen")]  # ... than what the user has chosen
+    rows += [(f"v{user}", item) for user in range(20) for item in ("chosen", f"w{user}")]
+    training = pl.DataFrame([*rows, ("v20", "other")], schema=["user_id", "item_id"], orient="row")
+    tasks = pl.DataFrame({"history": [["chosen"]], "candidates": [["answer", "other"]], "labels": [[1, 0]]})
+    values = baselines.knn(tasks, training.select("item_id").unique(), training)(tasks)
+    assert values[0] > values[1]
 
 
 def test_leading_vectors_span_what_the_full_decomposition_does():
@@ -87,25 +109,41 @@ def test_word_vectors_are_scikit_learns_with_plain_rarity():
             "text": ["red RED, a mug", None, "a blue lamp; à côté"],
         }
     )
-    vectors = baselines.word_vectors(items)
-    assert [len(one) for one in vectors] == [1, 2, 4]  # a, b, c; "a" is everywhere and counts for nothing
+    vectors = baselines.word_matrix(items).to_dense().numpy()
+    assert (vectors > 0).sum(axis=1).tolist() == [1, 2, 4]  # a, b, c; "a" is everywhere and counts for nothing
     counts = np.array([[1, 0], [2, 3]])  # mug, red of a and b; "mug" in 2 of 3 items, "red" in 1
     damped = TfidfTransformer(use_idf=False, norm=None, sublinear_tf=True).fit_transform(counts).toarray()
     expected = damped * np.log(4 / (1 + np.array([2, 1])))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert sorted(vectors[1].values()) == pytest.approx(sorted(expected[1]))
-    assert max(vectors[0].values()) == 1.0
+    assert sorted(vectors[1][vectors[1] > 0]) == pytest.approx(sorted(expected[1]))
+    assert vectors[0].max() == 1.0
+
+
+def trained(name: str) -> tuple[baselines.Ranker, pl.DataFrame, pl.DataFrame]:
+    """(ranker, test tasks, items) of a small world."""
+    log, tasks, popularity, items = prepared()
+    validation = tasks.filter(split="validation")
+    training = baselines.training_interactions(log, tasks, "strict", popularity)
+    if name == "tfidf":
+        ranker = baselines.tfidf(validation, items)
+    else:
+        ranker = {"knn": baselines.knn, "svd": baselines.svd}[name](validation, items, training)
+    return ranker, tasks.filter(split="test"), items
+
+
+@pytest.mark.parametrize("name", ["knn", "svd", "tfidf"])
+def test_each_scores_the_catalogue_as_it_scores_candidates(name):
+    ranker, test, items = trained(name)
+    coded = CodedTasks(test, items)
+    whole = ranker.score_catalogue(coded.histories)
+    assert whole.shape == (len(test), len(items))
+    assert np.allclose(whole[coded.candidates.owner, coded.candidates.codes], ranker(test), atol=1e-6)
 
 
 @pytest.mark.parametrize("row", ["knn", "svd", "tfidf"])
 def test_each_finds_two_tastes_and_scores_every_candidate_in_order(row):
-    log, tasks, popularity, items = prepared()
-    test, validation = tasks.filter(split="test"), tasks.filter(split="validation")
-    training = baselines.training_interactions(log, tasks, "strict", popularity)
-    if row == "tfidf":
-        values = baselines.tfidf(validation, items)(test)
-    else:
-        values = {"knn": baselines.knn, "svd": baselines.svd}[row](validation, items, training)(test)
+    ranker, test, _ = trained(row)
+    values = ranker(test)
     frame = pairs(test)
     assert values.shape == (frame.height,) and np.isfinite(values).all()
     assert (

@@ -10,7 +10,7 @@ import polars as pl
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.sources.demo import true_utilities
-from mllm_msr.evaluation.baselines import Ranker, knn, svd, tfidf, training_interactions
+from mllm_msr.evaluation.baselines import knn, svd, tfidf, training_interactions
 from mllm_msr.evaluation.loading import load_backbone, load_catalogue, load_recommender
 from mllm_msr.evaluation.scoring import (
     as_it_is,
@@ -24,7 +24,7 @@ from mllm_msr.evaluation.scoring import (
     without_images,
     without_preference,
 )
-from mllm_msr.evaluation.sequential_baselines import GRU4Rec, SASRec, sequence_ranker
+from mllm_msr.evaluation.sequential_baselines import gru4rec, sasrec
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
 
 Scorer = Callable[[pl.DataFrame], pl.DataFrame]  # tasks to ``user_id``, ``item_id``, ``label``, ``logit``, ``score``
+Values = Callable[[pl.DataFrame], np.ndarray]  # tasks to the values of their candidates, task after task
 
 
 @dataclass(frozen=True)
@@ -53,39 +54,45 @@ def model_scorer(name: str, view: ModelView, run: RunFolder) -> Scorer:
     return lambda contexts: score_with_model(recommender, view.users(contexts, seed), catalogue, name)
 
 
-def value_scorer(make: Callable[[RunFolder], Ranker], run: RunFolder) -> Scorer:
+def value_scorer(make: Callable[[RunFolder], Values], run: RunFolder) -> Scorer:
     """A ranker that is no language model, trained if it has to be."""
     ranker = make(run)
     return lambda tasks: score_with_values(tasks, ranker(tasks))
 
 
-def popularity(run: RunFolder) -> Ranker:
+def popularity(run: RunFolder) -> Values:
     counts = run.read(POPULARITY)
     return lambda tasks: pairs(tasks).join(counts, on="item_id", how="left", maintain_order="left")["count"].to_numpy()
 
 
-def random(run: RunFolder) -> Ranker:
+def random(run: RunFolder) -> Values:
     rng = np.random.default_rng(run.recipe.evaluation.seed)
     return lambda tasks: rng.random(pairs(tasks).height)
 
 
-def oracle(run: RunFolder) -> Ranker:
+def oracle(run: RunFolder) -> Values:
     source = run.recipe.source
     if not isinstance(source, DemoSource):
         raise ValueError("the variant 'oracle' needs a drawn world: only the demo has one")
     return lambda tasks: true_utilities(source, pairs(tasks))
 
 
-def words(run: RunFolder) -> Ranker:
+def words(run: RunFolder) -> Values:
     return tfidf(run.tasks("validation"), run.read(ITEMS, ["item_id", "title", "text"]))
 
 
-def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame, int], Ranker], run: RunFolder) -> Ranker:
-    """A ranker trained on the run's training interactions: from validation tasks, items, interactions and seed."""
+def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Values], run: RunFolder) -> Values:
+    """A ranker trained on the run's training interactions: from validation tasks, items and interactions."""
     training = training_interactions(
         run.read(INTERACTIONS), run.tasks("train"), run.recipe.data.protocol, run.read(POPULARITY)
     )
-    return train(run.tasks("validation"), run.read(ITEMS, ["item_id"]), training, run.recipe.evaluation.seed)
+    return train(run.tasks("validation"), run.read(ITEMS, ["item_id"]), training)
+
+
+def sequential(train: Callable[..., Values], run: RunFolder) -> Values:
+    """The same for a network, whose epochs are saved, so that a killed training goes on."""
+    seed, folder = run.recipe.evaluation.seed, run.trained_baselines
+    return collaborative(partial(train, seed=seed, folder=folder), run)
 
 
 MODELS = {
@@ -97,15 +104,15 @@ MODELS = {
     "other_user": ModelView(users=of_another_user),
     "no_sft": ModelView(load=load_backbone),
 }
-RANKERS: dict[str, Callable[[RunFolder], Ranker]] = {
+RANKERS: dict[str, Callable[[RunFolder], Values]] = {
     "popularity": popularity,
     "random": random,
     "oracle": oracle,
     "tfidf": words,
-    "knn": partial(collaborative, lambda validation, items, training, seed: knn(validation, items, training)),
-    "svd": partial(collaborative, svd),
-    "sasrec": partial(collaborative, partial(sequence_ranker, SASRec)),
-    "gru4rec": partial(collaborative, partial(sequence_ranker, GRU4Rec)),
+    "knn": partial(collaborative, knn),
+    "svd": lambda run: collaborative(partial(svd, seed=run.recipe.evaluation.seed), run),
+    "sasrec": partial(sequential, sasrec),
+    "gru4rec": partial(sequential, gru4rec),
 }
 SCORERS: dict[str, Callable[[RunFolder], Scorer]] = {
     **{name: partial(model_scorer, name, view) for name, view in MODELS.items()},

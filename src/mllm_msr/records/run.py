@@ -183,6 +183,11 @@ class RunFolder:
         return self.path / "cache/late_items"
 
     @property
+    def trained_baselines(self) -> Path:
+        """The epochs of sequential baselines, so that a killed evaluation does not train them again."""
+        return self.path / "cache/baselines"
+
+    @property
     def texts(self) -> Path:
         """All texts by content; shared with other runs if the recipe says so."""
         return Path(self.recipe.summaries.cache or self.path / "cache")

@@ -1,0 +1,277 @@
+"""The sequence head: items as what is said of them plus what was learnt of them, users as a walk through their items.
+
+An item's vector is ``v_i = MLP(c_i) + delta_i``. ``c_i`` is its content vector, such as a language model's mean hidden
+state over the item's text and image. ``delta_i``, its identity, is learnt from interactions and zero for an item that
+has none; in training it is left out for a random share of the items of each step, so that content learns to stand
+alone. A small causal network reads the vectors of a history and gives a state ``u_t`` at each place; the score of an
+item is ``<u_t, v_i>``. So a new item needs a content vector and nothing else, a user a history and nothing else.
+
+Without content this is SASRec (Kang and McAuley, ICDM 2018) or GRU4Rec (Hidasi et al., ICLR 2016); without identity it
+ranks by content alone. Letters: B histories, L places, D hidden, I items of the catalogue, F content features,
+C candidates, N any number of items.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+PADDING = -1  # in histories and candidates, after the last item
+
+
+@dataclass(frozen=True)
+class SequenceHeadConfig:
+    """Everything that decides what the head's weights mean.
+
+    Args:
+        n_items: I, items with a code 0 ... I - 1.
+        content_size: F; 0 for a head without content.
+        identity: whether items have a learnt vector of their own.
+        encoder: the network over a history.
+        hidden: D; layers, heads: of the transformer. A GRU has one layer, twice as wide, and a projection.
+        dropout: of inputs, attention and feed-forward layers.
+        identity_dropout: the share of items whose identity is left out in a training step, if they have content.
+        gate: whether content is weighted, for each order of magnitude of an item's training interactions, by a learnt
+            number; those without have their own.
+        max_length: places of a history that are read, from its end.
+    """
+
+    n_items: int
+    content_size: int = 0
+    identity: bool = True
+    encoder: Literal["transformer", "gru"] = "transformer"
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 2
+    dropout: float = 0.3
+    identity_dropout: float = 0.3
+    gate: bool = False
+    max_length: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.identity and not self.content_size:
+            raise ValueError("an item needs an identity, content, or both: give content_size or identity=True")
+        if self.encoder not in ("transformer", "gru"):
+            raise ValueError(f"encoder={self.encoder!r} is not known; there are 'transformer' and 'gru'")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
+
+
+@dataclass
+class SequenceHeadOutput(ModelOutput):
+    """Output of the head.
+
+    Args:
+        states: (B, L, D), u_t: what stands for the next item after each place; of no meaning at padding.
+        last: (B, D), the state after the last item of each history; zero for an empty one.
+    """
+
+    states: Tensor | None = None
+    last: Tensor | None = None
+
+
+class SequenceHead(nn.Module):
+    """See the module. Before use with content, call :meth:`set_items`."""
+
+    content: Tensor
+    mean: Tensor
+    deviation: Tensor
+    counts: Tensor
+
+    def __init__(self, config: SequenceHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("counts", torch.zeros(config.n_items, dtype=torch.int32))
+        if config.content_size:
+            self.register_buffer("content", torch.zeros(config.n_items, config.content_size, dtype=torch.float16))
+            self.register_buffer("mean", torch.zeros(config.content_size))
+            self.register_buffer("deviation", torch.ones(config.content_size))
+            self.reader = nn.Sequential(
+                nn.Linear(config.content_size, 2 * config.hidden),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(2 * config.hidden, config.hidden),
+            )
+            if config.gate:
+                self.gate = nn.Parameter(torch.ones(GATES))
+        if config.identity:
+            self.identity = nn.Parameter(torch.empty(config.n_items, config.hidden))
+        self.encoder = Transformer(config) if config.encoder == "transformer" else Recurrent(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.config.content_size:
+            nn.init.normal_(self.reader[-1].weight, std=0.02)
+            nn.init.zeros_(self.reader[-1].bias)
+        if self.config.identity:
+            nn.init.normal_(self.identity, std=0.02)
+
+    @torch.no_grad()
+    def set_items(self, counts: Tensor, content: Tensor | None = None) -> None:
+        """Say what is known of the catalogue before training.
+
+        Args:
+            counts: (I,), training interactions of each item; identities of items with none are zero.
+            content: (I, F), for a head with content; kept in half precision, read standardised over the catalogue.
+        """
+        self.counts.copy_(counts)
+        if self.config.identity:
+            self.identity[counts == 0] = 0
+        if not self.config.content_size:
+            return
+        if content is None or content.shape != self.content.shape:
+            raise ValueError(
+                f"the content of {self.config.n_items} items is {tuple(self.content.shape)}, "
+                f"not {None if content is None else tuple(content.shape)}"
+            )
+        self.mean.copy_(content.float().mean(dim=0))
+        self.deviation.copy_(content.float().std(dim=0, correction=0).clamp(min=1e-6))
+        self.content.copy_(content)
+
+    def item_vectors(self, codes: Tensor | None = None) -> Tensor:
+        """(N, D): v of the items with these (N,) codes, of the whole catalogue for None.
+
+        In training a random share of them goes without its identity, see ``identity_dropout``.
+        """
+        counts = self.counts if codes is None else self.counts[codes]
+        whole = counts > 0
+        if self.training and self.config.content_size and self.config.identity_dropout:
+            whole = whole & (torch.rand(len(counts), device=counts.device) >= self.config.identity_dropout)
+        vectors = torch.zeros(len(counts), self.config.hidden, device=counts.device)
+        if self.config.content_size:
+            content = self.content if codes is None else self.content[codes]
+            vectors = self._read(content, torch.where(whole, counts, 0) if self.config.identity else counts)
+        if self.config.identity:
+            identity = self.identity if codes is None else self.identity[codes]
+            vectors = vectors + identity * whole[:, None]
+        return vectors
+
+    def new_item_vectors(self, content: Tensor) -> Tensor:
+        """(N, D): v of items outside the catalogue from their (N, F) content alone."""
+        if not self.config.content_size:
+            raise ValueError("this head knows items by their identity alone: it cannot rank new ones")
+        return self._read(content, torch.zeros(len(content), dtype=torch.int32, device=content.device))
+
+    def _read(self, content: Tensor, counts: Tensor) -> Tensor:
+        vectors = self.reader((content.float() - self.mean) / self.deviation)
+        if self.config.gate:
+            vectors = vectors * self.gate[frequency_gates(counts)][:, None]
+        return vectors
+
+    def encode(self, vectors: Tensor, lengths: Tensor) -> SequenceHeadOutput:
+        """Read (B, L, D) vectors of histories, oldest first, of which the first (B,) ``lengths`` are real."""
+        states = self.encoder(vectors * self.config.hidden**0.5, lengths)
+        place = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, states.shape[-1])
+        last = states.gather(1, place)[:, 0] * (lengths > 0)[:, None]
+        return SequenceHeadOutput(states=states, last=last)
+
+    def forward(self, histories: Tensor, vectors: Tensor | None = None) -> SequenceHeadOutput:
+        """Read (B, L) item codes, oldest first, ``PADDING`` after the last.
+
+        ``vectors``: (N, D), what codes stand for, if not :meth:`item_vectors` of the catalogue: with further rows for
+        new items, or kept from an earlier call.
+        """
+        vectors = self.item_vectors() if vectors is None else vectors
+        histories = last_places(histories, self.config.max_length)
+        real = histories != PADDING
+        read = F.embedding(histories.clamp(min=0), vectors) * real[..., None]
+        return self.encode(read, real.sum(dim=1))
+
+    def score(self, histories: Tensor, candidates: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """(B, C): the score of given candidates (B, C), -inf at ``PADDING``."""
+        vectors = self.item_vectors() if vectors is None else vectors
+        last = self(histories, vectors).last
+        scores = torch.einsum("bd,bcd->bc", last, F.embedding(candidates.clamp(min=0), vectors))
+        return scores.masked_fill(candidates == PADDING, float("-inf"))
+
+    def score_catalogue(self, histories: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """(B, N): the score of every item, as one product; items chosen before are the caller's to leave out."""
+        vectors = self.item_vectors() if vectors is None else vectors
+        return self(histories, vectors).last @ vectors.T
+
+
+GATES = 12  # 0, 1, 2-3, 4-7, ... interactions, and 1,024 or more
+
+
+def frequency_gates(counts: Tensor) -> Tensor:
+    """(N,) places in the gate of items with (N,) training interactions.
+
+    >>> frequency_gates(torch.tensor([0, 1, 2, 3, 4, 5000])).tolist()
+    [0, 1, 2, 2, 3, 11]
+    """
+    return torch.where(counts > 0, counts.clamp(min=1).float().log2().long() + 1, 0).clamp(max=GATES - 1)
+
+
+def last_places(histories: Tensor, length: int) -> Tensor:
+    """(B, at most ``length``): the last items of (B, L) padded histories.
+
+    >>> last_places(torch.tensor([[1, 2, 3], [4, -1, -1]]), 2).tolist()
+    [[2, 3], [4, -1]]
+    """
+    if histories.shape[1] <= length:
+        return histories
+    skipped = ((histories != PADDING).sum(dim=1, keepdim=True) - length).clamp(min=0)
+    return histories.gather(1, skipped + torch.arange(length, device=histories.device))
+
+
+class Transformer(nn.Module):
+    """A causal transformer; each place is told how many follow it. Padding stands last: no real place sees it."""
+
+    def __init__(self, config: SequenceHeadConfig) -> None:
+        super().__init__()
+        self.place = nn.Embedding(config.max_length, config.hidden)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.hidden)
+
+    def forward(self, vectors: Tensor, lengths: Tensor) -> Tensor:
+        following = lengths[:, None] - 1 - torch.arange(vectors.shape[1], device=vectors.device)
+        hidden = self.dropout(vectors + self.place(following.clamp(min=0)))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.norm(hidden)
+
+
+class Layer(nn.Module):
+    """Causal self-attention and a feed-forward network, each on the normalised input and added to it."""
+
+    def __init__(self, config: SequenceHeadConfig) -> None:
+        super().__init__()
+        self.heads, self.rate = config.heads, config.dropout
+        self.before_attention, self.before_mixing = nn.LayerNorm(config.hidden), nn.LayerNorm(config.hidden)
+        self.project, self.out = nn.Linear(config.hidden, 3 * config.hidden), nn.Linear(config.hidden, config.hidden)
+        self.mix = nn.Sequential(
+            nn.Linear(config.hidden, 2 * config.hidden),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(2 * config.hidden, config.hidden),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        parts = self.project(self.before_attention(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        rate = self.rate if self.training else 0.0
+        attended = F.scaled_dot_product_attention(*parts, dropout_p=rate, is_causal=True)  # (B, heads, L, D / heads)
+        hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+        return hidden + self.dropout(self.mix(self.before_mixing(hidden)))
+
+
+class Recurrent(nn.Module):
+    """A gated recurrent network, which reads padding last and so without harm."""
+
+    def __init__(self, config: SequenceHeadConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.gru = nn.GRU(config.hidden, 2 * config.hidden, batch_first=True)
+        self.out = nn.Linear(2 * config.hidden, config.hidden)
+
+    def forward(self, vectors: Tensor, lengths: Tensor) -> Tensor:
+        hidden, _ = self.gru(self.dropout(vectors))
+        return self.out(self.dropout(hidden))

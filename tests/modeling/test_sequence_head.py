@@ -1,0 +1,107 @@
+"""The sequence head: no look ahead, no trace of padding, identity where it was learnt, new items by content alone."""
+
+import pytest
+import torch
+
+from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig, last_places
+
+N_ITEMS, SIZE = 20, 6
+COUNTS = torch.arange(N_ITEMS)  # item 0 was never chosen
+
+
+def head(content: bool = True, **settings) -> SequenceHead:
+    torch.manual_seed(0)
+    config = SequenceHeadConfig(N_ITEMS, SIZE if content else 0, hidden=16, layers=1, max_length=8, **settings)
+    made = SequenceHead(config).eval()
+    made.set_items(COUNTS, torch.randn(N_ITEMS, SIZE) if content else None)
+    return made
+
+
+@pytest.mark.parametrize("encoder", ["transformer", "gru"])
+def test_it_neither_looks_ahead_nor_sees_padding(encoder):
+    model = head(encoder=encoder)
+    with torch.inference_mode():
+        whole = model(torch.tensor([[3, 7, 5, 9]])).states
+        other = model(torch.tensor([[3, 7, 5, 1]])).states
+        padded = model(torch.tensor([[3, 7, 5, 9, PADDING, PADDING], [PADDING] * 6]))
+    assert torch.allclose(whole[:, :3], other[:, :3], atol=1e-6)
+    assert not torch.allclose(whole[:, 3], other[:, 3], atol=1e-3)
+    assert torch.allclose(whole[0], padded.states[0, :4], atol=1e-6)
+    assert torch.allclose(padded.last[0], whole[0, -1], atol=1e-6)
+    assert not padded.last[1].any()  # an empty history says nothing
+
+
+def test_a_long_history_is_read_from_its_end():
+    model = head()
+    with torch.inference_mode():
+        assert torch.allclose(
+            model(torch.tensor([[0, 1, *range(2, 10)]])).last, model(torch.tensor([[*range(2, 10)]])).last, atol=1e-6
+        )
+    assert last_places(torch.tensor([[1, 2, 3, 4], [5, 6, PADDING, PADDING]]), 3).tolist() == [
+        [2, 3, 4],
+        [5, 6, PADDING],
+    ]
+
+
+def test_an_item_is_content_and_identity_and_content_alone_if_never_chosen():
+    model = head()
+    vectors = model.item_vectors()
+    content = model.new_item_vectors(model.content)
+    assert torch.allclose(vectors[0], content[0])
+    assert torch.allclose(vectors - content, model.identity, atol=1e-6)
+    assert torch.allclose(model.item_vectors(torch.tensor([4, 2])), vectors[[4, 2]], atol=1e-6)
+    alone = head(content=False)
+    assert not alone.item_vectors()[0].any() and alone.item_vectors()[1].any()
+    with pytest.raises(ValueError, match="cannot rank new ones"):
+        alone.new_item_vectors(torch.zeros(1, SIZE))
+
+
+def test_in_training_some_items_go_without_their_identity_and_it_learns_nothing_from_that_step():
+    model = head(identity_dropout=0.5, dropout=0.0).train()
+    vectors = model.item_vectors()
+    dropped = (vectors == model.new_item_vectors(model.content)).all(dim=1)
+    assert 3 < dropped.sum() < 17
+    vectors.sum().backward()
+    assert not model.identity.grad[dropped].any() and model.identity.grad[~dropped].all()
+    assert not head(identity=False).train().item_vectors().isnan().any()
+
+
+def test_the_gate_weighs_content_by_how_often_an_item_was_chosen():
+    model = head(gate=True)
+    plain = model.item_vectors() - model.identity
+    with torch.no_grad():
+        model.gate[1] = 3.0  # chosen once
+    assert torch.allclose((model.item_vectors() - model.identity)[1], 3 * plain[1], atol=1e-6)
+    assert torch.allclose((model.item_vectors() - model.identity)[2:], plain[2:], atol=1e-6)
+
+
+def test_candidates_and_catalogue_have_the_same_scores_and_new_items_are_ranked_beside_them():
+    model = head()
+    histories = torch.tensor([[1, 2, 3], [4, PADDING, PADDING]])
+    candidates = torch.tensor([[5, 0], [6, PADDING]])
+    with torch.inference_mode():
+        scores, whole = model.score(histories, candidates), model.score_catalogue(histories)
+        vectors = torch.cat([model.item_vectors(), model.new_item_vectors(torch.ones(1, SIZE))])
+        more = model.score_catalogue(torch.tensor([[1, 2, N_ITEMS]]), vectors)
+    assert torch.allclose(scores[0], whole[0, [5, 0]]) and torch.allclose(scores[1, 0], whole[1, 6])
+    assert scores[1, 1] == float("-inf")
+    assert more.shape == (1, N_ITEMS + 1)
+
+
+def test_the_state_holds_all_that_is_known_of_the_items():
+    model = head(gate=True)
+    other = SequenceHead(model.config)
+    other.load_state_dict(model.state_dict())
+    history = torch.tensor([[1, 2]])
+    assert torch.equal(other.eval().score_catalogue(history), model.score_catalogue(history))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="an identity, content, or both"):
+        SequenceHeadConfig(3, identity=False)
+    with pytest.raises(ValueError, match="no multiple of heads"):
+        SequenceHeadConfig(3, hidden=15)
+    with pytest.raises(ValueError, match="'lstm' is not known"):
+        SequenceHeadConfig(3, encoder="lstm")
+    with pytest.raises(ValueError, match=r"is \(20, 6\), not \(3, 6\)"):
+        head().set_items(COUNTS, torch.zeros(3, SIZE))
