@@ -158,7 +158,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     data = parser.add_argument_group("data protocol (docs/data.md)")
     data.add_argument("--protocol", choices=("strict", "paper", "global-cutoff"))
-    data.add_argument("--negatives", metavar="N|all", type=positive_or_all, help="a target; all: full catalogue")
+    data.add_argument("--negatives", metavar="N|all", type=positive_or_all, help="a target; all: rank among all items")
     data.add_argument("--negative-sampling", choices=("uniform", "popularity"))
     data.add_argument("--folds", type=int, metavar="K", help="protocol paper: test 1/K of the users, K runs test all")
     data.add_argument("--fold", type=int, metavar="k", help="which fold, 0 ... K-1")

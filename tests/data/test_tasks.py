@@ -113,8 +113,9 @@ def test_global_cutoff_parts_time_for_everybody() -> None:
     assert plan.popularity["count"].sum() == (rows["timestamp"] < min(validation)).sum()
 
 
-def test_all_ranks_the_whole_unseen_catalogue() -> None:
-    tasks = make_tasks(ONE, negatives="all")
+def test_all_is_a_mark_and_tasks_have_a_sample_or_what_is_left() -> None:
+    assert make_tasks(ONE, negatives="all", n_negatives=2).equals(make_tasks(ONE, negatives="uniform", n_negatives=2))
+    tasks = make_tasks(ONE, negatives="all", n_negatives=100)
     for row in tasks.filter(pl.col("split") != "train").iter_rows(named=True):
         met = set(ONE.filter(user_id=row["user_id"])["item_id"])
         target = row["candidates"][row["labels"].index(1)]

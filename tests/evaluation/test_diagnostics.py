@@ -7,11 +7,12 @@ import polars as pl
 import pytest
 
 from mllm_msr.evaluation import diagnostics
-from mllm_msr.evaluation.metrics import ranking_metrics
+from mllm_msr.evaluation.metrics import ranking_metrics, user_columns
 from mllm_msr.records.results import AgreementFigures, Check, Slice
 
 RNG = np.random.default_rng(0)
 N_USERS, N_ITEMS = 60, 30
+DIVISIONS = ("history_length", "target_train_count", "popularity_decile")
 
 
 @dataclass
@@ -23,7 +24,13 @@ class Scored:
     popularity: pl.DataFrame
 
     def slices(self, by: str) -> list[Slice]:
-        return [one for one in diagnostics.slices(self.scores, self.tasks, self.popularity) if one.by == by]
+        columns = {
+            str(variant): user_columns(frame["user_id"], frame["label"], frame["logit"], diagnostics.SLICE_METRICS)
+            for (variant,), frame in self.scores.group_by("variant")
+        }
+        found = diagnostics.slices(columns, self.tasks, self.popularity)
+        assert {part.by for part in found} == set(DIVISIONS)
+        return [part for part in found if part.by == by]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +55,6 @@ def scored() -> Scored:
     )
 
 
-DIVISIONS = ("history_length", "target_train_count", "popularity_decile")
-
-
 def test_every_division_has_every_user_once_and_its_means_add_up(scored):
     own = scored.scores.filter(variant="popularity")
     whole = ranking_metrics(own["user_id"], own["label"], own["logit"], n_bootstrap=2)["ndcg@5"]["value"]
@@ -61,8 +65,6 @@ def test_every_division_has_every_user_once_and_its_means_add_up(scored):
         assert mean == pytest.approx(whole)
         starts = [int(part.part.split("-")[0].rstrip("+")) for part in parts]
         assert starts == sorted(set(starts))
-    found = diagnostics.slices(scored.scores, scored.tasks, scored.popularity)
-    assert {part.by for part in found} == set(DIVISIONS)
 
 
 def test_a_slice_has_the_metrics_of_its_users_alone(scored):

@@ -163,6 +163,33 @@ def test_choices_are_ranked_among_all_items_never_chosen(trained, capsys):
     assert f"{6 * n_items} pairs are more than evaluation.full_catalogue_pairs" in capsys.readouterr().out
 
 
+def test_the_protocol_may_ask_for_a_ranking_among_all_items(trained, capsys):
+    among_all = {**RECIPE, "data": {**RECIPE["data"], "negatives": "all"}}
+    run = trained.run
+    stages.prepare(RunFolder.create(run.path, parse_recipe(among_all)))
+    run = RunFolder.open(run.path)
+    for stage, path in (
+        ("summarize items", run.file(ITEM_SUMMARIES)), ("summarize users", run.file(PREFERENCES)), ("train", run.model)
+    ):  # fmt: skip
+        run.take_over(stage, "new data", [path])
+    results = evaluate(run)
+    assert results.full_catalogue is not None
+    n_items = run.read(ITEMS, ["item_id"]).height
+    assert n_items - 30 < results.n_candidates <= n_items and results.n_users == 12
+    for name in RECIPE["evaluation"]["rows"]:
+        assert results.variants[name] == results.full_catalogue.variants[name].full
+    assert set(results.against) == set(results.variants) - {OURS} and results.calibration is not None
+    for part in results.slices:
+        assert part.variants.keys() == results.variants.keys()
+    assert run.read(SCORES).height == 5 * 12 * 9  # the tasks have a sample, as ever
+    cheap = {"rows": [OURS, "text_only", "popularity"], "full_catalogue_pairs": 1}
+    results = evaluate(RunFolder.create(run.path, parse_recipe({**among_all, "evaluation": cheap})))
+    assert list(results.variants) == ["popularity"] and not results.against
+    cheap["rows"] = [OURS]
+    with pytest.raises(ValueError, match="no variant was ranked among all items, as the protocol asks"):
+        evaluate(RunFolder.create(run.path, parse_recipe({**among_all, "evaluation": cheap})))
+
+
 def test_scores_of_other_candidates_are_refused(trained):
     run = trained.run
     evaluate(run)

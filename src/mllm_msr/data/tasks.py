@@ -132,8 +132,8 @@ class Part:
         pairs = self.user * n_items + self.item
         cut = (seen["user"].astype(np.int64) - self.first_user) * n_items + seen["item"]
         self.sampler = NegativeSampler(np.concatenate([pairs, cut]), n_users, n_items)
-        held_out = 1 if options.negatives == "all" else options.n_negatives
-        wanted = np.where(split == TRAIN, options.n_train_negatives, held_out)
+        least = 1 if options.negatives == "all" else options.n_negatives
+        wanted = np.where(split == TRAIN, options.n_train_negatives, least)
         refusals = {  # a target may be refused for several reasons; the first counts
             "targets_with_short_history": self.position < options.min_history,
             "targets_already_in_history": _repeated(pairs),
@@ -152,9 +152,9 @@ class Part:
         self.report["training_interactions"] = int(self.training.sum())
 
     def width(self, rows: Array) -> Array:
-        """Candidates of each target: itself and its negatives."""
+        """Candidates of each target: itself and its negatives, of which a user has few left under "all" only."""
         options = self.options
-        held_out = self.sampler.available[self.user[rows]] if options.negatives == "all" else options.n_negatives
+        held_out = np.minimum(self.sampler.available[self.user[rows]], options.n_negatives)
         return 1 + np.where(self.split[rows] == TRAIN, options.n_train_negatives, held_out)
 
     def tasks(self, rows: Array, users: pl.Series, counts: Array) -> pl.DataFrame:
@@ -163,7 +163,7 @@ class Part:
         candidates = np.empty(width.sum(), dtype=np.uint32)
         labels = np.empty(width.sum(), dtype=np.int64)
         starts = np.cumsum(width) - width
-        for count in np.unique(width):  # one or two widths, but for negatives="all"
+        for count in np.unique(width):
             of_width = np.flatnonzero(width == count)
             slots = starts[of_width][:, None] + np.arange(count)
             candidates[slots], labels[slots] = self._candidates(rows[of_width], int(count) - 1, counts)

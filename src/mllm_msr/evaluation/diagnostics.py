@@ -3,12 +3,13 @@
 ``scores`` are tables of the columns of ``records.schema.SCORES``: one row a candidate, one task a user.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.metrics import Array, Columns, Values, estimates, paired, user_columns
+from mllm_msr.evaluation.metrics import Array, Columns, Values, estimates, paired
 from mllm_msr.records.results import (
     AgreementFigures,
     Check,
@@ -36,8 +37,8 @@ def compared(ours: Columns, theirs: Columns) -> dict[str, Difference]:
     return {name: Difference.from_json(content) for name, content in paired(ours, theirs).items()}
 
 
-def slices(scores: pl.DataFrame, tasks: pl.DataFrame, popularity: pl.DataFrame) -> list[Slice]:
-    """The metrics of :data:`SLICE_METRICS` of every variant for parts of the users, parts in rising order.
+def slices(columns: Mapping[str, Columns], tasks: pl.DataFrame, popularity: pl.DataFrame) -> list[Slice]:
+    """The metrics of every variant for parts of the users, parts in rising order.
 
     ``history_length`` has the users' quartiles, but cold users, of fewer than ``COLD`` items, apart;
     ``target_train_count`` has 0 (cold items) and bands above; ``popularity_decile`` is the target's place among the
@@ -45,15 +46,11 @@ def slices(scores: pl.DataFrame, tasks: pl.DataFrame, popularity: pl.DataFrame) 
     without users is left out.
 
     Args:
-        tasks: ``user_id``, ``candidates``, ``labels``, ``history_length``, ``target_train_count``.
+        columns: of each variant, see :func:`~mllm_msr.evaluation.metrics.user_columns`.
+        tasks: ``user_id``, ``history_length``, ``target_train_count`` of the same users.
         popularity: ``item_id``, ``count`` of training interactions for the whole catalogue.
     """
     parts = tasks.select("user_id", *_parts(tasks, popularity)).sort("user_id")
-    columns = {
-        str(variant): user_columns(frame["user_id"], frame["label"], frame["logit"], SLICE_METRICS)
-        for (variant,), frame in scores.group_by("variant", maintain_order=True)
-    }
-    parts = parts.filter(pl.col("user_id").is_in(scores["user_id"].unique().implode()))
     sliced = []
     for by in ("history_length", "target_train_count", "popularity_decile"):
         for part in parts[by].unique().sort():

@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.diagnostics import checks, compared, measured, reliability, slices
+from mllm_msr.evaluation.diagnostics import SLICE_METRICS, checks, compared, measured, reliability, slices
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs, measure_catalogue, rank_in_catalogue
-from mllm_msr.evaluation.metrics import user_columns
+from mllm_msr.evaluation.metrics import Columns, user_columns
+from mllm_msr.evaluation.places import place_columns
 from mllm_msr.evaluation.scorers import SCORERS, Scorer
 from mllm_msr.evaluation.scoring import random_tasks
 from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
@@ -128,7 +129,8 @@ class ScoredVariant:
             )
             return None
         path = self.folder / f"{self.variant.name}.catalogue-{users}.parquet"
-        return kept(PLACES, path, lambda: rank_in_catalogue(self.run, self.tasks, self.scorer))
+        tasks = random_tasks(self.tasks, None if users == "all" else users, options.seed)
+        return kept(PLACES, path, lambda: rank_in_catalogue(self.run, tasks, self.scorer))
 
     def in_all_ways(self, count: int) -> pl.DataFrame:
         """A sample of ``count`` tasks scored in all ways of computing."""
@@ -150,53 +152,71 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
     ``folders``: where scores are kept, by whether a variant needs our model.
     """
     options, scores, places, agreement = run.recipe.evaluation, {}, {}, None
+    among_all = run.recipe.data.negatives == "all"
+    users = "all" if among_all else options.full_catalogue
     for variant in variants:
         scored = ScoredVariant(run, variant, folders[variant.needs_model])
         scores[variant.name] = scored.scores()
         is_ours = variant.name == OURS
-        if options.full_catalogue and (is_ours or not variant.needs_model):
-            places[variant.name] = scored.places(options.full_catalogue)
+        if users and (among_all or is_ours or not variant.needs_model):
+            places[variant.name] = scored.places(users)
         if options.agreement and is_ours:
             agreement = measure_agreement(scored.in_all_ways(options.agreement))
     run.write(SCORES, pl.concat(scores.values()))
     ranked = {name: frame for name, frame in places.items() if frame is not None}
     names = [name for name in options.metrics if name != "auc"]  # which places do not tell
     full_catalogue = measure_catalogue(scores, ranked, names) if ranked and names else None
-    return replace(measure(run, scores), full_catalogue=full_catalogue, agreement=agreement)
+    results = measure(run, scores, ranked if among_all else None)
+    return replace(results, full_catalogue=full_catalogue, agreement=agreement)
 
 
-def measure(run: RunFolder, scores: dict[str, pl.DataFrame]) -> Results:
-    """Every variant's metrics, ours against each, slices, calibration and checks; ``scores`` by variant."""
+def measure(
+    run: RunFolder, scores: Mapping[str, pl.DataFrame], places: Mapping[str, pl.DataFrame] | None = None
+) -> Results:
+    """Every variant's metrics, ours against each, slices, calibration and checks.
+
+    Args:
+        scores: by variant.
+        places: by variant, where the protocol ranks among all items: metrics, differences and slices are then of these,
+            and the scores of the sampled candidates serve calibration and checks alone.
+    """
     protocol = json.loads(run.data_report.read_text(encoding="utf-8"))["protocol"]
     tasks, popularity = run.tasks(run.recipe.evaluation.split), run.read(POPULARITY)
     first = next(iter(scores.values()))
     for name, frame in scores.items():
         if not frame.select("user_id", "item_id").equals(first.select("user_id", "item_id")):
             raise ValueError(f"variant {name!r} was scored on other candidates: remove {run.scores} and evaluate again")
+    if places is not None and not places:
+        raise ValueError("no variant was ranked among all items, as the protocol asks: add a baseline to its rows")
     users, labels = first["user_id"], first["label"].to_numpy()
-    names = run.recipe.evaluation.metrics
-    columns = {name: user_columns(users, labels, frame["logit"], names) for name, frame in scores.items()}
+
+    def columns_of(metrics: Sequence[str]) -> dict[str, Columns]:
+        if places is not None:
+            return {name: place_columns(frame, metrics) for name, frame in places.items()}
+        return {name: user_columns(users, labels, frame["logit"], metrics) for name, frame in scores.items()}
+
+    columns = columns_of(run.recipe.evaluation.metrics)
     against, calibration = {}, None
-    if OURS in scores:
+    if OURS in columns:
         against = {name: compared(columns[OURS], other) for name, other in columns.items() if name != OURS}
+    if OURS in scores:
         logits = scores[OURS]["logit"].to_numpy()
         odds, training_odds = (_positive_odds(part) for part in (tasks, run.tasks("train")))
         shift = float(np.log(odds / training_odds)) if training_odds else 0.0
-        as_trained, corrected = (reliability(labels, logits, by) for by in (0.0, shift))
-        calibration = Calibration(as_trained, corrected, shift)
-    everything = pl.concat(scores.values())
+        calibration = Calibration(reliability(labels, logits), reliability(labels, logits, shift), shift)
+    sizes = tasks["candidates"].list.len() if places is None else next(iter(places.values()))["candidates"]
     return Results(
         dataset=run.recipe.name,
         protocol=protocol["name"],
         split=run.recipe.evaluation.split,
         n_users=users.n_unique(),
-        n_candidates=int(tasks["candidates"].list.len().to_numpy().max()),
+        n_candidates=int(sizes.to_numpy().max()),
         seed=protocol["seed"],
         candidate_hash=protocol["candidate_hash"],
         variants={name: measured(own) for name, own in columns.items()},
         against=against,
-        slices=slices(everything, tasks, popularity),
-        checks=checks(everything, popularity),
+        slices=slices(columns_of(SLICE_METRICS), tasks, popularity),
+        checks=checks(pl.concat(scores.values()), popularity),
         calibration=calibration,
         model_of=run.recipe.evaluation.model_of,
     )

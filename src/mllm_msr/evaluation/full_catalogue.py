@@ -10,7 +10,6 @@ from mllm_msr.evaluation.diagnostics import measured
 from mllm_msr.evaluation.metrics import user_columns
 from mllm_msr.evaluation.places import place_columns, rank_of_choice
 from mllm_msr.evaluation.scorers import Scorer
-from mllm_msr.evaluation.scoring import random_tasks
 from mllm_msr.records.results import CatalogueFigures, FullCatalogue
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS
@@ -23,16 +22,14 @@ def catalogue_pairs(run: RunFolder, users: int | Literal["all"]) -> int:
 
 
 def rank_in_catalogue(run: RunFolder, tasks: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
-    """``records.schema.PLACES`` of the targets of some tasks among all items."""
-    options = run.recipe.evaluation
-    count = None if options.full_catalogue == "all" else options.full_catalogue
+    """``records.schema.PLACES`` of the targets of ``tasks`` among all items, by user."""
     pairs = ["user_id", "item_id"]
     chosen = [run.read(INTERACTIONS, pairs)]
     if run.recipe.data.max_history is not None:  # what it has cut was chosen, too
         chosen.append(run.read(CUT_INTERACTIONS, pairs))
     catalogue = run.read(ITEMS, ["item_id"])["item_id"]
-    parts = over_the_catalogue(random_tasks(tasks, count, options.seed), catalogue, pl.concat(chosen))
-    return pl.concat([rank_of_choice(scorer(part)) for part in parts])
+    parts = over_the_catalogue(tasks, catalogue, pl.concat(chosen))
+    return pl.concat([rank_of_choice(scorer(part)) for part in parts]).sort("user_id")
 
 
 def over_the_catalogue(

@@ -105,7 +105,7 @@ class PrepareOptions:
     max_history: int | None = None  # a user's most recent interactions that count
     # protocol
     protocol: Literal["strict", "paper", "global-cutoff"] = "strict"
-    negatives: Literal["uniform", "popularity", "all"] = "uniform"
+    negatives: Literal["uniform", "popularity", "all"] = "uniform"  # all: rank among all items; tasks have a sample
     n_negatives: int = 20  # a validation or test target
     n_train_negatives: int = 1  # a training target
     max_train_targets: int | None = 5  # a user's most recent; "paper" has one a user
