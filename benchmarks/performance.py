@@ -34,7 +34,7 @@ from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.training.collators import AnswerCollator
-from mllm_msr.training.pair_collators import LateCollator, PackedCollator
+from mllm_msr.training.pair_collators import LateCollator, PackedCollator, PreparedItems
 from mllm_msr.training.pair_trainer import answer_loss
 
 SIZES = {  # width, feed-forward, layers, heads of the language model; width, layers, heads of the vision tower
@@ -155,8 +155,10 @@ class Bench:
                 name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch_of().items()
             }
             labels = batch.pop("labels")
-            for name in ("log_q", "pictures"):
+            for name in ("log_q", "images"):
                 batch.pop(name, None)
+            if "group_ids" in batch:
+                batch["owners"] = batch.pop("group_ids")
             if "pairs" in batch or "owners" in batch:
                 loss = answer_loss(peft(**batch).logits, labels, model.config.answer_token_ids)
             else:
@@ -212,11 +214,11 @@ class Bench:
 
     def packed(self, tasks: int, negatives: int) -> float:
         count = tasks * (1 + negatives)
-        collator = PackedCollator(self.processor, self.table(count))
+        collator = PackedCollator(self.processor, PreparedItems(self.processor, self.table(count)))
         return self.trained(lambda _: (lambda: collator(self.rows(tasks, negatives)), count), "joint")
 
     def late(self, tasks: int) -> float:
-        collator = LateCollator(self.processor, self.table(2 * tasks), limits=LIMITS)
+        collator = LateCollator(self.processor, PreparedItems(self.processor, self.table(2 * tasks)), limits=LIMITS)
         return self.trained(lambda _: (lambda: collator(self.rows(tasks, 1)), 2 * tasks * tasks), "late")
 
 

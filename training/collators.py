@@ -1,16 +1,11 @@
 """Rows of the ``sft`` table to batches whose only supervised token is the answer."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.processing.examples import user_of
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-
-
-def user_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the processor takes of a row's user: ``preference``, and ``recent`` as items of which only that is known."""
-    return {"preference": row["preference"], "recent": [{"summary": summary} for summary in row["recent"]]}
 
 
 @dataclass
@@ -26,10 +21,11 @@ class AnswerCollator:
     items: Catalogue
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        users = [user_of(row["preference"], row["recent"]) for row in rows]
         batch = self.processor(
-            preferences=[row["preference"] for row in rows],
+            preferences=[user.preference for user in users],
             candidates=[vars(self.items[row["item_id"]]) for row in rows],
             labels=[row["label"] for row in rows],
-            recent=[user_of(row)["recent"] for row in rows],
+            recent=[[vars(item) for item in user.recent] for user in users],
         )
         return dict(batch)

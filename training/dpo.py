@@ -8,54 +8,49 @@
         --use_peft --lora_r 8 --learning_rate 1e-5 --num_train_epochs 1
 
 ``--model_name_or_path`` is what ``sft.py`` has saved, or its name on the Hub; it is also the reference that the loss
-holds on to. A positive's Yes is preferred to its No, a negative's No to its Yes, under the model's own prompts. All
-flags of TRL's ``DPOConfig`` and ``ModelConfig`` work, and those of ``sft.py`` about examples and negatives.
+holds on to. A positive's Yes is preferred to its No, a negative's No to its Yes, under the model's own prompts. The
+flags are those of TRL's ``DPOConfig`` and ``ModelConfig``, and those of ``sft.py`` about examples and negatives.
 """
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_quantization_config
+from trl import DPOConfig, DPOTrainer, ModelConfig, get_quantization_config
 
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.training import arguments
+from mllm_msr.training.arguments import ExampleArguments
 from mllm_msr.training.collators import AnswerCollator
-from mllm_msr.training.sft import (
-    ExampleArguments,
-    Examples,
-    language_model_lora,
-    push_recommender,
-    run,
-    save_recommender,
-)
+from mllm_msr.training.data import TrainingData
+from mllm_msr.training.fitting import fit, language_model_lora
+from mllm_msr.training.saving import finish
+
+KINDS = (ExampleArguments, DPOConfig, ModelConfig)
 
 
 def main(script_args: ExampleArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
-    push, training_args.push_to_hub = training_args.push_to_hub, False  # once, at the end, and only what is loadable
+    push = training_args.push_to_hub
     trainer = train(script_args, training_args, model_args)
-    output_dir = Path(trainer.args.output_dir or ".")
-    save_recommender(trainer, output_dir)
-    if push and trainer.accelerator.is_main_process:
-        push_recommender(trainer, output_dir)
+    finish(trainer, push)
 
 
 def train(script_args: ExampleArguments, training_args: DPOConfig, model_args: ModelConfig) -> DPOTrainer:
     # Model, its reference, and processor
-    if not model_args.model_name_or_path or not script_args.dataset_name:
-        raise ValueError("give --model_name_or_path, a recommender that sft.py has saved, and --dataset_name")
     processor = MllmMsrProcessor.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision or "main"
     )
     model = load_recommender(model_args)
+    if model.config.interaction == "late":
+        raise ValueError(f"{model_args.model_name_or_path} is a late recommender; dpo.py trains joint ones")
     peft_config = language_model_lora(model, model_args)
 
     # Data
-    data = Examples.load(script_args, training_args)
+    data = TrainingData.load(script_args, training_args)
 
     # Training
-    training_args.remove_unused_columns = False
+    training_args.push_to_hub = False  # checkpoints stay here; `finish` sends what is loadable
     trainer = PreferenceTrainer(
         model=model,
         ref_model=None if peft_config else load_recommender(model_args),  # without its adapter the model is its own
@@ -66,16 +61,16 @@ def train(script_args: ExampleArguments, training_args: DPOConfig, model_args: M
         processing_class=processor,
         peft_config=peft_config,
     )
-    run(trainer, data, script_args, model_args)
+    fit(trainer, data, script_args, model_args)
     return trainer
 
 
 def load_recommender(model_args: ModelConfig) -> MllmMsrForRecommendation:
     """What ``sft.py`` has saved, an adapter merged into its backbone: the result is then a model of its own."""
-    kwargs = {"dtype": model_args.dtype, "quantization_config": get_quantization_config(model_args)}
-    kwargs |= {"attn_implementation": model_args.attn_implementation, "revision": model_args.model_revision}
+    options = {"dtype": model_args.dtype, "quantization_config": get_quantization_config(model_args)}
+    options |= {"attn_implementation": model_args.attn_implementation, "revision": model_args.model_revision}
     model = MllmMsrForRecommendation.from_pretrained(
-        model_args.model_name_or_path, **{name: value for name, value in kwargs.items() if value is not None}
+        model_args.model_name_or_path, **{name: value for name, value in options.items() if value is not None}
     )
     model.merge()
     model.config.backbone_name_or_path = model.config.backbone_revision = None
@@ -106,16 +101,11 @@ class PreferenceCollator:
         return {**batch, "completion_mask": completion_mask}
 
 
-def parse(arguments: list[str], **flags: Any) -> tuple[ExampleArguments, DPOConfig, ModelConfig]:
-    """The command line, over ``flags``."""
-    kinds: Any = (ExampleArguments, DPOConfig, ModelConfig)
-    parser = TrlParser(kinds)
-    unknown = parser.set_defaults_with_config(**flags)
-    if unknown:
-        raise ValueError(f"unknown flags: {unknown}")
-    script_args, training_args, model_args = parser.parse_args_into_dataclasses(args=arguments)
+def parse(command_line: Sequence[str], **flags: Any) -> tuple[ExampleArguments, DPOConfig, ModelConfig]:
+    """The arguments of a command line, over ``flags``, see :func:`arguments.parse`."""
+    script_args, training_args, model_args = arguments.parse(KINDS, command_line, flags)
     return script_args, training_args, model_args
 
 
 if __name__ == "__main__":
-    main(*parse(sys.argv[1:]))
+    main(*arguments.parse_command_line(KINDS))

@@ -1,67 +1,42 @@
 """Batches of whole tasks: a user and several candidates, for training that computes what pairs share only once."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from datasets import Dataset
 
 from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.processing.examples import user_of
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.storage import digest
-from mllm_msr.training.collators import user_of
 
-PICTURES = 2048  # prepared pictures kept by a collator
+IMAGES = 2048  # prepared images kept by a collator
 MEASURED = 32  # users and items
 
 
-def task_rows(rows: Dataset, task_ids: Sequence[str]) -> Dataset:
-    """``rows`` of the ``sft`` table with one row a task: ``item_id`` and ``label`` become lists.
-
-    What a row shows is looked up when it is asked for, so rows may change with the epoch.
-
-    Args:
-        task_ids: of each of the rows.
-    """
-    members: dict[str, list[int]] = {}
-    for place, task in enumerate(task_ids):
-        members.setdefault(task, []).append(place)
-    groups = list(members.values())
-
-    def look_up(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
-        for group in (groups[number] for number in batch["task"]):
-            some = rows[group]
-            for name in ("task_id", "user_id", "preference", "recent"):
-                found.setdefault(name, []).append(some[name][0])
-            for name in ("item_id", "label"):
-                found.setdefault(name, []).append(list(some[name]))
-        return found
-
-    return Dataset.from_dict({"task": range(len(groups))}).with_transform(look_up)
-
-
-def known_positives(examples: Dataset, tasks: Dataset) -> dict[str, set[str]]:
+def chosen_items(examples: Dataset, tasks: Dataset) -> dict[str, set[str]]:
     """What each user is known to have chosen: never one of their negatives, whoever's positive it is.
 
     Args:
-        examples: the ``sft`` table. tasks: the ``tasks`` table of the same split, for its histories.
+        examples: the ``sft`` table.
+        tasks: the ``tasks`` table of the same split, for its histories.
     """
-    known: dict[str, set[str]] = {}
+    chosen: dict[str, set[str]] = {}
     for user, history in zip(tasks["user_id"], tasks["history"], strict=True):
-        known.setdefault(user, set()).update(history)
+        chosen.setdefault(user, set()).update(history)
     for user, item, label in zip(examples["user_id"], examples["item_id"], examples["label"], strict=True):
         if label:
-            known.setdefault(user, set()).add(item)
-    return known
+            chosen.setdefault(user, set()).add(item)
+    return chosen
 
 
-def log_popularity(examples: Dataset) -> dict[str, float]:
-    """The log of each item's share of the positives: how often it is met as another user's."""
+def log_item_frequency(examples: Dataset) -> dict[str, float]:
+    """The log of each item's share of the positives: how often it is an in-batch negative of another user."""
     positives = [item for item, label in zip(examples["item_id"], examples["label"], strict=True) if label]
     items, counts = np.unique(positives, return_counts=True)
     return dict(zip(items.tolist(), np.log(counts / counts.sum()).tolist(), strict=True))
@@ -70,108 +45,130 @@ def log_popularity(examples: Dataset) -> dict[str, float]:
 def measured_limits(processor: MllmMsrProcessor, examples: Dataset, items: Catalogue) -> tuple[int, int]:
     """The tokens of the longest users and items, an eighth more, in sixteens: blocks that stand far apart learn worse.
 
-    Looked at are those with the most characters, and as many items spread over the catalogue for their pictures.
+    Measured are those with the most characters, and as many items spread over the catalogue for their images.
     """
-    texts = [
-        preference + "".join(recent)
-        for preference, recent in zip(examples["preference"], examples["recent"], strict=True)
-    ]
-    longest = sorted(range(len(texts)), key=lambda row: -len(texts[row]))[:MEASURED]
-    users = [user_of(row) for row in examples.select(longest)]
+    users: Any = examples.select_columns(["preference", "recent"]).to_polars()
+    length = pl.col("preference").str.len_chars() + pl.col("recent").list.join("").str.len_chars()
+    longest = users.sort(length, descending=True, maintain_order=True).head(MEASURED)
     table, names = items.items, list(items)
     words = [len(title or "") + len(text or "") for title, text in zip(table["title"], table["text"], strict=True)]
     wordy = sorted(range(len(names)), key=lambda row: -words[row])[:MEASURED]
     spread = range(0, len(names), max(1, len(names) // MEASURED))
     candidates = [vars(items[names[row]]) for row in dict.fromkeys([*wordy, *spread])]
-    batch = processor.blocks(users, candidates, (0, 0))
+    batch = processor.blocks([_user(row) for row in longest.iter_rows(named=True)], candidates, (0, 0))
     lengths = (int(batch[kind]["attention_mask"].sum(1).max()) for kind in ("users", "items"))
     user, item = (16 * math.ceil(length * 1.125 / 16) for length in lengths)
     return user, item
 
 
+def _user(row: Mapping[str, Any]) -> dict[str, Any]:
+    user = user_of(row["preference"], row["recent"])
+    return {"preference": user.preference, "recent": [vars(item) for item in user.recent]}
+
+
+class PreparedItems(Mapping[str, dict[str, Any]]):
+    """The catalogue with prepared images, of which the last ``IMAGES`` are kept."""
+
+    def __init__(self, processor: MllmMsrProcessor, items: Catalogue) -> None:
+        self.processor, self.items = processor, items
+        self.prepared: dict[str, dict[str, Any]] = {}
+
+    def __getitem__(self, item_id: str) -> dict[str, Any]:
+        if item_id not in self.prepared:
+            item = dict(vars(self.items[item_id]))
+            if item["image"] is not None:
+                (item["image"],) = self.processor.pictures([item["image"]])
+            if len(self.prepared) == IMAGES:
+                del self.prepared[next(iter(self.prepared))]
+            self.prepared[item_id] = item
+        return self.prepared[item_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def images_of(items: PreparedItems, item_ids: Iterable[str]) -> dict[str, list[Any]]:
+    """Whose images are in a batch, in their order, and how many tokens each takes."""
+    pictured = [item for item in item_ids if items[item]["image"] is not None]
+    return {"items": pictured, "tokens": [items[item]["image"].num_image_tokens for item in pictured]}
+
+
 @dataclass
-class _Candidates:
-    """Items as the processor takes them, their pictures prepared once in a while."""
+class PackedCollator:
+    """Rows of ``data.task_rows`` to whole prompts in groups that share what they begin with (``interaction="joint"``).
+
+    The batch has the processor's tensors (B prompts of all tasks), ``group_ids`` (B,), the task of each, ``labels``
+    (B,), 1 or 0, and whose ``images`` it holds.
+    """
 
     processor: MllmMsrProcessor
-    items: Catalogue
-    ready: Callable[[str], dict[str, Any]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ready = lru_cache(PICTURES)(self._prepare)
-
-    def _prepare(self, item_id: str) -> dict[str, Any]:
-        item = vars(self.items[item_id])
-        return {**item, "image": self.processor.pictures([item["image"]])[0]} if item["image"] is not None else item
-
-    def pictures(self, item_ids: Iterable[str]) -> dict[str, list[Any]]:
-        """Whose pictures are in a batch, in their order, and how many tokens each takes."""
-        shown = [(item, self.ready(item)["image"]) for item in item_ids if self.ready(item)["image"] is not None]
-        return {"items": [item for item, _ in shown], "tokens": [picture.num_image_tokens for _, picture in shown]}
-
-
-class PackedCollator(_Candidates):
-    """Rows of :func:`task_rows` to whole prompts whose owners tell what may be shared (``interaction="joint"``).
-
-    The batch has the processor's tensors (B prompts of all tasks), ``owners`` (B,) and ``labels`` (B,), 1 or 0, and
-    whose ``pictures`` it shows.
-    """
+    items: PreparedItems
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        owners = [number for number, row in enumerate(rows) for _ in row["item_id"]]
+        users = [_user(row) for row in rows]
+        groups = [number for number, row in enumerate(rows) for _ in row["item_id"]]
+        item_ids = [item for row in rows for item in row["item_id"]]
         batch = self.processor(
-            preferences=[rows[number]["preference"] for number in owners],
-            candidates=[self.ready(item) for row in rows for item in row["item_id"]],
-            recent=[user_of(rows[number])["recent"] for number in owners],
+            preferences=[users[number]["preference"] for number in groups],
+            candidates=[self.items[item] for item in item_ids],
+            recent=[users[number]["recent"] for number in groups],
         )
         labels = torch.tensor([label for row in rows for label in row["label"]])
-        pictures = self.pictures(item for row in rows for item in row["item_id"])
-        return {**batch, "owners": torch.tensor(owners), "labels": labels, "pictures": pictures}
+        images = images_of(self.items, item_ids)
+        return {**batch, "group_ids": torch.tensor(groups), "labels": labels, "images": images}
 
 
 @dataclass
-class LateCollator(_Candidates):
-    """Rows of :func:`task_rows` to users, items and the pairs of them that are trained (``interaction="late"``).
+class LateCollator:
+    """Rows of ``data.task_rows`` to users, items and the pairs of them that are trained (``interaction="late"``).
 
     The batch has what the processor's ``blocks`` returns for the tasks and for all their items, each once; ``pairs``
-    (2, P) and ``labels`` (P,), 1 or 0; whose ``pictures`` it shows; and ``log_q`` (P,), the log of the chance by which
-    each pair's item is there.
+    (2, P) and ``labels`` (P,), 1 or 0; whose ``images`` it holds; and ``log_q`` (P,), the log of the frequency of each
+    pair's item.
 
     Args:
+        processor: the recommender's.
+        items: the catalogue.
         limits: the most tokens of a user and an item.
-        in_batch: pair every user with the items of all others, too, but for what ``known`` says the user has chosen.
-        pairs_per_user: the most pairs of a user; more are left out by lot, those of the user's own task last.
-        known: see :func:`known_positives`. log_q: see :func:`log_popularity`.
+        in_batch: pair every user with the items of all others, too, but for those that the user has chosen.
+        pairs_per_user: the most pairs of a user: a random sample of the in-batch negatives fills them up.
+        chosen: see :func:`chosen_items`.
+        log_frequency: see :func:`log_item_frequency`.
     """
 
+    processor: MllmMsrProcessor
+    items: PreparedItems
     limits: tuple[int, int] = (512, 1024)
     in_batch: bool = True
     pairs_per_user: int | None = None
-    known: Mapping[str, set[str]] = field(default_factory=dict)
-    log_q: Mapping[str, float] = field(default_factory=dict)
+    chosen: Mapping[str, set[str]] = field(default_factory=dict)
+    log_frequency: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         items = list(dict.fromkeys(item for row in rows for item in row["item_id"]))
         places = {item: place for place, item in enumerate(items)}
         pairs: list[tuple[int, int, int]] = []
-        # the same for the same batch, so that a training that was interrupted goes on as it would have
-        lot = np.random.default_rng(int(digest([row["task_id"] for row in rows])[:16], 16))
+        # the same sample for the same batch, so that an interrupted training goes on as it would have
+        random = np.random.default_rng(int(digest([row["task_id"] for row in rows])[:16], 16))
         for number, row in enumerate(rows):
             own = {places[item]: label for item, label in zip(row["item_id"], row["label"], strict=True)}
-            known = self.known.get(row["user_id"], set())
-            others = [place for item, place in places.items() if place not in own and item not in known]
+            chosen = self.chosen.get(row["user_id"], set())
+            others = [place for item, place in places.items() if place not in own and item not in chosen]
             room = len(others) if self.in_batch else 0
             if self.pairs_per_user is not None:
                 room = max(0, min(room, self.pairs_per_user - len(own)))
-            chosen = sorted(lot.permutation(others)[:room].tolist()) if room < len(others) else others
+            sample = sorted(random.permutation(others)[:room].tolist()) if room < len(others) else others
             pairs += [(number, place, label) for place, label in own.items()]
-            pairs += [(number, place, 0) for place in chosen]
+            pairs += [(number, place, 0) for place in sample]
         table = torch.tensor(pairs)
-        floor = min(self.log_q.values(), default=0.0)  # an item that is nobody's positive is there as rarely as can be
+        least = min(self.log_frequency.values(), default=0.0)  # an item that is nobody's positive is as rare as can be
         return {
-            **self.processor.blocks([user_of(row) for row in rows], [self.ready(item) for item in items], self.limits),
+            **self.processor.blocks([_user(row) for row in rows], [self.items[item] for item in items], self.limits),
             "pairs": table[:, :2].T.contiguous(),
             "labels": table[:, 2],
-            "pictures": self.pictures(items),
-            "log_q": torch.tensor([self.log_q.get(items[place], floor) for _, place, _ in pairs]),
+            "images": images_of(self.items, items),
+            "log_q": torch.tensor([self.log_frequency.get(items[place], least) for _, place, _ in pairs]),
         }

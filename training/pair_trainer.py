@@ -1,56 +1,30 @@
 """A trainer for batches of pairs: the paper's answer cross-entropy, or a softmax over each user's candidates."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from peft import PeftConfig
 from torch.nn.functional import cross_entropy
 from transformers.utils import logging
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from mllm_msr.data.hub_tables import load_table
+from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.packing import BlocksTooLong
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.training.arguments import RecommenderArguments
+from mllm_msr.training.data import TrainingData, task_rows
+from mllm_msr.training.pair_collators import (
+    LateCollator,
+    PackedCollator,
+    PreparedItems,
+    chosen_items,
+    log_item_frequency,
+    measured_limits,
+)
 
 logger = logging.get_logger(__name__)
-OURS = ("labels", "log_q", "pictures", "use_cache")  # of a batch, not the model's
-
-
-@dataclass
-class PairArguments:
-    """How users and candidates meet, and what is learnt from their pairs.
-
-    Args:
-        interaction: ``joint`` or ``late``, see ``MllmMsrConfig``; it becomes part of the checkpoint.
-        packed: batches of whole tasks, whose prompts compute what they share only once. Always so with ``late``; with
-            ``joint``, losses and gradients are those of whole prompts. Batch sizes then count tasks.
-        user_limit, item_limit: with ``late``, the most tokens of a user and of a candidate; by default a little more
-            than the longest ones have.
-        pair_loss: ``answer``, the paper's cross-entropy, or ``listwise``, a softmax over each user's candidates.
-        in_batch_negatives: with ``late``, pair each user with the items of all others, too.
-        pairs_per_user: with ``late``, the most pairs of a user in a batch.
-        log_q_correction: with ``late``, correct for popular items being other users' positives more often.
-        cache_image_features: encode each picture once and keep what the decoder sees of it in memory.
-    """
-
-    interaction: str = field(default="joint", metadata={"help": "joint or late; part of the checkpoint."})
-    packed: bool = field(default=False, metadata={"help": "Batches of tasks; what prompts share is computed once."})
-    user_limit: int | None = field(default=None, metadata={"help": "Most tokens of a user, with late."})
-    item_limit: int | None = field(default=None, metadata={"help": "Most tokens of a candidate, with late."})
-    pair_loss: str = field(default="answer", metadata={"help": "answer or listwise."})
-    in_batch_negatives: bool = field(default=True, metadata={"help": "Pair users with others' items, with late."})
-    pairs_per_user: int | None = field(default=None, metadata={"help": "Most pairs of a user in a batch, with late."})
-    log_q_correction: bool = field(default=False, metadata={"help": "Correct for popular in-batch negatives."})
-    cache_image_features: bool = field(default=False, metadata={"help": "Encode each picture only once."})
-
-    def __post_init__(self) -> None:
-        if self.interaction not in ("joint", "late") or self.pair_loss not in ("answer", "listwise"):
-            raise ValueError("--interaction is joint or late, --pair_loss answer or listwise")
-        late, pairs = self.interaction == "late", self.interaction == "late" or self.packed
-        needs = {"log_q_correction": late, "pairs_per_user": late, "cache_image_features": pairs}
-        for name, there in needs.items():
-            if getattr(self, name) and not there:
-                raise ValueError(f"--{name} needs --interaction late" + (" or --packed" if name[0] == "c" else ""))
-        if self.pair_loss == "listwise" and not pairs:
-            raise ValueError("--pair_loss listwise needs whole tasks: add --packed")
+OURS = ("labels", "log_q", "images", "use_cache")  # of a batch, not the model's
 
 
 def answer_loss(
@@ -80,11 +54,10 @@ def listwise_loss(differences: torch.Tensor, labels: torch.Tensor, users: torch.
     return (torch.cat([own[:, None], scores], 1).logsumexp(1) - own).mean()
 
 
-def pair_weights(labels: torch.Tensor, positive_weight: str) -> torch.Tensor:
+def pair_weights(labels: torch.Tensor, yes_weight: float | Literal["balanced"]) -> torch.Tensor:
     """(P,) weights by class: of the positives as given, or so that both classes count the same."""
     positive = labels > 0
-    count = positive.sum().clamp(min=1)
-    weight = (~positive).sum() / count if positive_weight == "balanced" else float(positive_weight)
+    weight = (~positive).sum() / positive.sum().clamp(min=1) if yes_weight == "balanced" else yes_weight
     return torch.where(positive, weight, 1.0).float()
 
 
@@ -93,26 +66,27 @@ class PairTrainer(SFTTrainer):
 
     Args:
         pair_loss: ``answer`` or ``listwise``.
-        positive_weight: of Yes in ``answer``; "balanced" weighs both answers the same whatever their number.
-        log_q_correction: items are met as other users' positives, so popular ones are negatives too often; correct for
-            it: by 1/q as weight of the negatives in ``answer``, by - log q on the logits in ``listwise`` (Yi et al.,
-            RecSys 2019).
-        cache_image_features: encode each picture once, by a frozen vision tower, and keep what the decoder sees of it
-            in memory.
+        yes_weight: of a Yes for each No in ``answer``; "balanced" weighs both answers the same whatever their number.
+        log_q_correction: in-batch negatives are other users' positives, so frequent items are negatives too often;
+            correct for it: by 1/q as weight of the negatives in ``answer``, by - log q on the logits in ``listwise``
+            (Yi et al., RecSys 2019).
+        cache_image_features: encode each image once, by a frozen vision tower, and keep what the decoder sees of it in
+            memory.
+        args, kwargs: those of ``SFTTrainer``.
     """
 
     def __init__(
         self,
         *args: Any,
         pair_loss: str = "answer",
-        positive_weight: str = "balanced",
+        yes_weight: float | Literal["balanced"] = "balanced",
         log_q_correction: bool = False,
         cache_image_features: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.features: dict[str, torch.Tensor] | None = {} if cache_image_features else None
-        self.pair_loss, self.positive_weight, self.log_q_correction = pair_loss, positive_weight, log_q_correction
+        self.pair_loss, self.yes_weight, self.log_q_correction = pair_loss, yes_weight, log_q_correction
         self.model_accepts_loss_kwargs = False  # so that the trainer averages over accumulated batches itself
 
     def compute_loss(
@@ -120,9 +94,11 @@ class PairTrainer(SFTTrainer):
     ) -> Any:
         labels, log_q = inputs["labels"], inputs.get("log_q")
         given = {name: value for name, value in inputs.items() if name not in OURS}
+        if "group_ids" in given:
+            given["owners"] = given.pop("group_ids")
         recommender: Any = self.accelerator.unwrap_model(model)
-        if self.features is not None and inputs["pictures"]["items"]:
-            given["image_features"] = self._features(recommender, given.get("items", given), inputs["pictures"])
+        if self.features is not None and inputs["images"]["items"]:
+            given["image_features"] = self._features(recommender, given.get("items", given), inputs["images"])
         try:
             outputs = model(**given)
         except BlocksTooLong as error:
@@ -132,7 +108,7 @@ class PairTrainer(SFTTrainer):
             del given["owners"]
             outputs = model(**given, logits_to_keep=1)
             outputs.logits = outputs.logits[:, -1]
-        users = inputs["pairs"][0] if "pairs" in inputs else inputs["owners"]
+        users = inputs["pairs"][0] if "pairs" in inputs else inputs["group_ids"]
         differences = recommender.answer_logits(outputs.logits)
         if self.pair_loss == "listwise":
             corrected = differences - log_q if self.log_q_correction else differences
@@ -147,19 +123,19 @@ class PairTrainer(SFTTrainer):
             self._metrics[mode]["pairs"].append(float(len(labels)))
         return (loss, outputs) if return_outputs else loss
 
-    def _features(self, recommender: Any, batch: dict[str, Any], pictures: dict[str, list[Any]]) -> list[torch.Tensor]:
-        """What the decoder sees of a batch's pictures; computed if one of them is met for the first time."""
+    def _features(self, recommender: Any, batch: dict[str, Any], images: dict[str, list[Any]]) -> list[torch.Tensor]:
+        """What the decoder sees of a batch's images; computed if one of them is met for the first time."""
         known: Any = self.features
-        if not all(item in known for item in pictures["items"]):
+        if not all(item in known for item in images["items"]):
             language = [recommender.get_decoder(), recommender.get_output_embeddings()]
             after = {weight for module in language for weight in module.parameters()}
             if any(weight.requires_grad for weight in recommender.parameters() if weight not in after):
                 raise ValueError(
                     "cache_image_features needs all before the decoder to be frozen: train with --use_peft"
                 )
-            found = recommender.image_features(pictures["tokens"], **batch)
-            known.update(zip(pictures["items"], (features.cpu() for features in found), strict=True))
-        return [known[item].to(self.accelerator.device) for item in pictures["items"]]
+            found = recommender.image_features(images["tokens"], **batch)
+            known.update(zip(images["items"], (features.cpu() for features in found), strict=True))
+        return [known[item].to(self.accelerator.device) for item in images["items"]]
 
     def _weights(self, labels: torch.Tensor, log_q: torch.Tensor | None) -> torch.Tensor:
         weights = torch.ones(len(labels), device=labels.device)
@@ -167,4 +143,48 @@ class PairTrainer(SFTTrainer):
         if self.log_q_correction and log_q is not None and negative.any():
             rarity = torch.exp(log_q.min() - log_q)
             weights = torch.where(negative, rarity / rarity[negative].mean(), weights)
-        return weights * pair_weights(labels, self.positive_weight)
+        return weights * pair_weights(labels, self.yes_weight)
+
+
+def pair_trainer(
+    model: MllmMsrForRecommendation,
+    processor: MllmMsrProcessor,
+    data: TrainingData,
+    script_args: RecommenderArguments,
+    training_args: SFTConfig,
+    peft_config: PeftConfig | None,
+) -> PairTrainer:
+    """The trainer that the flags ask for; with ``late``, the model's configuration gets its limits."""
+    items = PreparedItems(processor, data.items)
+    collator: Any = PackedCollator(processor, items)
+    if script_args.interaction == "late":
+        limits = (script_args.user_limit, script_args.item_limit)
+        if None in limits:
+            measured = measured_limits(processor, data.examples, data.items)
+            limits = (limits[0] or measured[0], limits[1] or measured[1])
+        model.config.interaction, (model.config.user_limit, model.config.item_limit) = "late", limits
+        tasks = load_table(script_args.dataset_name or "", "tasks", script_args.dataset_train_split)
+        collator = LateCollator(
+            processor,
+            items,
+            limits=limits,
+            in_batch=script_args.in_batch_negatives,
+            pairs_per_user=script_args.pairs_per_user,
+            chosen=chosen_items(data.examples, tasks),
+            log_frequency=log_item_frequency(data.examples),
+        )
+    training_args.prediction_loss_only = True  # the metrics come from whole tasks
+    validation = data.validation
+    return PairTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=task_rows(data.training, data.task_ids()),
+        eval_dataset=task_rows(validation, validation["task_id"]) if validation is not None else None,
+        processing_class=processor,
+        data_collator=collator,
+        peft_config=peft_config,
+        pair_loss=script_args.pair_loss,
+        yes_weight=script_args.yes_weight,
+        log_q_correction=script_args.log_q_correction,
+        cache_image_features=script_args.cache_image_features,
+    )

@@ -138,6 +138,7 @@ def print_status(frame: pl.DataFrame, *ids: str) -> None:
 def train(run: RunFolder) -> None:
     """Stage 3: fine-tune the recommender; the model folder is what would be pushed."""
     from mllm_msr.training import sft
+    from mllm_msr.training.saving import save_recommender
 
     def work(key: str) -> None:
         checkpoints = run.checkpoints / key  # other settings never resume from these
@@ -145,7 +146,7 @@ def train(run: RunFolder) -> None:
         arguments = sft.parse([], **flags)
         trainer = sft.train(*arguments)
         with whole_folder(run.model) as folder:
-            sft.save_recommender(trainer, folder, arguments[0].merge_adapter)
+            save_recommender(trainer, folder, arguments[0].merge_adapter)
             write_text(folder / run.training_log.name, json.dumps(trainer.state.log_history, indent=1))
         for stale in run.checkpoints.iterdir():
             shutil.rmtree(stale)

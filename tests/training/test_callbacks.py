@@ -1,28 +1,47 @@
 """Ranking in the middle of training: the right figures, seen by whoever decides on them, and nothing else changed."""
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.hub_tables import load_table
 from mllm_msr.evaluation.metrics import METRICS, ranking_metrics
 from mllm_msr.evaluation.scoring import score_with_model
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.training import sft
-from mllm_msr.training.callbacks import RankingCallback, first_tasks, task_lists
+from mllm_msr.training.callbacks import RankingCallback
+from mllm_msr.training.data import first_tasks, task_lists
+from mllm_msr.training.saving import save_recommender
+
+
+@dataclass
+class Evaluated:
+    """A training that ranked after its second and its fourth step, and how it was asked for."""
+
+    trainer: Trainer
+    folder: Path
+    flags: dict[str, Any]
+
+    @property
+    def logged(self) -> dict[int, dict[str, float]]:
+        return figures(self.trainer)
+
+    @property
+    def best(self) -> int:
+        """The step of the better figures."""
+        return max(self.logged, key=lambda step: (self.logged[step]["eval_mrr@5"], -step))
 
 
 @pytest.fixture(scope="module")
 def evaluated(small_run, tmp_path_factory):
-    """Four steps, ranked after the second and the last, the better of which is kept."""
+    """Four steps, the better of whose two checkpoints is kept."""
     folder = tmp_path_factory.mktemp("evaluated")
-    flags = {
-        **small_run.recipe.training_flags(),
-        "dataset_name": str(small_run.folder),
-        "output_dir": str(folder),
+    more = {
         "max_steps": 4,
         "eval_strategy": "steps",
         "eval_steps": 2,
@@ -34,45 +53,40 @@ def evaluated(small_run, tmp_path_factory):
         "lora_dropout": 0.2,  # what draws random numbers would show
         "report_to": "none",
     }
+    flags = small_run.flags(folder, **more)
     trainer = sft.train(*sft.parse([], **flags))
-    sft.save_recommender(trainer, folder / "model")
-    return trainer, folder, flags
+    save_recommender(trainer, folder / "model")
+    return Evaluated(trainer, folder, flags)
 
 
-def figures(trainer) -> dict[int, dict[str, float]]:
+def figures(trainer: Trainer) -> dict[int, dict[str, float]]:
     return {entry["step"]: entry for entry in trainer.state.log_history if "eval_auc" in entry}
 
 
 def test_the_metrics_are_those_of_whole_candidate_lists(small_run, evaluated):
-    trainer, folder, _ = evaluated
-    logged = figures(trainer)
+    logged = evaluated.logged
     assert set(logged) == {2, 4} and {f"eval_{name}" for name in METRICS} <= logged[2].keys()
-    rows = first_tasks(load_table(str(small_run.folder), "sft", "validation"), 50)
+    rows = first_tasks(small_run.table("sft", "validation"), 50)
     assert len(rows) == 63  # the third task of 21 candidates is begun, so it is completed
-    model = MllmMsrForRecommendation.from_pretrained(folder / "model")
-    recommender = Recommender(model, MllmMsrProcessor.from_pretrained(folder / "model"))
-    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
-    frame = score_with_model(recommender, task_lists(rows), items)
-    assert frame["item_id"].to_list() == rows["item_id"][:]
-    expected = ranking_metrics(frame["user_id"], frame["label"], frame["logit"], n_bootstrap=10)
-    best = max(logged, key=lambda step: (logged[step]["eval_mrr@5"], -step))
+    model = MllmMsrForRecommendation.from_pretrained(evaluated.folder / "model")
+    recommender = Recommender(model, MllmMsrProcessor.from_pretrained(evaluated.folder / "model"))
+    scores = score_with_model(recommender, task_lists(rows), small_run.items)
+    assert scores["item_id"].to_list() == rows["item_id"][:]
+    expected = ranking_metrics(scores["user_id"], scores["label"], scores["logit"], n_bootstrap=10)
     for name in METRICS:
-        assert logged[best][f"eval_{name}"] == pytest.approx(expected[name]["value"], abs=1e-6)
+        assert logged[evaluated.best][f"eval_{name}"] == pytest.approx(expected[name]["value"], abs=1e-6)
 
 
 def test_the_best_checkpoint_is_chosen_by_them(evaluated):
-    trainer, folder, _ = evaluated
-    logged = figures(trainer)
-    best = max(logged, key=lambda step: (logged[step]["eval_mrr@5"], -step))
-    assert trainer.state.best_metric == logged[best]["eval_mrr@5"]
-    assert trainer.state.best_model_checkpoint == str(folder / f"checkpoint-{best}")
+    state = evaluated.trainer.state
+    assert state.best_metric == evaluated.logged[evaluated.best]["eval_mrr@5"]
+    assert state.best_model_checkpoint == str(evaluated.folder / f"checkpoint-{evaluated.best}")
 
 
 def test_with_and_without_ranking_the_weights_end_alike(evaluated, tmp_path):
-    _, _, flags = evaluated
     more = {"output_dir": str(tmp_path), "eval_steps": 3}
     more |= {"load_best_model_at_end": False, "metric_for_best_model": None}
-    trainer = sft.train(*sft.parse([], **flags | more))
+    trainer = sft.train(*sft.parse([], **evaluated.flags | more))
     assert set(figures(trainer)) == {3, 4}
     ranked = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.remove_callback(RankingCallback)
@@ -83,34 +97,32 @@ def test_with_and_without_ranking_the_weights_end_alike(evaluated, tmp_path):
 
 
 def test_ranking_leaves_the_model_as_it_was(evaluated):
-    trainer, _, _ = evaluated
+    trainer = evaluated.trainer
     callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, RankingCallback))
     trainer.model.train()
     before = torch.get_rng_state()
-    found: dict[str, float] = {}
-    callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics=found)
-    assert found.keys() == {f"eval_{name}" for name in METRICS}
+    metrics: dict[str, float] = {}
+    callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics=metrics)
+    assert metrics.keys() == {f"eval_{name}" for name in METRICS}
     assert torch.equal(before, torch.get_rng_state())
     assert all(module.training for module in trainer.model.modules())
 
 
 def test_training_stops_early_by_them(evaluated, tmp_path):
-    _, _, flags = evaluated
     more = {"output_dir": str(tmp_path), "early_stopping_patience": 1, "learning_rate": 0.0, "max_steps": 20}
-    trainer = sft.train(*sft.parse([], **flags | more))
+    trainer = sft.train(*sft.parse([], **evaluated.flags | more))
     assert trainer.state.global_step == 4  # nothing is learnt, so the second evaluation is no better
 
 
 def test_reports_get_them(evaluated, tmp_path):
     """TensorBoard, W&B and trackio learn everything by ``on_log``."""
-    _, _, flags = evaluated
     heard = []
 
     class Listener(TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
             heard.append(logs.get("eval_auc"))
 
-    trainer = sft.train(*sft.parse([], **flags | {"output_dir": str(tmp_path), "max_steps": 2}))
+    trainer = sft.train(*sft.parse([], **evaluated.flags | {"output_dir": str(tmp_path), "max_steps": 2}))
     trainer.add_callback(Listener())
     trainer.evaluate()
     assert [value for value in heard if value is not None] == [figures(trainer)[2]["eval_auc"]]

@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from mllm_msr.training import sft
+from mllm_msr.training.saving import save_recommender
 
 SCRIPT = Path(sft.__file__)
 ACCELERATE = Path(__file__).parents[2] / "recipes/accelerate"
@@ -30,10 +31,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def flags(run, output, batch, **more):
-    return {
-        **run.recipe.training_flags(),
-        "dataset_name": str(run.folder),
-        "output_dir": str(output),
+    options = {
         "use_cpu": True,
         "max_steps": 4,
         "save_steps": 2,
@@ -46,8 +44,8 @@ def flags(run, output, batch, **more):
         "hard_negatives": 1,
         "hard_negatives_pool": 4,
         "positive_weight": "balanced",
-        **more,
     }
+    return run.flags(output, **options | more)
 
 
 def launch(config: Path, arguments: dict, script: Path = SCRIPT) -> None:
@@ -69,7 +67,7 @@ def alone(small_run, tmp_path_factory):
     """One process whose batches are as large as those of two."""
     folder = tmp_path_factory.mktemp("alone")
     trainer = sft.train(*sft.parse([], **flags(small_run, folder, 8)))
-    sft.save_recommender(trainer, folder)
+    save_recommender(trainer, folder)
     return folder
 
 

@@ -6,20 +6,16 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.hub_tables import load_table
-from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
-from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import dpo, sft
 from mllm_msr.training.collators import AnswerCollator
+from mllm_msr.training.saving import save_recommender
 
 
 @pytest.fixture(scope="module")
 def fine_tuned(small_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dpo") / "sft"
-    flags = {**small_run.recipe.training_flags(), "dataset_name": str(small_run.folder), "output_dir": str(folder)}
-    flags |= {"max_steps": 2, "per_device_train_batch_size": 4, "eval_strategy": "no", "save_strategy": "no"}
-    sft.main(*sft.parse([], **flags))
+    more = {"max_steps": 2, "per_device_train_batch_size": 4, "eval_strategy": "no", "save_strategy": "no"}
+    sft.main(*sft.parse([], **small_run.flags(folder, **more)))
     return folder
 
 
@@ -48,10 +44,9 @@ def flags(run, model, output, **more):
 
 
 def test_a_pair_is_one_prompt_with_both_answers(small_run):
-    processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
-    rows = list(load_table(str(small_run.folder), "sft", "train").select(range(4)))
-    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
-    batch = dpo.PreferenceCollator(AnswerCollator(processor, items))(rows)
+    processor = small_run.processor
+    rows = list(small_run.table("sft", "train").select(range(4)))
+    batch = dpo.PreferenceCollator(AnswerCollator(processor, small_run.items))(rows)
     assert "labels" not in batch
     assert batch["completion_mask"].sum(1).tolist() == [1] * 8
     chosen, rejected = batch["input_ids"].chunk(2)
@@ -67,7 +62,7 @@ def test_a_pair_is_one_prompt_with_both_answers(small_run):
 def test_right_answers_gain_and_the_result_is_a_recommender(small_run, fine_tuned, tmp_path, use_peft):
     more = {"use_peft": use_peft, "max_steps": 12, "per_device_train_batch_size": 16, "eval_steps": 12}
     trainer = dpo.train(*dpo.parse([], **flags(small_run, fine_tuned, tmp_path, **more)))
-    sft.save_recommender(trainer, tmp_path / "model")
+    save_recommender(trainer, tmp_path / "model")
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # it begins as its own reference
     assert sum(entry["loss"] for entry in logged[-4:]) / 4 < math.log(2) - 0.05
@@ -79,7 +74,7 @@ def test_right_answers_gain_and_the_result_is_a_recommender(small_run, fine_tune
     assert moved and (not use_peft or all("language_model.layers" in name for name in moved))
     assert (
         AutoProcessor.from_pretrained(tmp_path / "model").prompts["recommendation"]
-        == (small_run.recipe.prompts["recommendation"])
+        == (small_run.run.recipe.prompts["recommendation"])
     )
 
 

@@ -8,25 +8,19 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.hub_tables import load_table
 from mllm_msr.hub_cards.publishing import build_hub
 from mllm_msr.training import sft
-from mllm_msr.training.negatives import Negatives
+from mllm_msr.training.data import TrainingData
+from mllm_msr.training.negatives import EpochNegatives, NegativeOptions
 
 
-def negatives(run, **more) -> Negatives:
-    source = str(run.folder)
-    options = {"drawn": 3, "mined": 0, "pool": 5, "popular": False, "seed": 0, **more}
-    items = Catalogue(load_table(source, "items", "train"))
-    return Negatives(load_table(source, "sft", "train"), load_table(source, "tasks", "all"), items, **options)
+def negatives(run, **more) -> EpochNegatives:
+    options = NegativeOptions(**{"random": 3, "pool": 5, **more})
+    return EpochNegatives(run.table("sft", "train"), run.table("tasks", "all"), run.items, options)
 
 
 def flags(run, output, **more):
-    return {
-        **run.recipe.training_flags(),
-        "dataset_name": str(run.folder),
-        "output_dir": str(output),
+    options = {
         "eval_strategy": "no",
         "save_strategy": "epoch",
         "per_device_train_batch_size": 32,
@@ -34,63 +28,63 @@ def flags(run, output, **more):
         "negatives_per_positive": 1,
         "hard_negatives": 1,
         "hard_negatives_pool": 4,
-        **more,
     }
+    return run.flags(output, **options | more)
 
 
 @pytest.mark.parametrize("popular", [False, True])
 def test_no_negative_was_ever_chosen_by_its_user(small_run, popular):
-    drawn = negatives(small_run, popular=popular)
+    sampled = negatives(small_run, popular=popular)
     chosen = set(pl.read_parquet(small_run.folder / "data/interactions.parquet")["user_id", "item_id"].iter_rows())
-    rows = drawn.dataset()[:]
+    rows = sampled.dataset()[:]
     pairs = [pair for *pair, label in zip(rows["user_id"], rows["item_id"], rows["label"], strict=True) if not label]
-    assert len(pairs) == 3 * sum(rows["label"]) == 3 * sum(load_table(str(small_run.folder), "sft", "train")["label"])
+    assert len(pairs) == 3 * sum(rows["label"]) == 3 * sum(small_run.table("sft", "train")["label"])
     assert not chosen & {tuple(pair) for pair in pairs}
-    assert all(len(set(row)) == 3 for row in drawn.items)
+    assert all(len(set(row)) == 3 for row in sampled.items)
 
 
 def test_a_row_is_its_positives_with_another_item(small_run):
-    table = load_table(str(small_run.folder), "sft", "train")
-    drawn = negatives(small_run)
-    rows = drawn.dataset()
-    first = rows[len(drawn.rows)]  # the first negative of the first positive
-    positive = table[int(drawn.rows[0])]
-    assert first["item_id"] == drawn.ids[drawn.items[0, 0]] and first["label"] == 0
+    table = small_run.table("sft", "train")
+    sampled = negatives(small_run)
+    rows = sampled.dataset()
+    first = rows[len(sampled.rows)]  # the first negative of the first positive
+    positive = table[int(sampled.rows[0])]
+    assert first["item_id"] == sampled.ids[sampled.items[0, 0]] and first["label"] == 0
     assert {k: first[k] for k in ("task_id", "preference", "recent")} == {
         k: positive[k] for k in ("task_id", "preference", "recent")
     }
-    kept = negatives(small_run, drawn=None, mined=1).dataset()
+    kept = negatives(small_run, random=None, hard=1).dataset()
     assert kept[: len(table)]["item_id"] == table["item_id"][:]
-    assert len(kept) == len(table) + len(drawn.rows)
+    assert len(kept) == len(table) + len(sampled.rows)
 
 
 def test_every_unseen_item_is_as_likely_and_popular_ones_more_if_asked(small_run):
-    def shown(**more):
-        drawn = negatives(small_run, **more)
-        items = np.concatenate([drawn.draw(epoch, np.array([0])) for epoch in range(2000)])
-        return drawn, items
+    def first_positive(**more):
+        sampled = negatives(small_run, **more)
+        return sampled, np.concatenate([sampled.sample(epoch, np.array([0])) for epoch in range(2000)])
 
-    drawn, items = shown()
-    n_unseen = drawn.sampler.available[drawn.user[0]]
+    sampled, items = first_positive()
+    n_unseen = sampled.sampler.available[sampled.user[0]]
     for place in range(3):  # not only all places together
-        counts = np.bincount(items[:, place], minlength=len(drawn.ids))
+        counts = np.bincount(items[:, place], minlength=len(sampled.ids))
         assert (counts > 0).sum() == n_unseen and counts.max() < 1.6 * 2000 / n_unseen
-    popular = shown(popular=True)[1]
-    assert drawn.counts[popular].mean() > 1.2 * drawn.counts[items].mean()
+    popular = first_positive(popular=True)[1]
+    assert sampled.counts[popular].mean() > 1.2 * sampled.counts[items].mean()
 
 
 def test_epochs_differ_and_are_the_same_for_a_seed(small_run):
-    one, other = negatives(small_run), negatives(small_run, seed=1)
-    part = np.arange(len(one.rows))
-    assert (one.draw(1, part) == negatives(small_run).draw(1, part)).all()
-    assert (one.draw(1, part) != one.draw(0, part)).any() and (one.draw(0, part) != other.draw(0, part)).any()
+    first, other = negatives(small_run), negatives(small_run, seed=1)
+    part = np.arange(len(first.rows))
+    assert (first.sample(1, part) == negatives(small_run).sample(1, part)).all()
+    assert (first.sample(1, part) != first.sample(0, part)).any()
+    assert (first.sample(0, part) != other.sample(0, part)).any()
 
 
 def test_too_few_unseen_items_are_an_error(small_run):
-    with pytest.raises(ValueError, match=r"unseen items, but 50 are to be drawn: lower --negatives_per_positive"):
-        negatives(small_run, drawn=0, mined=1, pool=50)
+    with pytest.raises(ValueError, match=r"unseen items, but 50 are to be sampled: lower --negatives_per_positive"):
+        negatives(small_run, random=0, hard=1, pool=50)
     with pytest.raises(ValueError, match="cannot be chosen from a pool of 2"):
-        negatives(small_run, mined=3, pool=2)
+        negatives(small_run, hard=3, pool=2)
 
 
 def test_the_mined_are_the_best_of_their_pool(small_run, tmp_path):
@@ -134,6 +128,6 @@ def test_a_published_data_set_suffices(small_run, tmp_path):
     (run / "model/config.json").write_text("{}", encoding="utf-8")
     published = build_hub(run)["dataset"]
     assert load_dataset(str(published), "tasks").keys() == {"train", "validation", "test"}
-    ours = sft.Examples.load(*sft.parse([], **flags(small_run, tmp_path))[:2])
-    theirs = sft.Examples.load(*sft.parse([], **flags(small_run, tmp_path, dataset_name=str(published)))[:2])
+    ours = TrainingData.load(*sft.parse([], **flags(small_run, tmp_path))[:2])
+    theirs = TrainingData.load(*sft.parse([], **flags(small_run, tmp_path, dataset_name=str(published)))[:2])
     assert ours.training[:] == theirs.training[:]

@@ -10,65 +10,64 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.hub_tables import load_table
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.ranking import Recommender
-from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import sft
 from mllm_msr.training.collators import AnswerCollator
+from mllm_msr.training.data import task_rows
 from mllm_msr.training.pair_collators import (
     LateCollator,
     PackedCollator,
-    known_positives,
-    log_popularity,
+    PreparedItems,
+    chosen_items,
+    log_item_frequency,
     measured_limits,
-    task_rows,
 )
 from mllm_msr.training.pair_trainer import answer_loss, listwise_loss, pair_weights
+from mllm_msr.training.saving import save_recommender
 
 LIMITS = (96, 96)
 
 
 @pytest.fixture(scope="module")
-def data(small_run):
-    examples = load_table(str(small_run.folder), "sft", "train")
-    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
-    processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
-    return examples, items, processor, load_table(str(small_run.folder), "tasks", "train")
+def examples(small_run):
+    return small_run.table("sft", "train")
 
 
-def recommender(processor, **config):
-    model = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), processor=processor, dtype=torch.float32)
-    for name, value in config.items():
-        setattr(model.config, name, value)
-    return model
+@pytest.fixture(scope="module")
+def tasks(examples):
+    """The examples, one row a task."""
+    return list(task_rows(examples, examples["task_id"]))
 
 
-def test_tasks_hold_their_rows(data):
-    examples = data[0]
+@pytest.fixture(scope="module")
+def prepared(small_run):
+    return PreparedItems(small_run.processor, small_run.items)
+
+
+def test_tasks_hold_their_rows(examples):
     tasks = task_rows(examples, examples["task_id"])
     assert len(tasks) == len(set(examples["task_id"]))
     shown = [(t["task_id"], item, label) for t in tasks for item, label in zip(t["item_id"], t["label"], strict=True)]
     assert sorted(shown) == sorted(zip(examples["task_id"], examples["item_id"], examples["label"], strict=True))
 
 
-def test_packed_loss_and_gradients_are_those_of_rows(data):
-    examples, items, processor, _ = data
+def test_packed_loss_and_gradients_are_those_of_rows(small_run, examples, tasks, prepared):
+    processor = small_run.processor
     chosen = [row for task in examples["task_id"][:6:2] for row in examples if row["task_id"] == task]
-    model = recommender(processor).train()
-    rows = AnswerCollator(processor, items)(chosen)
+    model = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), processor=processor, dtype=torch.float32)
+    model.train()
+    rows = AnswerCollator(processor, small_run.items)(chosen)
     plain = model(**rows).loss
     plain.backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
-    tasks = task_rows(examples, examples["task_id"])
     wanted = {row["task_id"] for row in chosen}
-    batch = PackedCollator(processor, items)([task for task in tasks if task["task_id"] in wanted])
-    labels, pictures = batch.pop("labels"), batch.pop("pictures")
-    assert pictures["items"] == [item for task in tasks if task["task_id"] in wanted for item in task["item_id"]]
-    loss = answer_loss(model(**batch).logits, labels, model.config.answer_token_ids)
+    batch = PackedCollator(processor, prepared)([task for task in tasks if task["task_id"] in wanted])
+    labels, images, group_ids = (batch.pop(name) for name in ("labels", "images", "group_ids"))
+    assert images["items"] == [item for task in tasks if task["task_id"] in wanted for item in task["item_id"]]
+    loss = answer_loss(model(**batch, owners=group_ids).logits, labels, model.config.answer_token_ids)
     loss.backward()
     assert len(labels) == len(chosen)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
@@ -77,11 +76,11 @@ def test_packed_loss_and_gradients_are_those_of_rows(data):
             assert torch.allclose(weight.grad, expected[name], atol=1e-5, rtol=1e-4), name
 
 
-def test_late_pairs_everybody_with_everything_but_what_they_chose(data):
-    examples, items, processor, tasks = data
-    known = known_positives(examples, tasks)
-    collator = LateCollator(processor, items, limits=LIMITS, known=known, log_q=log_popularity(examples))
-    rows = list(task_rows(examples, examples["task_id"]))[:8]
+def test_late_pairs_everybody_with_everything_but_what_they_chose(small_run, examples, tasks, prepared):
+    chosen = chosen_items(examples, small_run.table("tasks", "train"))
+    frequency = log_item_frequency(examples)
+    collator = LateCollator(small_run.processor, prepared, limits=LIMITS, chosen=chosen, log_frequency=frequency)
+    rows = tasks[:8]
     batch = collator(rows)
     shown = list(dict.fromkeys(item for row in rows for item in row["item_id"]))
     assert len(batch["users"]["input_ids"]) == 8 and len(batch["items"]["input_ids"]) == len(shown)
@@ -90,31 +89,30 @@ def test_late_pairs_everybody_with_everything_but_what_they_chose(data):
     for (user, item), label in zip(pairs, batch["labels"].tolist(), strict=True):
         own = dict(zip(rows[user]["item_id"], rows[user]["label"], strict=True))
         assert label == own.get(item, 0)
-        assert item in own or item not in known[rows[user]["user_id"]]
+        assert item in own or item not in chosen[rows[user]["user_id"]]
     left_out = {(user, item) for user in range(8) for item in shown} - set(pairs)
-    assert left_out and all(item in known[rows[user]["user_id"]] for user, item in left_out)
+    assert left_out and all(item in chosen[rows[user]["user_id"]] for user, item in left_out)
     shares = Counter(item for item, label in zip(examples["item_id"], examples["label"], strict=True) if label)
     common = pairs.index(next(pair for pair in pairs if shares[pair[1]] > 1))
     expected = math.log(shares[pairs[common][1]] / sum(shares.values()))
     assert batch["log_q"][common].item() == pytest.approx(expected)
 
 
-def test_late_pairs_can_be_limited_and_own_ones_stay(data):
-    examples, items, processor, _ = data
-    rows = list(task_rows(examples, examples["task_id"]))[:6]
+def test_late_pairs_can_be_limited_and_own_ones_stay(small_run, tasks, prepared):
+    processor, rows = small_run.processor, tasks[:6]
     own = [(number, label) for number, row in enumerate(rows) for label in row["label"]]
-    limited = LateCollator(processor, items, limits=LIMITS, pairs_per_user=3)(rows)
+    limited = LateCollator(processor, prepared, limits=LIMITS, pairs_per_user=3)(rows)
     assert Counter(limited["pairs"][0].tolist()) == {user: 3 for user in range(6)}
-    alone = LateCollator(processor, items, limits=LIMITS, in_batch=False)(rows)
+    alone = LateCollator(processor, prepared, limits=LIMITS, in_batch=False)(rows)
     assert list(zip(alone["pairs"][0].tolist(), alone["labels"].tolist(), strict=True)) == own
     assert limited["labels"].sum() == alone["labels"].sum() == 6
 
 
-def test_limits_are_a_little_more_than_the_longest_blocks(data):
-    examples, items, processor, _ = data
+def test_limits_are_a_little_more_than_the_longest_blocks(small_run, examples):
+    processor, items = small_run.processor, small_run.items
     user_limit, item_limit = measured_limits(processor, examples, items)
     users = [{"preference": row["preference"], "recent": [{"summary": s} for s in row["recent"]]} for row in examples]
-    whole = processor.blocks(users, [items[name] for name in items], (0, 0))
+    whole = processor.blocks(users, [vars(items[name]) for name in items], (0, 0))
     for kind, limit in (("users", user_limit), ("items", item_limit)):
         longest = int(whole[kind]["attention_mask"].sum(1).max())
         assert longest <= limit <= 1.125 * longest + 16 and limit % 16 == 0
@@ -143,19 +141,16 @@ def test_several_positives_of_a_user_do_not_compete():
 
 
 def flags(run, output, **more):
-    prompts = {**run.recipe.prompts, "late_user": "{{ preference }}", "late_item": "{{ title }} {{ image }}"}
-    return {
-        **run.recipe.training_flags(),
+    prompts = {**run.run.recipe.prompts, "late_user": "{{ preference }}", "late_item": "{{ title }} {{ image }}"}
+    options = {
         "prompts": json.dumps(prompts),
-        "dataset_name": str(run.folder),
-        "output_dir": str(output),
         "max_steps": 4,
         "save_steps": 2,
         "per_device_train_batch_size": 3,
         "max_eval_samples": 4,
         "logging_steps": 1,
-        **more,
     }
+    return run.flags(output, **options | more)
 
 
 def losses(trainer):
@@ -165,7 +160,7 @@ def losses(trainer):
 def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_path):
     options = {"interaction": "late", "negatives_per_positive": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path / "whole", **options)))
-    sft.save_recommender(trainer, tmp_path / "model")
+    save_recommender(trainer, tmp_path / "model")
     pairs = [entry["pairs"] for entry in trainer.state.log_history if "pairs" in entry]
     assert min(pairs) > 3 * 3  # more than the tasks' own
     assert all(0 <= entry["eval_auc"] <= 1 for entry in trainer.state.log_history if "eval_auc" in entry)
@@ -173,21 +168,20 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
     again = sft.train(*sft.parse([], **flags(small_run, tmp_path / "cut", **options)))
     assert losses(again)[-2:] == pytest.approx(losses(trainer)[-2:], abs=1e-6)
-    sft.save_recommender(again, tmp_path / "again")
+    save_recommender(again, tmp_path / "again")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
     model, processor = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
     assert model.config.interaction == "late" and 16 <= model.config.user_limit <= 96
-    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
-    names = list(items)[:5]
-    (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], [items[name] for name in names])
+    candidates = [vars(small_run.items[name]) for name in list(small_run.items)[:5]]
+    (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], candidates)
     assert len({one["logit"] for one in ranked}) == 5
 
 
 def test_packed_training_is_training_on_rows(small_run, tmp_path):
     """With everything in one batch, whatever the order."""
-    count = len(set(load_table(str(small_run.folder), "sft", "train")["task_id"]))
+    count = len(set(small_run.table("sft", "train")["task_id"]))
     options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
     rows = flags(small_run, tmp_path / "rows", **options) | {"per_device_train_batch_size": 2 * count}
     packed = flags(small_run, tmp_path / "packed", **options, packed=True) | {"per_device_train_batch_size": count}
@@ -195,30 +189,30 @@ def test_packed_training_is_training_on_rows(small_run, tmp_path):
     assert losses(ours) == pytest.approx(losses(plain), abs=1e-4)
 
 
-def test_cached_picture_features_and_a_listwise_loss(small_run, tmp_path):
+def test_cached_image_features_and_a_listwise_loss(small_run, tmp_path):
     options = {"interaction": "late", "pair_loss": "listwise", "save_strategy": "no", "eval_strategy": "no"}
     options.update(user_limit=LIMITS[0], item_limit=LIMITS[1])
     options["log_q_correction"] = True
-    found = []
-    for cached in (False, True):
-        folder = tmp_path / str(cached)
-        found.append(sft.train(*sft.parse([], **flags(small_run, folder, **options, cache_image_features=cached))))
-    assert losses(found[1]) == pytest.approx(losses(found[0]), abs=1e-5)
-    assert found[0].features is None and len(found[1].features) > 5
+    plain, cached = (
+        sft.train(*sft.parse([], **flags(small_run, tmp_path / str(cache), **options, cache_image_features=cache)))
+        for cache in (False, True)
+    )
+    assert losses(cached) == pytest.approx(losses(plain), abs=1e-5)
+    assert plain.features is None and len(cached.features) > 5
     with pytest.raises(ValueError, match="before the decoder to be frozen"):
         more = {"cache_image_features": True, "use_peft": False}
         sft.train(*sft.parse([], **flags(small_run, tmp_path / "full", **options, **more)))
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "message"),
     [
-        {"interaction": "early"},
-        {"pair_loss": "listwise"},
-        {"packed": True, "log_q_correction": True},
-        {"cache_image_features": True},
+        ({"interaction": "early"}, "interaction='early': must be one of 'joint', 'late'"),
+        ({"pair_loss": "listwise"}, "--pair_loss listwise needs all candidates of a task: add --packed"),
+        ({"packed": True, "log_q_correction": True}, "--log_q_correction needs --interaction late"),
+        ({"cache_image_features": True}, "--cache_image_features needs --packed or --interaction late"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(small_run, tmp_path, wrong):
-    with pytest.raises(ValueError, match="--"):
+def test_flags_that_do_not_go_together_are_refused(small_run, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
         sft.parse([], **flags(small_run, tmp_path, **wrong))

@@ -11,13 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import sft
 from mllm_msr.training.collators import AnswerCollator
+from mllm_msr.training.saving import last_checkpoint, save_recommender
 
 SCRIPT = Path(sft.__file__)
 PROMPT = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text("utf-8"))["prompts"][
@@ -26,17 +26,14 @@ PROMPT = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").rea
 
 
 def flags(run, output: Path, **more):
-    return {
-        **run.recipe.training_flags(),
-        "dataset_name": str(run.folder),
-        "output_dir": str(output),
+    options = {
         "max_steps": 4,
         "save_steps": 2,
         "per_device_train_batch_size": 4,
         "max_eval_samples": 8,
         "logging_steps": 1,
-        **more,
     }
+    return run.flags(output, **options | more)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -44,10 +41,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_only_the_answer_is_supervised(small_run):
-    processor = MllmMsrProcessor.from_backbone(backbone_path("demo"), prompts=small_run.recipe.prompts)
-    rows = load_table(str(small_run.folder), "sft", "train").select(range(6))
-    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
-    batch = AnswerCollator(processor, items)(list(rows))
+    processor = small_run.processor
+    rows = small_run.table("sft", "train").select(range(6))
+    batch = AnswerCollator(processor, small_run.items)(list(rows))
     supervised = batch["labels"] != -100
     assert supervised.sum(1).tolist() == [1] * 6
     assert supervised[:, -1].all()
@@ -57,9 +53,8 @@ def test_only_the_answer_is_supervised(small_run):
 
 
 def test_an_unknown_item_is_named(small_run):
-    items = Catalogue(load_table(str(small_run.folder), "items", "train"))
     with pytest.raises(KeyError, match="'i9999' is not in the items table"):
-        items["i9999"]
+        small_run.items["i9999"]
 
 
 def test_a_missing_table_says_what_to_do(small_run, tmp_path):
@@ -70,7 +65,7 @@ def test_a_missing_table_says_what_to_do(small_run, tmp_path):
 
 def test_lora_moves_the_language_model_and_nothing_else(small_run, tmp_path):
     trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path)))
-    sft.save_recommender(trainer, tmp_path / "model")
+    save_recommender(trainer, tmp_path / "model")
     before = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), dtype=torch.float32).state_dict()
     after = MllmMsrForRecommendation.from_pretrained(tmp_path / "model").state_dict()
     assert before.keys() == after.keys()
@@ -100,7 +95,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(small_run, tmp_path)
     torn = tmp_path / "cut/checkpoint-3"  # killed while it was written
     shutil.copytree(tmp_path / "cut/checkpoint-2", torn)
     (torn / "trainer_state.json").write_text('{"global_st', encoding="utf-8")
-    assert sft.last_checkpoint(tmp_path / "cut") == str(tmp_path / "cut/checkpoint-2")
+    assert last_checkpoint(tmp_path / "cut") == str(tmp_path / "cut/checkpoint-2")
     resumed = sft.train(*sft.parse([], **flags(small_run, tmp_path / "cut")))
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -21,7 +21,7 @@ def build(kind: type[Section], content: Any, section: str) -> Section:
     known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
     check_names(content, known, section)
     hints = get_type_hints(kind)
-    values = {name: _as_float(value, hints[name]) for name, value in content.items()}
+    values = {name: as_number(value, hints[name]) for name, value in content.items()}
     try:
         return kind(**values)
     except ValueError as error:
@@ -41,13 +41,17 @@ def check_types(section: Any, name: str) -> None:
     """Raise ValueError, naming section and field, for a field of a dataclass that has not its declared type."""
     assert is_dataclass(section)
     for key, hint in get_type_hints(type(section)).items():
-        value = getattr(section, key)
-        try:
-            type_validator(key, value, hint)
-        except (TypeError, ValueError) as error:
-            choices = [repr(choice) for choice in get_args(hint) if isinstance(choice, str)]
-            wanted = f"must be one of {', '.join(choices)}" if choices else f"must be {_in_words(hint)}"
-            raise ValueError(f"{name}.{key}={value!r}: {wanted}") from error
+        check_type(getattr(section, key), hint, f"{name}.{key}")
+
+
+def check_type(value: Any, hint: Any, where: str) -> None:
+    """Raise ValueError, naming ``where``, for a value that has not the declared type."""
+    try:
+        type_validator(where, value, hint)
+    except (TypeError, ValueError) as error:
+        choices = [repr(choice) for choice in get_args(hint) if isinstance(choice, str)]
+        wanted = f"must be one of {', '.join(choices)}" if choices else f"must be {_in_words(hint)}"
+        raise ValueError(f"{where}={value!r}: {wanted}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -56,10 +60,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
 
 
-def _as_float(value: Any, hint: Any) -> Any:
-    """YAML writes 1 for 1.0."""
-    wants_float = hint is float or float in get_args(hint)
-    return float(value) if wants_float and isinstance(value, int) and not isinstance(value, bool) else value
+def as_number(value: Any, hint: Any) -> Any:
+    """A number as its declared type has it: YAML writes 1 for 1.0, and reads 1e-4 as a text."""
+    kinds = get_args(hint) or (hint,)
+    if float not in kinds or isinstance(value, bool) or (isinstance(value, str) and str in kinds):
+        return value
+    try:
+        return float(value) if isinstance(value, int | str) else value
+    except ValueError:
+        return value
 
 
 def _in_words(hint: Any) -> str:

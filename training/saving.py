@@ -1,0 +1,102 @@
+"""From a trainer to a ``from_pretrained`` folder and to the Hub, whatever number of processes holds the weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+NOT_SENT = ("checkpoint-*", "checkpoint-*/**", "negatives/**", "runs/**", "*.bin", "*.pt", ".*")
+
+
+def finish(trainer: Trainer, push: bool, merge: bool = False) -> None:
+    """Save the recommender in the trainer's folder, send it to the Hub if ``push``, and end the process group.
+
+    To be called on every process, as the last of a script: one that ends while another still saves would abort it.
+    """
+    folder = Path(trainer.args.output_dir or ".")
+    save_recommender(trainer, folder, merge)
+    if push and trainer.accelerator.is_main_process:
+        push_recommender(trainer.args, folder)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def save_recommender(trainer: Trainer, folder: Path, merge: bool = False) -> None:
+    """Write what was trained and its processor as one ``from_pretrained`` folder.
+
+    A LoRA adapter of a backbone on the Hub is saved as such, with the backbone's name and revision. If ``merge``, or if
+    the backbone is a folder, to which others could not be referred, it is merged into whole weights.
+
+    To be called on every process: all wait until the main one has written.
+    """
+    trainer.accelerator.wait_for_everyone()
+    model = whole_model(trainer)
+    if trainer.accelerator.is_main_process:
+        _write(model, trainer.processing_class, folder, merge)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write(model: Any, processor: Any, folder: Path, merge: bool) -> None:
+    name = model.config.backbone_name_or_path
+    on_hub = name is not None and not Path(name).exists()
+    if isinstance(model, PeftModel):
+        model = model.get_base_model() if on_hub and not merge else model.merge_and_unload()
+    model.config.use_cache = True  # the trainer switched it off for its own sake
+    if not on_hub:
+        model.config.backbone_name_or_path = None  # a path of this machine says nothing to others
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def whole_model(trainer: Trainer) -> Any:
+    """The model in training; where processes hold parts of it, a copy of all its weights on the main process."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if not sharded(trainer):
+        return model
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.accelerator.is_main_process:
+        return model
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.device("meta"):  # the weights come from the state
+        whole: Any = type(plain)(plain.config)
+        whole.generation_config = plain.generation_config
+        if isinstance(model, PeftModel):
+            whole = get_peft_model(whole, model.peft_config["default"])
+    whole.load_state_dict(state, assign=True)
+    for name, buffer in model.named_buffers():  # of which the state has but some
+        parent, _, leaf = name.rpartition(".")
+        setattr(whole.get_submodule(parent), leaf, buffer.clone())
+    base: Any = whole.get_base_model() if isinstance(whole, PeftModel) else whole
+    base.tie_weights()
+    return whole
+
+
+def sharded(trainer: Trainer) -> bool:
+    """Whether each process holds only a part of the weights: FSDP, or DeepSpeed ZeRO-3."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def push_recommender(arguments: TrainingArguments, folder: Path) -> None:
+    """Send the saved folder, without checkpoints, to ``--hub_model_id`` as one commit; private by default."""
+    api = HfApi(token=arguments.hub_token)
+    private = arguments.hub_private_repo is not False
+    repo = api.create_repo(arguments.hub_model_id or folder.resolve().name, private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo.repo_id, folder_path=folder, revision=arguments.hub_revision, ignore_patterns=list(NOT_SENT)
+    )
+
+
+def last_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint that was written to the end (its trainer state is written last), if any."""
+    whole = []
+    for state in output_dir.glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
+        except ValueError:
+            continue  # killed while writing
+    return max(whole)[1] if whole else None

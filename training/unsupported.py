@@ -1,0 +1,148 @@
+"""Flags that mean nothing here or that the machine cannot honour: refused before training, with what to use instead."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available, strtobool
+
+from mllm_msr.records.recipe import backbone_path
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A flag without effect.
+
+    Args:
+        neutral: the values that ask for nothing, that of the trainer first.
+        reason: why it has no effect, and what to use in its place.
+    """
+
+    neutral: tuple[Any, ...]
+    reason: str
+
+
+_PACK = "tasks are packed by --packed, and always with --interaction late"
+_PROMPTS = "prompts are written by this project's processor in the backbone's own chat template; change --prompts"
+_ONE_ANSWER = "the answer is the one supervised token of every example; leave the flag out"
+_LOADING = "the model is loaded by --dtype, --attn_implementation, --model_revision and the flags of quantisation"
+_LENGTH = "prompts are shortened, and never cut, by --prompt_max_length of sft.py"
+_BATCHES = "examples become tokens when their batch is made; give --dataloader_num_workers for more processes"
+_METRICS = "an evaluation computes the loss and the ranking metrics, and keeps no predictions; leave the flag out"
+_PUSH = "the finished model is sent once, at the end, by --push_to_hub; leave the flag out"
+_KERNELS = "these kernels do not know the recommender's model type; choose the attention by --attn_implementation"
+
+UNSUPPORTED: dict[str, Unsupported] = {
+    # the text of examples
+    "max_length": Unsupported((None,), _LENGTH),
+    "truncation_mode": Unsupported(("keep_start",), _LENGTH),
+    "chat_template_path": Unsupported((None,), _PROMPTS),
+    "dataset_text_field": Unsupported(("text",), _PROMPTS),
+    "eos_token": Unsupported((None,), _PROMPTS),
+    "pad_token": Unsupported((None,), _PROMPTS),
+    "completion_only_loss": Unsupported((None, True), _ONE_ANSWER),
+    "assistant_only_loss": Unsupported((False,), _ONE_ANSWER),
+    # batches
+    "packing": Unsupported((False,), _PACK),
+    "eval_packing": Unsupported((None, False), _PACK),
+    "packing_strategy": Unsupported(("bfd",), _PACK),
+    "padding_free": Unsupported((False,), _PACK),
+    "pad_to_multiple_of": Unsupported(("auto", None), "batches are as long as their longest prompt; leave it out"),
+    "dataset_kwargs": Unsupported((None,), _BATCHES),
+    "dataset_num_proc": Unsupported((None,), _BATCHES),
+    "remove_unused_columns": Unsupported((False,), "prompts are made of the columns, so all stay; leave it out"),
+    "shuffle_dataset": Unsupported((False,), "every epoch is shuffled by --seed or --data_seed; leave the flag out"),
+    "train_sampling_strategy": Unsupported(
+        ("random", "sequential"), "lengths are not known before a batch is made; give random or sequential"
+    ),
+    "length_column_name": Unsupported(("length",), "lengths are not known before a batch is made; leave it out"),
+    # the model
+    "model_init_kwargs": Unsupported((None,), _LOADING),
+    "trust_remote_code": Unsupported((False,), "backbones are models that transformers itself has; leave it out"),
+    "use_liger_kernel": Unsupported((False,), _KERNELS),
+    "liger_kernel_config": Unsupported((None,), _KERNELS),
+    "lora_task_type": Unsupported(("CAUSAL_LM",), "the recommender is a causal language model; leave the flag out"),
+    # evaluation, and what is sent to the Hub
+    "label_names": Unsupported((None,), _METRICS),
+    "include_for_metrics": Unsupported(([],), _METRICS),
+    "batch_eval_metrics": Unsupported((False,), _METRICS),
+    "do_predict": Unsupported((False,), "rankings are made by `mllm-msr rank`; leave the flag out"),
+    "hub_strategy": Unsupported(("every_save", "end"), _PUSH),
+    "hub_always_push": Unsupported((False,), _PUSH),
+    # of DPOConfig
+    "precompute_ref_log_probs": Unsupported(
+        (False,), "the reference is computed with each batch, as negatives may change; leave the flag out"
+    ),
+    "precompute_ref_batch_size": Unsupported((None,), "the reference is computed with each batch; leave it out"),
+}
+_PAIRS = "the loss of whole tasks (--packed or --interaction late) has no such part; leave one of the two out"
+WITH_WHOLE_TASKS: dict[str, Unsupported] = {
+    "label_smoothing_factor": Unsupported((0.0,), _PAIRS),
+    "loss_type": Unsupported(("nll", "chunked_nll"), _PAIRS),
+    "router_aux_loss_coef": Unsupported((None,), _PAIRS),
+    "include_num_input_tokens_seen": Unsupported(("no", False), _PAIRS),
+}
+
+
+def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence for each flag, or pair of flags, that training cannot honour.
+
+    Args:
+        values: those of all flags, as the command line and the recipe have them.
+    """
+    for name, unsupported in UNSUPPORTED.items():
+        if name in values and values[name] not in unsupported.neutral:
+            yield f"--{name} {values[name]}: {unsupported.reason}"
+    if values.get("packed") or values.get("interaction") == "late":
+        for name, unsupported in WITH_WHOLE_TASKS.items():
+            if values[name] not in unsupported.neutral:
+                yield f"--{name} {values[name]}: {unsupported.reason}"
+    elif values.get("positive_weight") not in (None, 1.0, "1"):
+        for name in ("label_smoothing_factor", "loss_type"):
+            if values[name] not in WITH_WHOLE_TASKS[name].neutral:
+                yield f"--{name} {values[name]}: it cannot be combined with --positive_weight; leave one of the two out"
+    evaluates = values["eval_strategy"] != "no"
+    if values["early_stopping_patience"] is not None and not (evaluates and values["metric_for_best_model"]):
+        yield "--early_stopping_patience: give --eval_strategy and --metric_for_best_model, such as eval_auc, as well"
+    for name in ("eval_on_start", "do_eval"):
+        if values[name] and not evaluates:
+            yield f"--{name}: give --eval_strategy steps or epoch as well"
+    samples = values["negatives_per_positive"] is not None or values["hard_negatives"]
+    if samples and values["dataloader_persistent_workers"]:
+        yield "--dataloader_persistent_workers: such workers keep the negatives of the first epoch; leave the flag out"
+    if (
+        values.get("lora_modules_to_save")
+        and values["use_peft"]
+        and not values.get("merge_adapter", True)
+        and not Path(backbone_path(values["model_name_or_path"] or "")).is_dir()
+    ):
+        yield (
+            f"--lora_modules_to_save {values['lora_modules_to_save']}: modules_to_save are whole weights, which an "
+            "adapter of a backbone on the Hub cannot hold; add --merge_adapter to save whole weights"
+        )
+
+
+def supports_bfloat16(use_cpu: bool) -> bool:
+    """Whether training on this machine is to use bfloat16 unless a flag says otherwise: on GPUs that compute in it."""
+    if use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+        return False
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_gpu_available()
+
+
+def check_precision(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a precision is asked for that this machine has not."""
+    cpu = values["use_cpu"]
+    for name in ("bf16", "bf16_full_eval"):
+        if values[name] and not cpu and not is_torch_bf16_gpu_available():
+            raise ValueError(
+                f"--{name}: this machine has no GPU that computes in bfloat16; give --{name} false (in a recipe "
+                f"`{name}: false`), or --use_cpu true for a slow training with it on the CPU"
+            )
+    for name in ("fp16", "fp16_full_eval"):
+        if values[name] and (cpu or not torch.cuda.is_available()):
+            raise ValueError(f"--{name}: float16 needs a GPU; give --{name} false (in a recipe `{name}: false`)")
