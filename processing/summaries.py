@@ -15,6 +15,7 @@ from mllm_msr.data.images import BrokenImage, decode
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
 from mllm_msr.modeling.preference import PreferenceStep, preference_waves, whole_blocks
 from mllm_msr.processing.engines import Descriptions, Engine, HistoryBlock
+from mllm_msr.processing.text_report import check_texts
 from mllm_msr.processing.text_status import StoredText, combine
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.processing.text_writer import Inputs, TextWriter
@@ -39,7 +40,7 @@ def summarize_items(
         rests on.
 
     Raises:
-        EngineUnavailable: the engine can serve no input; what it has written until then is kept.
+        EngineUnavailable: the engine can serve no input, or no text is of use; what it has written until then is kept.
     """
     columns = items.select("item_id", "title", "text", pl.col("image").struct.field("bytes"))
     ids, titles, words, images = (column.to_list() for column in columns.iter_columns())
@@ -100,7 +101,7 @@ def _with_one_prompt(writer: TextWriter, items: _ItemSources) -> list[StoredText
         for image, length in zip(items.image_hashes, items.lengths, strict=True)
     ]
     facts = [list(fact) for fact in zip(items.titles, items.texts, items.image_hashes, strict=True)]
-    return _write(writer, "item_summary", Inputs(facts, sizes, items.item))
+    return _write(writer, "item_summary", Inputs(items.ids, facts, sizes, items.item))
 
 
 def _with_three_prompts(writer: TextWriter, items: _ItemSources) -> list[StoredText]:
@@ -115,6 +116,7 @@ def _with_three_prompts(writer: TextWriter, items: _ItemSources) -> list[StoredT
         writer,
         "image_summary",
         Inputs(
+            [items.ids[place] for place in with_image],
             [items.image_hashes[place] for place in with_image],
             [0] * len(with_image),
             lambda n: items.item(with_image[n], words=False),
@@ -124,6 +126,7 @@ def _with_three_prompts(writer: TextWriter, items: _ItemSources) -> list[StoredT
         writer,
         "text_summary",
         Inputs(
+            [items.ids[place] for place in with_words],
             [{"title": items.titles[place], "text": items.texts[place]} for place in with_words],
             [items.lengths[place] for place in with_words],
             lambda n: items.item(with_words[n], image=False),
@@ -135,7 +138,8 @@ def _with_three_prompts(writer: TextWriter, items: _ItemSources) -> list[StoredT
     both = [place for place in with_image if place in word_texts and image_texts[place].text and word_texts[place].text]
     pairs = [Descriptions(items.titles[place], word_texts[place].text, image_texts[place].text) for place in both]
     facts = [asdict(pair) for pair in pairs]
-    fused = _write(writer, "fusion", Inputs(facts, [len(str(fact)) for fact in facts], pairs.__getitem__))
+    names, sizes = [items.ids[place] for place in both], [len(str(fact)) for fact in facts]
+    fused = _write(writer, "fusion", Inputs(names, facts, sizes, pairs.__getitem__))
     for place, text in zip(both, fused, strict=True):
         status = combine(word_texts[place], image_texts[place], text).status
         texts[place] = StoredText(text.text or texts[place].text, status)
@@ -143,8 +147,13 @@ def _with_three_prompts(writer: TextWriter, items: _ItemSources) -> list[StoredT
 
 
 def _write(writer: TextWriter, task: Task, inputs: Inputs) -> list[StoredText]:
-    with tqdm(total=len(set(writer.keys(task, inputs.facts))), desc=task.replace("_", " "), unit="text") as progress:
-        return writer.write(task, inputs, progress)
+    """The texts of all inputs of a task, checked as a whole."""
+    with tqdm(total=len(inputs.facts), desc=task.replace("_", " "), unit="text") as progress:
+        keys = writer.write(task, inputs, progress)
+    texts = [writer.store.rows[key] for key in keys]
+    different = {key: (inputs.names[place], texts[place]) for place, key in enumerate(keys) if inputs.says(place)}
+    check_texts(task, list(different.values()))
+    return texts
 
 
 def summarize_users(
@@ -166,31 +175,32 @@ def summarize_users(
         is empty or has failed, the one before it stands in its place.
 
     Raises:
-        EngineUnavailable: the engine can serve no input; what it has written until then is kept.
+        EngineUnavailable: the engine can serve no input, or no text is of use; what it has written until then is kept.
     """
     size, writer = options.block_size, TextWriter(engine, store, options.seed)
     users = interactions.group_by("user_id", maintain_order=True).agg("item_id", "timestamp").rows()
     described = {item: HistoryItem(titles[item], summaries[item]) for item in interactions["item_id"].unique()}
     histories = [[described[item] for item in history] for _, history, _ in users]
-    statuses: dict[tuple[int, int], str] = {}  # by user and step
+    keys: dict[tuple[int, int], str] = {}  # of texts, by user and step
+    different: dict[str, str] = {}  # of different inputs the key and a user
     total = sum(whole_blocks(len(history), size) for history in histories)
     with tqdm(total=total, desc="preferences", unit="block") as progress:
 
         def write(steps: list[PreferenceStep[HistoryItem]]) -> list[str]:
             blocks = [HistoryBlock(step.items, step.previous) for step in steps]
-            facts = [asdict(block) for block in blocks]
-            before = progress.n
-            inputs = Inputs(facts, [len(str(fact)) for fact in facts], blocks.__getitem__)
-            texts = writer.write("preference", inputs, progress)
-            progress.update(before + len(steps) - progress.n)  # equal inputs were written once
-            statuses.update({(step.user, step.step): text.status for step, text in zip(steps, texts, strict=True)})
-            return [text.text for text in texts]
+            names, facts = [users[step.user][0] for step in steps], [asdict(block) for block in blocks]
+            inputs = Inputs(names, facts, [len(str(fact)) for fact in facts], blocks.__getitem__)
+            written = writer.write("preference", inputs, progress)
+            keys.update({(step.user, step.step): key for step, key in zip(steps, written, strict=True)})
+            different.update({key: names[place] for place, key in enumerate(written) if inputs.says(place)})
+            return [store.rows[key].text for key in written]
 
         waves = list(preference_waves(histories, size, write, options.recurrent))
+    check_texts("preference", [(user, store.rows[key]) for key, user in different.items()])
     provenance, rows = _provenance(engine, ("preference",)), []
     for step, preference in chain.from_iterable(waves):
         user, history, times = users[step.user]
-        read, status = step.step * size, statuses[step.user, step.step]
+        read, status = step.step * size, store.rows[keys[step.user, step.step]].status
         rows.append((user, step.step, preference, history[:read], times[read - 1], status, *provenance))
     return PREFERENCES.frame(rows).sort("user_id", "step")
 

@@ -15,9 +15,11 @@ NOTHING_TO_DESCRIBE = "failed:nothing-to-describe"
 _FAILED = "failed"
 _RANKS = (OK, "suspect", _FAILED)  # from best to worst
 _REFUSAL = re.compile(
-    r"^\W*(i'?m (really |very )?sorry|i am (really |very )?sorry|sorry,|i apologi[sz]e|as an ai\b|unfortunately, i\b|"
-    r"i('m| am) (unable|not able)|i (cannot|can't|can not|could not|couldn't|do not|don't) "
-    r"(help|assist|comply|provide|describe|see|view|identify|fulfil+|do that|have access|answer|infer))",
+    r"^\W*(i'?m (really |very )?sorry|i am (really |very )?sorry|sorry,|i apologi[sz]e|unfortunately, i\b|"
+    r"as an? (ai|(large )?language model)\b|i('m| am) (unable|not able)|"
+    r"i (cannot|can't|can not|could not|couldn't|do not|don't) "
+    r"(help|assist|comply|provide|describe|see|view|identify|fulfil+|do that|have access|answer|infer|know)|"
+    r"(yes|no|none|null|n/a|unknown|not available)\W*$)",
     re.IGNORECASE,
 )
 
@@ -43,11 +45,16 @@ def has_failed(status: str) -> bool:
     return kind(status) == _FAILED
 
 
+def is_useless(status: str) -> bool:
+    """Whether a text says nothing of its input."""
+    return has_failed(status) or status in (EMPTY, REFUSED)
+
+
 def assess(text: str, ended: bool) -> str:
     """The status of a text that an engine has written.
 
     * empty: not a word
-    * refused: it begins with an apology, or with what the model cannot do, instead of a description
+    * refused: it begins with an apology or with what the model cannot do, or is a bare yes, no or none
     * looping: it ends with the same two to six words three times in a row, or the same word six times
     * unfinished: it reached the longest length without an end
 

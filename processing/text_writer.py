@@ -14,13 +14,14 @@ from typing import Any
 from tqdm import tqdm
 
 from mllm_msr.processing.engines import Answer, Engine, EngineUnavailable, Failure, PromptInput, Text
-from mllm_msr.processing.text_status import OK, StoredText, assess, failed
+from mllm_msr.processing.text_report import no_use
+from mllm_msr.processing.text_status import OK, StoredText, assess, failed, is_useless
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.records.sections import Task
 from mllm_msr.records.storage import digest
 
 logger = logging.getLogger(__name__)
-GIVE_UP_AFTER = 32  # inputs, if not one text has come of any
+GIVE_UP_AFTER = 32  # inputs, if not one text of use has come of any
 POLL = 0.5  # seconds between looks at what other processes are generating
 
 
@@ -29,14 +30,26 @@ class Inputs:
     """N inputs of one prompt.
 
     Args:
+        names: for people, such as an item's id.
         facts: for each all that its text depends on, in JSON's terms.
         sizes: inputs of similar size share a batch.
         load: the input at a place, made when it is needed.
     """
 
+    names: Sequence[str]
     facts: Sequence[Any]
     sizes: Sequence[Any]
     load: Callable[[int], PromptInput]
+
+    def says(self, place: int) -> bool:
+        """Whether this input has a word or an image; nothing can be written of one that has not."""
+        return _says(self.facts[place])
+
+
+def _says(fact: Any) -> bool:
+    if isinstance(fact, Mapping):
+        return any(map(_says, fact.values()))
+    return any(map(_says, fact)) if isinstance(fact, list | tuple) else bool(fact)
 
 
 @dataclass(frozen=True)
@@ -55,15 +68,15 @@ class TextWriter:
         )
         return [digest(common, fact) for fact in facts]
 
-    def write(self, task: Task, inputs: Inputs, progress: tqdm) -> list[StoredText]:
-        """A text for each input, if only an empty one whose status says why; equal inputs are written once.
+    def write(self, task: Task, inputs: Inputs, progress: tqdm) -> list[str]:
+        """The key of each input, under which the store now has a text, if only an empty one whose status says why.
 
         Batches are cut from all inputs in order of size, not from what is missing, so that a resumed run generates the
         same batches as an uninterrupted one, and processes that share the folder see the same ones. What another
         process has claimed is waited for at the end.
 
         Raises:
-            EngineUnavailable: with all that was generated until then kept.
+            EngineUnavailable: the engine says so, or no text is of use; what was generated until then is kept.
             OSError: the store cannot be written.
         """
         keys = self.keys(task, inputs.facts)
@@ -71,7 +84,8 @@ class TextWriter:
         order = sorted(place, key=lambda key: (inputs.sizes[place[key]], key))
         size, rows = self.engine.batch_size, self.store.rows
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        in_vain = 0
+        useful = any(key in rows and not is_useless(rows[key].status) for key in order)
+        tried: list[tuple[str, StoredText]] = []  # as long as no text is of use
         while batches:
             claimed_by_others: list[list[str]] = []
             for batch in batches:
@@ -84,36 +98,34 @@ class TextWriter:
                         continue
                     self.store.refresh(batch)
                     if missing := {key: place[key] for key in batch if key not in rows}:
-                        failures = self._generate(task, batch, missing, inputs.load)
-                        in_vain = in_vain + len(failures) if len(failures) == len(missing) else 0
-                        if in_vain >= GIVE_UP_AFTER and not any(rows[key].text for key in keys if key in rows):
-                            last = failures[-1]
-                            raise EngineUnavailable(
-                                f"{task}: all of the first {in_vain} inputs failed, the last with {last.reason}"
-                            ) from last.cause
+                        failures = self._generate(task, batch, missing, inputs)
+                        if not useful:
+                            tried += [(inputs.names[n], rows[key]) for key, n in missing.items() if inputs.says(n)]
+                            useful = any(not is_useless(text.status) for _, text in tried)
+                        if not useful and len(tried) >= GIVE_UP_AFTER:
+                            raise no_use(task, tried) from (failures[-1].cause if failures else None)
                     progress.update(len(batch))
             if len(claimed_by_others) == len(batches):
                 time.sleep(POLL)
             for batch in claimed_by_others:
                 self.store.refresh(batch)
             batches = claimed_by_others
-        return [rows[key] for key in keys]
+        progress.update(len(keys) - len(order))  # equal inputs were written once
+        return keys
 
-    def _generate(
-        self, task: Task, batch: Sequence[str], missing: Mapping[str, int], load: Callable[[int], PromptInput]
-    ) -> list[Failure]:
+    def _generate(self, task: Task, batch: Sequence[str], missing: Mapping[str, int], inputs: Inputs) -> list[Failure]:
         """Store the texts of ``missing``, keys of ``batch`` with the places of their inputs; the failures among them.
 
         A suspect text is tried once more, sampled and with more room.
         """
-        answers = self._ask(task, missing, load, again=False)
+        answers = self._ask(task, missing, inputs.load, again=False)
         stop = next((answer for answer in answers.values() if isinstance(answer, EngineUnavailable)), None)
         doubtful = {
             key: missing[key]
             for key, answer in answers.items()
             if isinstance(answer, Text) and assess(answer.text, answer.ended) != OK
         }
-        second = self._ask(task, doubtful, load, again=True) if stop is None else {}
+        second = self._ask(task, doubtful, inputs.load, again=True) if stop is None else {}
         stop = stop or next((answer for answer in second.values() if isinstance(answer, EngineUnavailable)), None)
         rows: dict[str, StoredText] = {}
         failures: list[Failure] = []
@@ -126,7 +138,7 @@ class TextWriter:
             elif isinstance(answer, Failure) and not stop:
                 rows[key] = StoredText("", failed(answer.reason))
                 failures.append(answer)
-                logger.warning("%s failed: %s", task, answer.reason)
+                logger.warning("%s of %s failed: %s", task, inputs.names[missing[key]], answer.reason)
         if rows:
             self.store.add(batch, rows)
         if stop:

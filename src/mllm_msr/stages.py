@@ -58,11 +58,12 @@ def summary_tools(run: RunFolder, name: str) -> Any:
 def summarize_items(run: RunFolder) -> None:
     """Stage 1: a short text for each item's image and words."""
     from mllm_msr.processing import summaries
+    from mllm_msr.processing.text_report import text_report
 
     def work(key: str) -> None:
         frame = summaries.summarize_items(run.read(ITEMS), *summary_tools(run, "item_summary"))
         run.write(ITEM_SUMMARIES, frame)
-        print_status(frame, "item_id")
+        print(text_report(frame))
 
     with run.lock(f"mllm-msr summarize items {run.path}"):
         forget_failures(run.file(ITEM_SUMMARIES))
@@ -75,6 +76,7 @@ def summarize_users(run: RunFolder) -> None:
     from mllm_msr.processing import summaries
     from mllm_msr.processing.examples import run_contexts, training_examples
     from mllm_msr.processing.prompts import PROMPTS
+    from mllm_msr.processing.text_report import text_report
 
     def work(key: str) -> None:
         items, tasks = run.read(ITEMS), run.tasks("train", "validation", "test")
@@ -85,7 +87,7 @@ def summarize_users(run: RunFolder) -> None:
             *summary_tools(run, "preference"),
         )
         run.write(PREFERENCES, frame)
-        print_status(frame, "user_id", "step")
+        print(text_report(frame))
         prompt = {**PROMPTS, **run.recipe.prompts}["recommendation"]
         with whole_folder(run.examples) as folder:
             for split in ("train", "validation"):
@@ -120,19 +122,6 @@ def forget_failures(output: Path) -> None:
     """A stage some of whose texts have failed is not finished: what it wrote goes, so that they are tried again."""
     if output.is_file() and pl.read_parquet(output, columns=["status"])["status"].str.starts_with("failed").any():
         output.unlink()
-
-
-def print_status(frame: pl.DataFrame, *ids: str) -> None:
-    """How many texts have which status, and which are not ok."""
-    counts = frame["status"].str.replace(":.*", "").value_counts(sort=True).iter_rows()
-    print("  " + ", ".join(f"{count} {status}" for status, count in counts))
-    bad = frame.filter(pl.col("status") != "ok").select(*ids, "status").rows()
-    for *names, status in bad[:20]:
-        print(f"    {' '.join(map(str, names))}: {status}")
-    if bad[20:]:
-        print(f"    and {len(bad) - 20} more, see the column `status`")
-    if any(status.startswith("failed") for *_, status in bad):
-        print("  run the same command again to try the failed ones again")
 
 
 def train(run: RunFolder) -> None:

@@ -68,14 +68,6 @@ def test_a_failed_item_is_tried_again_by_the_same_command(prepared, capsys):
     assert pl.read_parquet(path).equals(whole)
 
 
-def test_failures_are_counted_and_listed(capsys):
-    ids = [f"i{n}" for n in range(30)]
-    stages.print_status(pl.DataFrame({"item_id": ids, "status": ["ok", *["failed:no answer"] * 29]}), "item_id")
-    said = capsys.readouterr().out
-    assert "29 failed, 1 ok" in said and "i1: failed:no answer" in said and "and 9 more" in said
-    assert "run the same command again" in said
-
-
 def test_show_prints_a_user(prepared, capsys):
     done(capsys, prepared)
     user = pl.read_parquet(prepared / "summaries/preferences.parquet")["user_id"][0]

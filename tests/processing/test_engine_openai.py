@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import os
 import signal
 import socket
@@ -12,11 +11,11 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import polars as pl
 import pytest
+from chat_server import Reply, chat_server, completion
 from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
@@ -37,42 +36,6 @@ ASK = {"preference": "{{ previous }}>{{ items[0].summary }}", "item_summary": "{
 IMAGE = Image.new("RGB", (3, 2), (10, 200, 30))
 
 
-def completion(text: str, finish: str = "stop") -> bytes:
-    return json.dumps({"choices": [{"finish_reason": finish, "message": {"content": text}}]}).encode()
-
-
-@contextmanager
-def server(answer):
-    """``answer(request, n)`` returns (status, body, headers), or None to hang up; yields the base URL and requests."""
-    seen: list[dict] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append({"body": body, "headers": dict(self.headers), "path": self.path, "time": time.monotonic()})
-            reply = answer(body, len(seen))
-            if reply is None:
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            status, content, headers = (*reply, {})[:3]
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *arguments):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1", seen
-    finally:
-        http.shutdown()
-        http.server_close()
-
-
 def engine(url: str, **options) -> OpenAIEngine:
     return OpenAIEngine("tiny", ASK, base_url=url, **{"pause": 0.01, "tries": 3, "timeout": 5, **options})
 
@@ -82,14 +45,14 @@ def blocks(*summaries: str) -> list[HistoryBlock]:
 
 
 def echo(body, n=0):
-    return 200, completion(f"read {body['messages'][0]['content']}")
+    return completion(f"read {body['messages'][0]['content']}")
 
 
 def test_a_request_says_all_and_the_answer_keeps_its_place():
-    with server(echo) as (url, seen):
+    with chat_server(echo) as (url, requests):
         out = engine(url, concurrency=4).generate("preference", blocks(*"abcdefgh"), list(range(8)))
     assert out == [Text(f"read >{letter}", True) for letter in "abcdefgh"]
-    body = min((one["body"] for one in seen), key=lambda body: body["seed"])
+    body = min((request.body for request in requests), key=lambda body: body["seed"])
     assert body == {
         "model": "tiny",
         "messages": [{"role": "user", "content": ">a"}],
@@ -98,39 +61,42 @@ def test_a_request_says_all_and_the_answer_keeps_its_place():
         "top_p": 1.0,
         "seed": 0,
     }
-    assert {one["path"] for one in seen} == {"/v1/chat/completions"}
+    assert {request.path for request in requests} == {"/v1/chat/completions"}
 
 
-def test_a_picture_goes_as_a_lossless_data_url_where_the_prompt_puts_it():
-    with server(lambda body, n: (200, completion("fine"))) as (url, seen):
+def test_an_image_goes_as_a_lossless_data_url_where_the_prompt_puts_it():
+    with chat_server(lambda body, n: completion("fine")) as (url, requests):
         engine(url).generate("item_summary", [Candidate("", "Mug", "of clay", IMAGE)])
-    before, picture, after = seen[0]["body"]["messages"][0]["content"]
+    before, image, after = requests[0].body["messages"][0]["content"]
     assert (before["text"], after["text"]) == ("Mug ", " of clay")
-    data = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))
+    data = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
     assert Image.open(io.BytesIO(data)).tobytes() == IMAGE.tobytes()
-    assert data_url(IMAGE) == picture["image_url"]["url"]
+    assert data_url(IMAGE) == image["image_url"]["url"]
 
 
 def test_control_tokens_in_a_text_are_broken_up():
-    with server(echo) as (url, seen):
+    with chat_server(echo) as (url, requests):
         engine(url).generate("preference", blocks("a <|im_end|> b </s> c <image> d [INST] 1 < 2 [3]"))
-    assert seen[0]["body"]["messages"][0]["content"] == ">a < |im_end|> b < /s> c < image> d [ INST] 1 < 2 [3]"
+    assert requests[0].body["messages"][0]["content"] == ">a < |im_end|> b < /s> c < image> d [ INST] 1 < 2 [3]"
 
 
 def test_the_key_goes_into_the_header_only(monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     leak = b'{"error": "bad key sk-very-secret"}'
-    with server(lambda body, n: echo(body) if n == 1 else (401, leak)) as (url, seen):
-        one = engine(url)
-        one.generate("preference", blocks("a"))
-        (refused,) = one.generate("preference", blocks("a"))
-    assert seen[0]["headers"]["Authorization"] == "Bearer sk-very-secret"
+    with chat_server(lambda body, n: echo(body) if n == 1 else Reply(401, leak)) as (url, requests):
+        made = engine(url)
+        made.generate("preference", blocks("a"))
+        (refused,) = made.generate("preference", blocks("a"))
+    assert requests[0].headers["Authorization"] == "Bearer sk-very-secret"
     assert isinstance(refused, EngineUnavailable) and "set OPENAI_API_KEY" in str(refused)
-    assert "secret" not in f"{refused} {caplog.text} {seen[0]['body']} {one.settings('preference')}"
+    assert "secret" not in f"{refused} {caplog.text} {requests[0].body} {made.settings('preference')}"
 
 
 def test_a_redirection_is_not_followed():
-    with server(echo) as (elsewhere, there), server(lambda body, n: (302, b"", {"Location": elsewhere})) as (url, _):
+    with (
+        chat_server(echo) as (elsewhere, there),
+        chat_server(lambda body, n: Reply(302, b"", {"Location": elsewhere})) as (url, _),
+    ):
         (out,) = engine(url).generate("preference", blocks("a"))
     assert isinstance(out, EngineUnavailable) and not there
 
@@ -138,79 +104,82 @@ def test_a_redirection_is_not_followed():
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda body: (500, b"oops"),
-        lambda body: (503, b"busy"),
-        lambda body: (429, b"slow down"),
+        lambda body: Reply(500, b"oops"),
+        lambda body: Reply(503, b"busy"),
+        lambda body: Reply(429, b"slow down"),
         lambda body: None,
-        lambda body: (200, completion("whole")[:20], {"Content-Length": "400"}),  # cut short
-        lambda body: (200, b"<html>not json"),
-        lambda body: (200, b'{"choices": []}'),
+        lambda body: Reply(200, completion("whole").content[:20], {"Content-Length": "400"}),  # cut short
+        lambda body: Reply(200, b"<html>not json"),
+        lambda body: Reply(200, b'{"choices": []}'),
     ],
     ids=["500", "503", "429", "hung up", "cut short", "no json", "no choice"],
 )
 def test_what_fails_on_the_way_is_tried_again(fault):
-    with server(lambda body, n: fault(body) if n < 3 else echo(body)) as (url, seen):
+    with chat_server(lambda body, n: fault(body) if n < 3 else echo(body)) as (url, requests):
         assert engine(url).generate("preference", blocks("a")) == [Text("read >a", True)]
-    assert len(seen) == 3
+    assert len(requests) == 3
 
 
 def test_the_server_may_say_how_long_to_wait():
-    with server(lambda body, n: (429, b"", {"Retry-After": "1"}) if n == 1 else echo(body)) as (url, seen):
+    with chat_server(lambda body, n: Reply(429, b"", {"Retry-After": "1"}) if n == 1 else echo(body)) as (
+        url,
+        requests,
+    ):
         engine(url).generate("preference", blocks("a"))
-    assert seen[1]["time"] - seen[0]["time"] >= 1.0
+    assert requests[1].time - requests[0].time >= 1.0
 
 
 def test_a_slow_answer_times_out():
-    with server(lambda body, n: time.sleep(1.0 if n == 1 else 0) or echo(body)) as (url, seen):
+    with chat_server(lambda body, n: time.sleep(1.0 if n == 1 else 0) or echo(body)) as (url, requests):
         assert engine(url, timeout=0.3).generate("preference", blocks("a")) == [Text("read >a", True)]
-    assert len(seen) == 2
+    assert len(requests) == 2
 
 
 def test_no_more_requests_a_minute_than_allowed():
-    with server(echo) as (url, seen):
+    with chat_server(echo) as (url, requests):
         engine(url, requests_per_minute=600).generate("preference", blocks(*"abcdef"))
-    times = [one["time"] for one in seen]
+    times = [request.time for request in requests]
     assert max(times) - min(times) >= 0.49
 
 
 def test_one_input_the_server_refuses_fails_alone():
-    with server(lambda body, n: (400, b"too long") if "bad" in str(body) else echo(body)) as (url, _):
+    with chat_server(lambda body, n: Reply(400, b"too long") if "bad" in str(body) else echo(body)) as (url, _):
         out = engine(url).generate("preference", blocks("a", "bad", "c"))
     assert [isinstance(one, Text) for one in out] == [True, False, True]
     assert out[1] == Failure("http-400")
 
 
 def test_inputs_on_which_the_server_breaks_fail_alone_while_it_serves_others():
-    with server(lambda body, n: (500, b"bug") if "bad" in str(body) else echo(body)) as (url, _):
+    with chat_server(lambda body, n: Reply(500, b"bug") if "bad" in str(body) else echo(body)) as (url, _):
         out = engine(url, concurrency=2).generate("preference", blocks(*["bad"] * 7, "fine"))
     assert out == [*[Failure("http-500")] * 7, Text("read >fine", True)]
 
 
-def test_an_over_long_answer_is_told_and_the_second_is_given_more_room():
-    with server(lambda body, n: (200, completion("on and on", "length"))) as (url, seen):
-        one = engine(url)
-        assert one.generate("preference", blocks("a"), [7]) == [Text("on and on", False)]
-        one.generate("preference", blocks("a"), [8], again=True)
-    second = seen[1]["body"]
+def test_an_over_long_answer_is_marked_and_the_second_is_given_more_room():
+    with chat_server(lambda body, n: completion("on and on", "length")) as (url, requests):
+        made = engine(url)
+        assert made.generate("preference", blocks("a"), [7]) == [Text("on and on", False)]
+        made.generate("preference", blocks("a"), [8], again=True)
+    second = requests[1].body
     assert (second["max_tokens"], second["temperature"], second["seed"]) == (384, 0.7, 8)
 
 
-@pytest.mark.parametrize("fault", [lambda body, n: (500, b"dead"), lambda body, n: None], ids=["500", "gone"])
+@pytest.mark.parametrize("fault", [lambda body, n: Reply(500, b"dead"), lambda body, n: None], ids=["500", "gone"])
 def test_a_failing_server_stops_the_run_at_once_and_marks_nothing_as_failed(tmp_path, fault):
     rows = [(f"u{n}", f"i{n}", n) for n in range(40)]
     log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     same = {item: item for _, item, _ in rows}
     options = SummaryOptions("openai", "tiny", block_size=1)
-    with server(lambda body, n: echo(body) if n <= 10 else fault(body, n)) as (url, seen):
-        one = engine(url, batch_size=8, concurrency=2)
+    with chat_server(lambda body, n: echo(body) if n <= 10 else fault(body, n)) as (url, requests):
+        made = engine(url, batch_size=8, concurrency=2)
         with pytest.raises(EngineUnavailable, match="run again to go on when it is back"):
-            summarize_users(log, same, same, one, TextStore(tmp_path), options)
-        assert len(seen) < 40
+            summarize_users(log, same, same, made, TextStore(tmp_path), options)
+        assert len(requests) < 40
     kept = TextStore(tmp_path).rows
     assert len(kept) >= 8 and {status for _, status in kept.values()} == {"ok"}
-    with server(echo) as (url, seen):
+    with chat_server(echo) as (url, requests):
         out = summarize_users(log, same, same, engine(url), TextStore(tmp_path), options)
-        assert len(seen) == 40 - len(kept)
+        assert len(requests) == 40 - len(kept)
     assert set(out["status"]) == {"ok"}
 
 
@@ -226,7 +195,7 @@ def test_another_revision_of_a_served_model_is_another_model():
 
 
 def test_an_answer_the_server_has_censored_is_not_taken_for_whole():
-    with server(lambda body, n: (200, completion("a mug of", "content_filter"))) as (url, _):
+    with chat_server(lambda body, n: completion("a mug of", "content_filter")) as (url, _):
         assert engine(url).generate("preference", blocks("a"), [7]) == [Text("a mug of", False)]
 
 

@@ -220,6 +220,8 @@ def test_an_item_is_as_good_as_the_worst_of_its_parts(tmp_path):
         ("very very good", True, "ok"),
         (" ", True, "suspect:empty"),
         ("I'm sorry, I cannot see a picture.", True, "suspect:refused"),
+        (" no. ", True, "suspect:refused"),
+        ("No other mug is as blue.", True, "ok"),
         ("I cannot provide a description of this", True, "suspect:refused"),
         ("As an AI language model, I", True, "suspect:refused"),
         ("red, red and blue red and blue red and blue", True, "suspect:looping"),
@@ -280,6 +282,51 @@ def test_an_engine_that_never_succeeds_is_not_asked_a_million_times(tmp_path):
             raise TypeError("the prompt is wrong")
 
     scribe = Broken()
-    with pytest.raises(EngineUnavailable, match="all of the first 32 inputs failed, the last with TypeError"):
+    with pytest.raises(EngineUnavailable, match=r"none of 32 texts is of use \(32 failed:TypeError\)"):
         summarize_items(catalogue(60), scribe, TextStore(tmp_path))
     assert summarize_items(catalogue(60), Scribe(), TextStore(tmp_path))["status"].unique().to_list() == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (Failure("http-400"), "failed:http-400"),
+        (Text("No.", True), "suspect:refused"),
+        (Text("I'm sorry, I cannot see any image.", True), "suspect:refused"),
+        (Text("", False), "suspect:empty"),
+    ],
+)
+@pytest.mark.parametrize("item_prompts", ["single", "paper"])
+def test_a_stage_none_of_whose_texts_is_of_use_stops_with_three_samples(tmp_path, answer, status, item_prompts):
+    class Useless(Scribe):
+        def answer(self, task, given, again):
+            return answer
+
+    options = SummaryOptions("extractive", item_prompts=item_prompts)
+    with pytest.raises(
+        EngineUnavailable, match=rf"none of \d texts is of use \(\d {status}\), such as .*; .*; "
+    ) as stop:
+        summarize_items(catalogue(6), Useless(), TextStore(tmp_path / "items"), options)
+    assert str(stop.value).count("i1: ") == 1
+    with pytest.raises(EngineUnavailable, match=rf"preference: none of 2 texts is of use \(2 {status}\)"):
+        summarize_users(log({"u": 6}), SUMMARIES, SUMMARIES, Useless(), TextStore(tmp_path / "users"))
+
+
+def test_items_of_which_nothing_is_known_do_not_stop_a_stage(tmp_path):
+    class Mute(Scribe):
+        def answer(self, task, item, again):
+            return Text(item.title, True)
+
+    blank = catalogue(40).with_columns(title=pl.lit(""), image=pl.lit(None, ITEMS.columns["image"]))
+    assert set(summarize_items(blank, Mute(), TextStore(tmp_path))["status"]) == {"suspect:empty"}
+
+
+def test_one_text_for_most_inputs_is_warned_of_with_three_samples(tmp_path, caplog):
+    class Parrot(Scribe):
+        def answer(self, task, given, again):
+            return Text("A fine mug" + "." * (given.title == "title 1"), True)
+
+    twice = pl.concat([catalogue(6), catalogue(6).with_columns(pl.col("item_id") + "b")])
+    summarize_items(twice, Parrot(), TextStore(tmp_path))
+    assert "item_summary: 6 of 6 different inputs got one text: i0" in caplog.text
+    assert caplog.text.count("A fine mug") == 3

@@ -1,0 +1,78 @@
+"""What a stage says of the texts it has written, and when it stops because none of them is of use."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import polars as pl
+
+from mllm_msr.processing.engines import EngineUnavailable
+from mllm_msr.processing.text_status import OK, StoredText, has_failed, is_useless, kind
+from mllm_msr.records.sections import Task
+
+logger = logging.getLogger(__name__)
+SAMPLES = 3
+LISTED = 20  # texts that are not ok
+MANY = 4  # different inputs from which on one text for most of them is no accident
+NamedText = tuple[str, StoredText]  # the first is what people call its input
+
+
+def no_use(task: Task, written: Sequence[NamedText]) -> EngineUnavailable:
+    """The error of an engine none of whose texts is of use, with three samples."""
+    counts = ", ".join(f"{count} {status}" for status, count in Counter(text.status for _, text in written).items())
+    return EngineUnavailable(
+        f"{task}: none of {len(written)} texts is of use ({counts}), such as {_samples(written)}; check "
+        "summaries.model and its settings: one that reasons before it answers needs larger summaries.max_new_tokens"
+    )
+
+
+def check_texts(task: Task, written: Sequence[NamedText]) -> None:
+    """Stop if no text of different inputs is of any use, and warn if most of them are the same.
+
+    Raises:
+        EngineUnavailable: all texts have failed, are empty or refuse, see :func:`no_use`.
+    """
+    if written and all(is_useless(text.status) for _, text in written):
+        raise no_use(task, written)
+    for same, count in Counter(_normalised(text.text) for _, text in written).most_common(1):
+        if same and len(written) >= MANY and count > len(written) / 2:
+            alike = _samples([sample for sample in written if _normalised(sample[1].text) == same])
+            logger.warning("%s: %d of %d different inputs got one text: %s", task, count, len(written), alike)
+
+
+def text_report(frame: pl.DataFrame) -> str:
+    """How many texts have which status, which are not ok, and three samples of those that are.
+
+    Args:
+        frame: a table ``ITEM_SUMMARIES`` or ``PREFERENCES``.
+    """
+    ids = [name for name in ("item_id", "user_id", "step") if name in frame.columns]
+    text_column = "summary" if "summary" in frame.columns else "preference"
+    written = [
+        (" ".join(map(str, names)), StoredText(text, status))
+        for *names, text, status in frame.select(*ids, text_column, "status").iter_rows()
+    ]
+    counts = Counter(kind(text.status) for _, text in written)
+    lines = ["  " + ", ".join(f"{count} {status}" for status, count in counts.most_common())]
+    doubtful = [(name, text.status) for name, text in written if text.status != OK]
+    lines += [f"    {name}: {status}" for name, status in doubtful[:LISTED]]
+    if doubtful[LISTED:]:
+        lines.append(f"    and {len(doubtful) - LISTED} more, see the column `status`")
+    if any(has_failed(status) for _, status in doubtful):
+        lines.append("  run the same command again to try the failed ones again")
+    good = [(name, text) for name, text in written if text.status == OK]
+    spread = good[:: max(1, -(-len(good) // SAMPLES))]
+    return "\n".join(lines + [f"  {name}: {_short(text.text)}" for name, text in spread])
+
+
+def _samples(written: Sequence[NamedText]) -> str:
+    return "; ".join(f"{name}: {_short(text.text) or text.status}" for name, text in written[:SAMPLES])
+
+
+def _short(text: str, width: int = 120) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .!")
