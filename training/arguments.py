@@ -148,6 +148,9 @@ class RecommenderArguments(PairArguments, ExampleArguments):
         return "balanced" if self.positive_weight == "balanced" else float(self.positive_weight)
 
 
+SFT_KINDS = (RecommenderArguments, SFTConfig, ModelConfig)
+
+
 def parse_command_line(kinds: Sequence[type]) -> tuple[Any, ...]:
     """:func:`parse` of this process's command line; a mistake in it ends the process with one sentence."""
     try:
@@ -175,14 +178,11 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], flags: Mapping[str, A
     if recipe.config is not None:
         flags = load_recipe(recipe.config).training_flags() | dict(flags)
     values = _values(kinds, rest, flags)
-    for name in ("model_name_or_path", "dataset_name"):
-        if not values[name]:
-            raise ValueError(f"--{name} is missing: give it, or a recipe that has it by --config")
-    for obstacle in obstacles(values):
-        raise ValueError(obstacle)
+    if not values["dataset_name"]:
+        raise ValueError("--dataset_name is missing: give a run's folder, or a published data set")
+    _refuse(values)
     if values["bf16"] is None:
         values["bf16"] = not values["fp16"] and supports_bfloat16(values["use_cpu"])
-    check_precision(values)
     return TrlParser(kinds).parse_dict(values)
 
 
@@ -195,14 +195,27 @@ def effective_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown flag, with the nearest known one, or a value of a wrong type.
     """
-    kinds = (RecommenderArguments, SFTConfig, ModelConfig)
-    values = _values(kinds, [], flags)
+    values = _values(SFT_KINDS, [], flags)
+    RecommenderArguments(**{one.name: values[one.name] for one in fields(RecommenderArguments)})  # checks combinations
     for obstacle in obstacles(values):
         warnings.warn(f"training will stop: {obstacle}", stacklevel=2)
     left_out = {name: unsupported.neutral for name, unsupported in UNSUPPORTED.items()}
     left_out |= {name: (default,) for name, default in OF_THE_RUN.items()}
     left_out["debug"] = (None,)  # what TRL's parser makes of its default, and does not take
     return {name: value for name, value in values.items() if name in flags or value not in left_out.get(name, ())}
+
+
+def check_flags(flags: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a training under these flags of ``sft.py`` would refuse on this machine."""
+    _refuse(_values(SFT_KINDS, [], flags))
+
+
+def _refuse(values: Mapping[str, Any]) -> None:
+    if not values["model_name_or_path"]:
+        raise ValueError("--model_name_or_path is missing: name a backbone (in a recipe, in its section training)")
+    for obstacle in obstacles(values):
+        raise ValueError(obstacle)
+    check_precision(values)
 
 
 def _values(kinds: Sequence[type], arguments: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,18 +235,23 @@ def _values(kinds: Sequence[type], arguments: Sequence[str], flags: Mapping[str,
 
 
 def _checked(known: Mapping[str, tuple[Any, Sequence[Any]]], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """``flags`` as their declared types have them; ValueError for an unknown name or a value of another type."""
+    """``flags`` as their declared types have them; ValueError for an unknown name or a value of another type.
+
+    None stands for the default.
+    """
     check_names(flags, known, "training")
     checked = {}
     for name, given in flags.items():
         hint, choices = known[name]
         kinds = get_args(hint) or (hint,)
+        if given is None and type(None) not in kinds:
+            continue
         value = as_number(given, hint)
         if isinstance(given, str) and list[str] in kinds and str not in kinds:
             value = [given]
         if given is False and "no" in choices:  # as YAML reads it
             value = "no"
-        if type(None) not in kinds or value is not None:
+        if value is not None:
             if choices and value not in choices:
                 raise ValueError(f"training.{name}={given!r}: must be one of {', '.join(map(str, choices))}")
             check_type(value, hint, f"training.{name}")

@@ -26,13 +26,11 @@ from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import arguments
 from mllm_msr.training.answer_trainer import answer_trainer
-from mllm_msr.training.arguments import RecommenderArguments
+from mllm_msr.training.arguments import SFT_KINDS, RecommenderArguments
 from mllm_msr.training.data import TrainingData
 from mllm_msr.training.fitting import fit, language_model_lora
 from mllm_msr.training.pair_trainer import pair_trainer
 from mllm_msr.training.saving import finish
-
-KINDS = (RecommenderArguments, SFTConfig, ModelConfig)
 
 
 def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -80,9 +78,9 @@ def train(script_args: RecommenderArguments, training_args: SFTConfig, model_arg
 
 def parse(command_line: Sequence[str], **flags: Any) -> tuple[RecommenderArguments, SFTConfig, ModelConfig]:
     """The arguments of a command line, over ``flags``, see :func:`arguments.parse`."""
-    script_args, training_args, model_args = arguments.parse(KINDS, command_line, flags)
+    script_args, training_args, model_args = arguments.parse(SFT_KINDS, command_line, flags)
     return script_args, training_args, model_args
 
 
 if __name__ == "__main__":
-    main(*arguments.parse_command_line(KINDS))
+    main(*arguments.parse_command_line(SFT_KINDS))

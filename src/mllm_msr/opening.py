@@ -120,7 +120,9 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
 
 def check_recipe(content: Mapping[str, Any]) -> Recipe:
     """A recipe from its mapping, with templates and source checked as well; ValueError for the first mistake."""
-    recipe = parse_recipe(content)
+    from mllm_msr.training.arguments import effective_flags  # here, as TRL takes a while to load
+
+    recipe = parse_recipe(content, effective_flags)
     check_templates(recipe.prompts)
     check_source(recipe.source)
     return recipe

@@ -21,7 +21,10 @@ from mllm_msr.records.variants import Variant
 
 
 def run_all(run: RunFolder) -> None:
-    """Every stage in order."""
+    """Every stage in order; what training would refuse stops the run before it begins."""
+    from mllm_msr.training.arguments import check_flags
+
+    check_flags(run.recipe.training_flags())
     with run.lock(f"mllm-msr run, in {run.path}"):
         for name in STAGES:
             FUNCTIONS[name](run)

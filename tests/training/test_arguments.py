@@ -1,0 +1,184 @@
+"""Flags: known by name and type, whole in a recipe, and honoured or refused before anything is loaded."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trl import ModelConfig, SFTConfig
+
+from mllm_msr.records.recipe import demo_recipe, load_recipe
+from mllm_msr.training import dpo, sft
+from mllm_msr.training.arguments import RecommenderArguments, check_flags, effective_flags
+from mllm_msr.training.unsupported import UNSUPPORTED, WITH_WHOLE_TASKS, supports_bfloat16
+
+RECIPES = [*sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), demo_recipe()]
+NAMED = {"model_name_or_path": "demo", "dataset_name": "run"}
+ASKED = {  # a value that asks for something
+    "max_length": 8,
+    "truncation_mode": "keep_end",
+    "eos_token": "</s>",
+    "pad_token": "</s>",
+    "chat_template_path": "org/name",
+    "dataset_text_field": "content",
+    "completion_only_loss": False,
+    "eval_packing": True,
+    "packing_strategy": "wrapped",
+    "pad_to_multiple_of": 8,
+    "dataset_kwargs": {"add_special_tokens": False},
+    "dataset_num_proc": 2,
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "tokens",
+    "model_init_kwargs": {"device_map": "auto"},
+    "liger_kernel_config": {"rope": True},
+    "lora_task_type": "SEQ_CLS",
+    "label_names": ["label"],
+    "include_for_metrics": ["loss"],
+    "hub_strategy": "checkpoint",
+    "precompute_ref_batch_size": 4,
+    "label_smoothing_factor": 0.1,
+    "loss_type": "dft",
+    "router_aux_loss_coef": 0.1,
+    "include_num_input_tokens_seen": True,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_flag_without_effect_is_refused_with_what_to_use_instead(name):
+    script = sft if name in {one.name for kind in (SFTConfig, ModelConfig) for one in fields(kind)} else dpo
+    flags = {**NAMED, "bf16": False, name: ASKED.get(name, True)}
+    with pytest.raises(ValueError, match=f"--{name} ") as error:
+        script.parse([], **flags)
+    assert UNSUPPORTED[name].reason in str(error.value)
+    script.parse([], **{**flags, name: UNSUPPORTED[name].neutral[-1]})
+
+
+@pytest.mark.parametrize("name", WITH_WHOLE_TASKS)
+@pytest.mark.parametrize("whole_tasks", [{"packed": True}, {"interaction": "late"}])
+def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tasks):
+    with pytest.raises(ValueError, match=f"--{name} .*--packed or --interaction late"):
+        sft.parse([], **NAMED, **whole_tasks, **{name: ASKED[name]})
+    sft.parse([], **NAMED, **{name: ASKED[name]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_modules_to_save": ["lm_head"], "use_peft": True}, "modules_to_save .* add --merge_adapter"),
+        ({"early_stopping_patience": 2}, "give --eval_strategy and --metric_for_best_model"),
+        ({"eval_on_start": True}, "give --eval_strategy"),
+        ({"popular_negatives": True}, "give --negatives_per_positive or --hard_negatives"),
+        ({"hard_negatives": 60}, "raise --hard_negatives_pool"),
+        ({"negatives_per_positive": 1, "dataloader_persistent_workers": True}, "negatives of the first epoch"),
+        ({"positive_weight": 2.0, "loss_type": "dft"}, "cannot be combined with --positive_weight"),
+        ({"bf16": True}, "no GPU that computes in bfloat16; give --bf16 false"),
+        ({"fp16": True}, "float16 needs a GPU; give --fp16 false"),
+    ],
+)
+def test_flags_that_cannot_be_honoured_together_or_here_are_refused(flags, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        sft.parse([], **{**NAMED, "model_name_or_path": "org/name", **flags})
+
+
+def test_whole_modules_are_saved_with_whole_weights():
+    whole = {"lora_modules_to_save": ["lm_head"], "use_peft": True}
+    sft.parse([], **NAMED, **whole)  # a backbone in a folder
+    sft.parse([], **{**NAMED, "model_name_or_path": "org/name"}, **whole, merge_adapter=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lerning_rate": 0.1}, "training: unknown key 'lerning_rate'; did you mean 'learning_rate'"),
+        ({"negative_per_positive": 1}, "did you mean 'negatives_per_positive'"),
+        ({"max_steps": "ten"}, "training.max_steps='ten': must be a whole number"),
+        ({"bf16": "yes"}, "training.bf16='yes': must be true or false or null"),
+        ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type='cosin': must be one of linear, cosine"),
+        ({"dtype": "bf16"}, "training.dtype='bf16': must be one of auto, bfloat16"),
+        ({"interaction": "early"}, "must be one of 'joint', 'late'"),
+        ({"pair_loss": "listwise"}, "add --packed"),
+        ({"positive_weight": 0}, "give a number above 0, or 'balanced'"),
+    ],
+)
+def test_a_mistake_in_a_recipe_s_training_section_is_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        effective_flags(flags)
+
+
+def test_values_are_read_as_yaml_has_them():
+    section = yaml.safe_load("{learning_rate: 1e-4, eval_strategy: no, lora_target_modules: all-linear, seed: null}")
+    flags = effective_flags(section)
+    assert flags["learning_rate"] == 1e-4 and flags["eval_strategy"] == "no" and flags["seed"] == 42
+    assert flags["lora_target_modules"] == ["all-linear"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_effective_flags_are_whole_and_change_nothing(path, recwarn):
+    section = load_recipe(path).training
+    flags = effective_flags(section)
+    assert not [warning for warning in recwarn if "training will stop" in str(warning.message)]
+    names = {one.name for kind in (RecommenderArguments, SFTConfig, ModelConfig) for one in fields(kind)}
+    own = {"dataset_name", "output_dir", "item_noun", "prompts", "debug"}
+    assert flags.keys() == names - UNSUPPORTED.keys() - own
+    assert yaml.safe_load(yaml.safe_dump(flags)) == flags == effective_flags(flags)
+    machine = {"dataset_name": "run", "use_cpu": True}  # the recipes of large models ask for bfloat16
+    given, effective = (sft.parse([], **{**some, **machine}) for some in (section, flags))
+    assert given[0] == effective[0] and given[1].to_dict() == effective[1].to_dict() and given[2] == effective[2]
+
+
+def test_a_flag_that_stops_training_stays_in_the_section_with_a_warning():
+    with pytest.warns(UserWarning, match="training will stop: --packing True"):
+        flags = effective_flags({"packing": True})
+    assert flags["packing"] is True
+    with pytest.raises(ValueError, match="--packed"):
+        check_flags({**flags, **NAMED})
+
+
+def test_bfloat16_is_the_default_where_the_machine_has_it(monkeypatch):
+    _, training_args, _ = sft.parse([], **NAMED)
+    assert training_args.bf16 == supports_bfloat16(False)
+    assert not supports_bfloat16(use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not supports_bfloat16(use_cpu=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert supports_bfloat16(use_cpu=False) is native
+
+
+def test_the_command_line_is_over_the_flags_and_these_over_a_recipe(tmp_path):
+    training = {"seed": 1, "max_steps": 1, "lora_r": 1, **NAMED}
+    recipe = {"name": "x", "source": {"type": "demo"}, "item_noun": "mug", "training": training}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    line = ["--config", str(tmp_path / "recipe.yaml"), "--max_steps", "3"]
+    script_args, training_args, model_args = sft.parse(line, max_steps=2, lora_r=2)
+    assert (training_args.seed, training_args.max_steps, model_args.lora_r) == (1, 3, 2)
+    assert script_args.item_noun == "mug"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--max_lenght", "8"], "sft.py: unknown argument '--max_lenght'; did you mean 'max_length'?"),
+        (["--max_steps", "ten"], "sft.py: argument --max_steps/--max-steps: invalid int value: 'ten'"),
+        (["--config", "none.yaml"], "sft.py: [Errno 2] No such file or directory: 'none.yaml'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(line, message):
+    done = subprocess.run([sys.executable, sft.__file__, *line], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == message
+
+
+def test_training_works_under_the_defaults_of_trl_alone(small_run, tmp_path):
+    trainer = sft.train(
+        *sft.parse(
+            [], model_name_or_path="demo", dataset_name=str(small_run.folder), output_dir=str(tmp_path), max_steps=1
+        )
+    )
+    assert trainer.state.global_step == 1 and trainer.args.gradient_checkpointing
