@@ -1,27 +1,24 @@
-"""Model card and dataset card from the facts of a run. What a run does not say, a card does not say either."""
+"""Model card and data set card from the facts of a run. What a run does not say, a card does not say either."""
 
-import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mllm_msr.hub_cards.results import (
-    METRIC_NAMES,
-    OURS,
-    ROW_MEANINGS,
-    findings,
-    headline,
-    ordered_rows,
-    percent,
-    results_markdown,
-    row_name,
-)
+from mllm_msr.hub_cards.facts import Release, RunFacts, slug
+from mllm_msr.hub_cards.findings import findings, headline
+from mllm_msr.hub_cards.shards import PublishedTable
 from mllm_msr.hub_cards.terms import SOURCE_TERMS, backbone_license, conflicts
+from mllm_msr.hub_cards.view import METRIC_LABELS, TableView, in_order, percent, results_table
+from mllm_msr.records.public import public_name
+from mllm_msr.records.results import Results
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import ITEM_SUMMARIES, PREFERENCES
+from mllm_msr.records.variants import OURS
 
 TAGS = ["mllm-msr", "recommendation", "sequential-recommendation", "multimodal"]
 # fmt: off
@@ -36,61 +33,156 @@ LICENSES = {  # ids the Hub knows
     "agpl-3.0", "openrail", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "unknown", "other",
 }
 # fmt: on
-TABLES = {
-    "items": "title, text and picture of every item",
-    "item_summaries": "each item in words, written from its title, text and picture",
-    "preferences": "each user's preference after every block of items, with the ids of the items it has read",
-    "tasks": "the ranking tasks: history, frozen candidates, labels",
-    "sft": "the fine-tuning examples: preference, recent summaries, candidate, Yes or No",
-}
-PROVENANCE = (
-    "`generator`, `revision`, `prompt_hash`: what wrote the text, and from which prompt; `status`: `ok`, or why not"
-)
-COLUMNS = {  # those whose names do not say it all
-    "item_summaries": PROVENANCE,
-    "preferences": f"`step`: the block it was written after; `read_item_ids`: all it rests on; {PROVENANCE}",
-    "tasks": "`history`: what came before `cutoff`, oldest first; `labels`: 1 for what the user then chose among "
-    "`candidates`; `target_train_count`: how often that occurs in training",
-    "sft": "`preference` and `recent`: what the model is told of the user; `prompt`, `completion` and `images`, where "
-    "they are there: the same as a chat, for any trainer",
-}
 
 
-def read_facts(run: Path) -> dict[str, Any]:
-    """What the artefacts of ``run`` say, by artefact; a missing artefact is an empty dict."""
-    config = run / "config.yaml"
-    facts = {
-        "recipe": (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {},
-        "metrics": _json(run / "metrics.json"),
-        "provenance": _json(run / "provenance.json"),
-        "data": _json(run / "data/report.json"),
-        "model": _json(run / "model/config.json"),
-        "prompts": _json(run / "model/processor_config.json").get("prompts") or {},
+def model_card(run: RunFolder, release: Release | None = None) -> ModelCard:
+    """The card of the run's model; it names repositories and tag only of a ``release``."""
+    facts = RunFacts.read(run)
+    recipe, model = facts.recipe, facts.model
+    inherited = backbone_license(facts.backbone, facts.backbone_revision)
+    name = slug(recipe.name)
+    data = ModelCardData(
+        **license_fields(recipe.license, facts.source),
+        language=_language(facts.source),
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=TAGS,
+        base_model=facts.backbone,
+        datasets=[release.dataset] if release else None,
+        model_name=release.model.split("/")[1] if release else f"mllm-msr-{name}",
+        eval_results=_eval_results(facts.results, release) if facts.results else None,
+    )
+    if facts.backbone:
+        data["base_model_relation"] = "adapter" if model.kind == "adapter" else "finetune"
+    settings = {name: recipe.training.get(name) for name in TRAINING_FACTS} | {"interaction": model.interaction}
+    known = [(name, value) for name, value in settings.items() if value is not None]
+    return ModelCard(
+        render(
+            "model_card.md.j2",
+            card_data=data.to_yaml(),
+            title=data.model_name,
+            backbone=_backbone_words(facts),
+            settings=TableView.of_texts(("setting", "value"), known) if known else None,
+            inherited=inherited,
+            conflicts=conflicts(recipe.license, inherited, facts.source),
+            release=release,
+            **_shared(facts),
+        )
+    )
+
+
+def _eval_results(results: Results, release: Release | None) -> list[EvalResult] | None:
+    ours = results.variants.get(OURS, {})
+    return [
+        EvalResult(
+            task_type="text-ranking",
+            task_name="Sequential recommendation",
+            dataset_type=release.dataset if release else slug(results.dataset),
+            dataset_name=results.dataset,
+            dataset_config="tasks" if release else None,
+            dataset_split=results.split,
+            dataset_args={
+                "protocol": results.protocol,
+                "n_candidates": results.n_candidates,
+                "candidate_hash": results.candidate_hash,
+            },
+            metric_type=name,
+            metric_name=METRIC_LABELS[name],
+            metric_value=round(ours[name].value, 4),
+        )
+        for name in METRIC_LABELS
+        if name in ours
+    ] or None
+
+
+def dataset_card(
+    run: RunFolder,
+    tables: Sequence[PublishedTable],
+    release: Release | None = None,
+    left_out: str = "",
+) -> DatasetCard:
+    """The card of the derived data set.
+
+    Args:
+        tables: as published.
+        release: whose repositories and tag are named.
+        left_out: a sentence on what the source's terms keep out of it.
+    """
+    facts = RunFacts.read(run)
+    recipe = facts.recipe
+    data = DatasetCardData(
+        **license_fields(recipe.license, facts.source),
+        language=_language(facts.source),
+        pretty_name=f"{recipe.name}: summaries, preferences and ranking tasks for MLLM-MSR",
+        tags=TAGS,
+        task_categories=["text-ranking", "image-text-to-text"],
+        size_categories=size_category(max(sum(one.rows.values()) for one in tables)),
+        configs=[
+            {
+                "config_name": one.table.name,
+                **({"default": True} if one is tables[0] else {}),
+                "data_files": [{"split": split, "path": f"{one.table.name}/{split}-*.parquet"} for split in one.rows],
+            }
+            for one in tables
+        ],
+    )
+    data["dataset_info"] = [dict(one.info) for one in tables]
+    configs = [
+        (f"`{one.table.name}`", ", ".join(f"{split} {rows:,}" for split, rows in one.rows.items()), one.table.meaning)
+        for one in tables
+    ]
+    terms_head = ("source", "its terms allow", "its terms forbid", "images", "histories and candidates", "what we read")
+    terms = [
+        (
+            f"{'**this data set**: ' if source == facts.source else ''}[{one.name}]({one.link})",
+            *(one.allows, one.forbids, one.images, one.log, one.read),
+        )
+        for source, one in SOURCE_TERMS.items()
+    ]
+    cleaning = [(step.step, step.interactions, step.users, step.items, step.why) for step in facts.data.cleaning]
+    return DatasetCard(
+        render(
+            "dataset_card.md.j2",
+            card_data=data.to_yaml(),
+            title=data.pretty_name,
+            tables=tables,
+            configs=TableView.of_texts(("config", "rows", "what it holds"), configs),
+            sources=TableView.of_texts(terms_head, terms),
+            generators=_generators(run),
+            cleaning=TableView.of_texts(("step", "interactions", "users", "items", "why"), cleaning)
+            if cleaning
+            else None,
+            left_out=left_out,
+            conflicts=conflicts(recipe.license, None, facts.source),
+            release=release,
+            **_shared(facts),
+        )
+    )
+
+
+def _shared(facts: RunFacts) -> dict[str, Any]:
+    """What both templates speak of."""
+    results = facts.results
+    popularity = results.variants.get("popularity", {}).get("auc") if results else None
+    statistics = facts.data.statistics
+    counted = [f"{statistics[name]:,} {name}" for name in ("users", "items", "interactions") if name in statistics]
+    return {
+        "facts": facts,
+        "results": results,
+        "name": plain(facts.recipe.name),
+        "noun": plain(facts.recipe.item_noun),
+        "license": facts.recipe.license,
+        "terms": SOURCE_TERMS.get(facts.source),
+        "headline": headline(results) if results else None,
+        "findings": findings(results)[1:] if results else [],
+        "results_table": results_table(results) if results else None,
+        "variants": in_order(results.variants) if results else [],
+        "popularity_auc": percent(popularity.value) if popularity else "",
+        "statistics": ", ".join(counted),
     }
-    log = run / "model/log_history.json"
-    facts["log"] = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else []
-    return facts
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether ``name`` can only be a repository on the Hub, not a folder.
-
-    >>> is_hub_id("llava-hf/llava-v1.6-mistral-7b-hf"), is_hub_id("/models/llava"), is_hub_id("demo")
-    (True, False, False)
-    """
-    return bool(name and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not Path(name).exists())
-
-
-def public_name(model: str) -> str:
-    """The name of a model without the folder of this machine that it may lie in.
-
-    >>> public_name("/home/me/models/llava"), public_name("llava-hf/llava-1.5-7b-hf"), public_name("demo")
-    ('llava', 'llava-hf/llava-1.5-7b-hf', 'demo')
-    """
-    return model if is_hub_id(model) else Path(model).name
-
-
-def license_fields(license: str | None, source: str | None = None) -> dict[str, Any]:
+def license_fields(license: str | None, source: str | None = None) -> dict[str, str]:
     """Card fields for a licence: an id the Hub knows, or ``other`` with the name; nothing if unknown.
 
     >>> license_fields("mit"), license_fields("MovieLens terms"), license_fields(None)
@@ -99,146 +191,10 @@ def license_fields(license: str | None, source: str | None = None) -> dict[str, 
     if not license:
         return {}
     if license.lower() == "other" and source in SOURCE_TERMS:
-        return {"license": "other", "license_name": f"{source}-terms", "license_link": SOURCE_TERMS[source]["link"]}
+        return {"license": "other", "license_name": f"{source}-terms", "license_link": SOURCE_TERMS[source].link}
     if license.lower() in LICENSES:
         return {"license": license.lower()}
     return {"license": "other", "license_name": slug(license)}
-
-
-def slug(name: str) -> str:
-    """``name`` as part of a repository id.
-
-    >>> slug("MovieLens 100k!")
-    'movielens-100k'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
-
-
-def model_card(
-    run: Path, repo_id: str | None = None, dataset_id: str | None = None, tag: str | None = None
-) -> ModelCard:
-    """The card of ``run/model``; ``repo_id``, ``dataset_id`` and ``tag`` are named where they are known."""
-    facts = read_facts(run)
-    recipe, metrics = facts["recipe"], facts["metrics"]
-    training = recipe.get("training") or {}
-    backbone, revision = training.get("model_name_or_path"), training.get("model_revision")
-    ours = metrics.get("rows", {}).get(OURS, {})
-    source = (recipe.get("source") or {}).get("type")
-    inherited = backbone_license(backbone, revision)
-    variant = _variant(run, training)
-    name = slug(metrics.get("dataset") or recipe.get("name") or "run")
-    results = [
-        EvalResult(
-            task_type="text-ranking",
-            task_name="Sequential recommendation",
-            dataset_type=dataset_id or name,
-            dataset_name=metrics.get("dataset", name),
-            dataset_config="tasks" if dataset_id else None,
-            dataset_split=metrics.get("split"),
-            dataset_args={
-                key: metrics[key]
-                for key in ("protocol", "n_candidates", "candidate_hash")
-                if metrics.get(key) is not None
-            },
-            metric_type=key,
-            metric_name=METRIC_NAMES[key],
-            metric_value=round(ours[key]["value"], 4),
-        )
-        for key in METRIC_NAMES
-        if key in ours
-    ]
-    data = ModelCardData(
-        **license_fields(recipe.get("license"), source),
-        language=_language(source),
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=TAGS,
-        base_model=backbone if is_hub_id(backbone) else None,
-        datasets=[dataset_id] if dataset_id else None,
-        model_name=(repo_id or f"mllm-msr-{name}").split("/")[-1],
-        eval_results=results or None,
-    )
-    if is_hub_id(backbone):
-        data["base_model_relation"] = "adapter" if variant == "adapter" else "finetune"
-    losses = [entry["loss"] for entry in facts["log"] if "loss" in entry]
-    settings = {key: training.get(key) for key in TRAINING_FACTS} | {"interaction": facts["model"].get("interaction")}
-    content = render(
-        "model_card.md.j2",
-        card_data=data.to_yaml(),
-        title=data.model_name,
-        backbone=_backbone_words(facts, backbone, revision),
-        training={key: one for key, one in settings.items() if one is not None},
-        losses=losses,
-        variant=variant,
-        license=recipe.get("license"),
-        inherited=inherited,
-        conflicts=conflicts(recipe.get("license"), inherited, source),
-        prompts=facts["prompts"],
-        terms=SOURCE_TERMS,
-        stages=facts["provenance"].get("stages") or {},
-        repo_id=repo_id,
-        dataset_id=dataset_id,
-        tag=tag,
-        **_shared(facts),
-    )
-    return ModelCard(content)
-
-
-def dataset_card(
-    run: Path,
-    tables: dict[str, dict[str, int]],
-    repo_id: str | None = None,
-    left_out: str = "",
-    tag: str | None = None,
-    info: list[dict[str, Any]] | None = None,
-) -> DatasetCard:
-    """The card of the derived data set.
-
-    Args:
-        tables: rows by config and split, as published: ``{"tasks": {"train": 800, "test": 400}, ...}``.
-        left_out: a sentence on what the source's terms keep out of it.
-        tag: the release its examples pin.
-        info: ``dataset_info`` of the configs.
-    """
-    facts = read_facts(run)
-    recipe = facts["recipe"]
-    name = recipe.get("name") or facts["metrics"].get("dataset") or "run"
-    source = (recipe.get("source") or {}).get("type")
-    data = DatasetCardData(
-        **license_fields(recipe.get("license"), source),
-        language=_language(source),
-        pretty_name=f"{name}: summaries, preferences and ranking tasks for MLLM-MSR",
-        tags=TAGS,
-        task_categories=["text-ranking", "image-text-to-text"],
-        size_categories=size_category(max((sum(splits.values()) for splits in tables.values()), default=0)),
-        configs=[
-            {
-                "config_name": table,
-                **({"default": True} if table == next(iter(tables)) else {}),
-                "data_files": [{"split": split, "path": f"{table}/{split}-*.parquet"} for split in splits],
-            }
-            for table, splits in tables.items()
-        ],
-    )
-    if info:
-        data["dataset_info"] = info
-    content = render(
-        "dataset_card.md.j2",
-        card_data=data.to_yaml(),
-        title=data.pretty_name,
-        tables=tables,
-        meanings=TABLES,
-        columns=COLUMNS,
-        generators=_generators(run),
-        repo_id=repo_id,
-        left_out=left_out,
-        tag=tag,
-        terms=SOURCE_TERMS,
-        license=recipe.get("license"),
-        conflicts=conflicts(recipe.get("license"), None, source),
-        **_shared(facts),
-    )
-    return DatasetCard(content)
 
 
 def size_category(rows: int) -> str:
@@ -254,75 +210,53 @@ def size_category(rows: int) -> str:
     return f"{units[place - 1]}<n<{units[place]}" if place < len(units) else "n>1T"
 
 
-def _shared(facts: dict[str, Any]) -> dict[str, Any]:
-    """What both templates speak of."""
-    recipe, metrics, data = facts["recipe"], facts["metrics"], facts["data"]
-    rows = metrics.get("rows")
-    return {
-        "name": recipe.get("name") or metrics.get("dataset") or "a data set",
-        "noun": recipe.get("item_noun") or "item",
-        "source_type": (recipe.get("source") or {}).get("type"),
-        "metrics": metrics,
-        "headline": headline(metrics) if rows else None,
-        "findings": findings(metrics)[1:] if rows else [],
-        "results": results_markdown(metrics) if rows else "",
-        "row_meanings": {row_name(row): ROW_MEANINGS[row] for row in ordered_rows(metrics) if row in ROW_MEANINGS}
-        if rows
-        else {},
-        "popularity_auc": percent(rows["popularity"]["auc"]["value"])
-        if rows and "auc" in rows.get("popularity", {})
-        else "",
-        "statistics": {
-            key: f"{value:,}"
-            for key, value in (data.get("statistics") or {}).items()
-            if key in ("users", "items", "interactions")
-        },
-        "cleaning": data.get("cleaning") or [],
-        "protocol": data.get("protocol") or {},
-        "block_size": (recipe.get("summaries") or {}).get("block_size"),
-        "versions": facts["provenance"].get("versions") or {},
-    }
-
-
-def _language(source: str | None) -> str | None:
+def _language(source: str) -> str | None:
     """The sources we read are in English; of own tables nobody has said."""
     return None if source == "tables" else "en"
 
 
-def _backbone_words(facts: dict[str, Any], backbone: str | None, revision: str | None) -> str:
-    kind = (facts["model"].get("vlm_config") or {}).get("model_type")
-    if is_hub_id(backbone):
-        return f"[{backbone}](https://huggingface.co/{backbone})" + (f" at revision `{revision}`" if revision else "")
-    if backbone == "demo":
+def _backbone_words(facts: RunFacts) -> str:
+    kind, revision = facts.model.backbone_type, facts.backbone_revision
+    if facts.backbone:
+        link = f"[{facts.backbone}](https://huggingface.co/{facts.backbone})"
+        return f"{link} at revision `{revision}`" if revision else link
+    if facts.recipe.training.get("model_name_or_path") == "demo":
         return f"the tiny `{kind or 'llava'}` that ships inside the mllm-msr package"
     return f"a local `{kind}` checkpoint" if kind else ""
 
 
-def _variant(run: Path, training: dict[str, Any]) -> str:
-    """What the model folder holds: "adapter", "merged" (a LoRA in whole weights) or "full"."""
-    if (run / "model/adapter").is_dir():
-        return "adapter"
-    return "merged" if training.get("use_peft") else "full"
+def _generators(run: RunFolder) -> TableView | None:
+    """Who wrote the texts: distinct generator, revision and prompt hash of each table, with rows and statuses."""
+    rows: list[Sequence[object]] = []
+    columns = ("generator", "revision", "prompt_hash", "status")
+    for table in (ITEM_SUMMARIES, PREFERENCES):
+        if run.has(table):
+            status = pl.col("status").str.replace(":.*", "")
+            counts = run.read(table, columns).with_columns(status).group_by(columns).len().sort(pl.all())
+            for generator, revision, prompt, state, count in counts.rows():
+                rows.append((table.name, public_name(generator), revision, f"`{prompt}`", state, f"{count:,}"))
+    head = ("table", "generator", "revision", "prompt hash", "status", "rows")
+    return TableView.of_texts(head, rows) if rows else None
 
 
-def _generators(run: Path) -> list[dict[str, Any]]:
-    """Who wrote the summaries: distinct generator, revision and prompt hash of each table, with rows and statuses."""
-    found = []
-    for table, file in (("item_summaries", "items"), ("preferences", "preferences")):
-        path = run / f"summaries/{file}.parquet"
-        if path.is_file():
-            frame = pl.read_parquet(path).with_columns(pl.col("status").str.replace(":.*", ""))
-            for row in frame.group_by("generator", "revision", "prompt_hash", "status").len().sort(pl.all()).to_dicts():
-                found.append({"table": table, **row, "generator": public_name(row["generator"])})
-    return found
+def plain(text: str) -> str:
+    """Text of a recipe within Markdown: on one line, and without markup.
+
+    >>> plain("MovieLens\\n# <b>100k</b>")
+    'MovieLens # \\\\<b\\\\>100k\\\\</b\\\\>'
+    """
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def fenced(text: str, language: str = "") -> str:
+    """Text as a code block, whose fence is longer than any in it."""
+    longest = max((len(fence) for fence in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this room; a fact it names and is not given is an error."""
+    """A template of this room; a fact that it names and is not given is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -330,5 +264,5 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = environment.get_template(template).render(**values)
-    return re.sub(r"\n{3,}", "\n\n", text)
+    environment.filters |= {"plain": plain, "fenced": fenced}
+    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(**values))

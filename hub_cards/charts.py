@@ -11,9 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from mllm_msr.records.results import Estimate
+
 Points = Sequence[float] | np.ndarray
 WIDTH, HEIGHT = 440, 290
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 42
+STANDALONE = """text{font:12.5px system-ui,sans-serif;fill:#1d2226}.end{text-anchor:end}.middle{text-anchor:middle}
+.grid{stroke:#e2dfd8;fill:none}.diagonal{stroke:#5d666d;stroke-dasharray:2 4;fill:none}.dot{fill:currentColor}
+.whisker{stroke:currentColor;stroke-width:3;stroke-linecap:round;opacity:.55}
+.kind-chosen{color:#0072b2}.kind-other{color:#d55e00}svg{background:#fff}"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,24 @@ class Line:
     fill: bool = False
     dots: bool = False
     faint: bool = False  # drawn thin and left out of the legend
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its interval, in percent."""
+
+    name: str
+    style: str
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def in_percent(cls, name: str, style: str, estimate: Estimate) -> "Interval":
+        return cls(name, style, 100 * estimate.value, 100 * estimate.low, 100 * estimate.high)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -74,19 +98,18 @@ def line_chart(
                 )
                 for x, y in zip(line.x, line.y, strict=True)
             ]
-    shown = [line for line in lines if not line.faint]
-    return _figure(title, description, HEIGHT, parts, [(line.name, line.style) for line in shown])
+    legend = [(line.name, line.style) for line in lines if not line.faint]
+    return _figure(title, description, HEIGHT, parts, legend)
 
 
 def interval_chart(
-    rows: Sequence[tuple[str, str, float, float, float]], *, title: str, description: str, x_label: str, chance: float
+    rows: Sequence[Interval], *, title: str, description: str, x_label: str, chance: float
 ) -> Markup:
-    """A dot with its interval for each of ``rows``: (name, style, value, low, high), values in percent."""
-    step, left = 30, max(118, 16 + round(6.6 * max(len(row[0]) for row in rows)))
+    """A dot with its interval for each of ``rows``, and a line at ``chance``."""
+    step, left = 30, max(118, 16 + round(6.6 * max(len(row.name) for row in rows)))
     width = WIDTH - 118 + left
     bottom = 12 + step * len(rows)
-    low = min(chance, *(row[3] for row in rows))
-    high = max(chance, *(row[4] for row in rows))
+    low, high = min(chance, *(row.low for row in rows)), max(chance, *(row.high for row in rows))
     margin = 0.06 * (high - low or 1)
     low, high = max(0.0, low - margin), min(100.0, high + margin)
 
@@ -98,19 +121,34 @@ def interval_chart(
         parts.append(Markup('<path class="grid" d="M{0:.1f} 6V{1}"/>').format(at(tick), bottom))
         parts.append(Markup('<text x="{:.1f}" y="{}" class="middle">{:g}</text>').format(at(tick), bottom + 17, tick))
     parts.append(Markup('<path class="diagonal" d="M{:.1f} 6V{}"/>').format(at(chance), bottom))
-    for index, (name, style, value, left_end, right_end) in enumerate(rows):
-        y = 8 + step * (index + 0.5)
-        parts.append(Markup('<text x="{}" y="{:.1f}" class="end">{}</text>').format(left - 10, y + 4.5, name))
+    for index, row in enumerate(rows):
         parts.append(
-            Markup('<path class="whisker {}" d="M{:.1f} {y:.1f}H{:.1f}"/>').format(
-                style, at(left_end), at(right_end), y=y
+            Markup(
+                '<text x="{left}" y="{text:.1f}" class="end">{row.name}</text>'
+                '<path class="whisker {row.style}" d="M{low:.1f} {y:.1f}H{high:.1f}"/>'
+                '<circle class="dot {row.style}" cx="{value:.1f}" cy="{y:.1f}" r="5"/>'
+                '<text x="{end:.1f}" y="{text:.1f}">{row.value:.1f}</text>'
+            ).format(
+                row=row,
+                y=(y := 8 + step * (index + 0.5)),
+                text=y + 4.5,
+                left=left - 10,
+                low=at(row.low),
+                high=at(row.high),
+                value=at(row.value),
+                end=at(row.high) + 7,
             )
         )
-        parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(style, at(value), y))
-        parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{:.1f}</text>').format(at(right_end) + 7, y + 4.5, value))
     middle = left + (width - left - 44) / 2
     parts.append(Markup('<text x="{:.1f}" y="{}" class="middle label">{}</text>').format(middle, bottom + 37, x_label))
     return _figure(title, description, bottom + 44, parts, [], width)
+
+
+def standalone(figure: Markup) -> str:
+    """The drawing of a chart as an SVG file of its own, on white."""
+    start, end = figure.index("<svg"), figure.index("</svg>") + len("</svg>")
+    drawing = str(figure[start:end]).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return drawing.replace("</title>", f"</title><style>{STANDALONE}</style>", 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Parquet as the Hub and its viewer like it: typed columns, shards of a sensible size, groups of few rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,32 @@ import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features, Image
 from datasets.splits import SplitDict, SplitInfo
 
+from mllm_msr.records.schema import Table
+
 SHARD_BYTES = 300_000_000
 GROUP_BYTES = 30_000_000  # a page of the viewer reads a whole row group
 
 
-def shard(file: Path, folder: Path, split: str, shard_bytes: int = SHARD_BYTES) -> SplitInfo | None:
+@dataclass(frozen=True)
+class PublishedTable:
+    """A table as it is published: rows by split, and its entry in the card's ``dataset_info``."""
+
+    table: Table
+    rows: Mapping[str, int]
+    info: Mapping[str, Any]
+
+
+def shard(
+    file: Path,
+    folder: Path,
+    split: str,
+    shard_bytes: int = SHARD_BYTES,
+    change: Callable[[pa.Table], pa.Table] = lambda rows: rows,
+) -> SplitInfo | None:
     """Write ``file`` as ``folder/<split>-00000-of-0000N.parquet``, the features of ``datasets`` in every schema.
 
-    Returns what the card says of the split; None if it has no rows, and then no file.
+    ``change`` is made to the rows of every row group. Returns what the card says of the split; None if it has no rows,
+    and then no file.
     """
     with pq.ParquetFile(file) as source:
         rows, size = source.metadata.num_rows, file.stat().st_size
@@ -37,8 +56,8 @@ def shard(file: Path, folder: Path, split: str, shard_bytes: int = SHARD_BYTES) 
                     target = folder / f"{split}-{start // per_shard:05d}-of-{-(-rows // per_shard):05d}.parquet"
                     writer = pq.ParquetWriter(target, schema)
                 if writer:
-                    writer.write_table(group, row_group_size=per_group)
-                n_bytes += group.nbytes
+                    writer.write_table(changed := change(group), row_group_size=per_group)
+                    n_bytes += changed.nbytes
         finally:
             if writer:
                 writer.close()
@@ -46,29 +65,27 @@ def shard(file: Path, folder: Path, split: str, shard_bytes: int = SHARD_BYTES) 
 
 
 def typed(schema: pa.Schema) -> Features:
-    """The features of ``datasets`` for a schema: plain strings and lists for Arrow's large ones, pictures as such."""
+    """The features of ``datasets`` for a schema: plain strings and lists for Arrow's large ones, images as such."""
     small = pa.schema([pa.field(one.name, _small(one.type)) for one in schema], schema.metadata)
-    found = Features.from_arrow_schema(small)
-    return Features({name: Image() if _is_picture(one) else one for name, one in found.items()})
+    features = Features.from_arrow_schema(small)
+    return Features({name: Image() if _is_image(feature) else feature for name, feature in features.items()})
 
 
-def _is_picture(feature: Any) -> bool:
+def _is_image(feature: Any) -> bool:
     return isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
 
 
-def dataset_info(folder: Path, splits: dict[str, dict[str, SplitInfo]]) -> list[dict[str, Any]]:
-    """``dataset_info`` of the card: features, splits and sizes of every config, from the files themselves."""
-    infos = []
-    for config, parts in splits.items():
-        files = sorted((folder / config).glob("*.parquet"))
-        info = DatasetInfo(
-            features=typed(pq.read_schema(files[0])),
-            splits=SplitDict(parts),
-            download_size=sum(file.stat().st_size for file in files),
-            dataset_size=sum(part.num_bytes for part in parts.values()),
-        )
-        infos.append({"config_name": config, **info._to_yaml_dict()})
-    return infos
+def published(table: Table, folder: Path, splits: Mapping[str, SplitInfo]) -> PublishedTable:
+    """What the card says of a table: features, splits and sizes, from its files in ``folder`` themselves."""
+    files = sorted((folder / table.name).glob("*.parquet"))
+    info = DatasetInfo(
+        features=typed(pq.read_schema(files[0])),
+        splits=SplitDict(splits),
+        download_size=sum(file.stat().st_size for file in files),
+        dataset_size=sum(split.num_bytes for split in splits.values()),
+    )
+    rows = {name: split.num_examples for name, split in splits.items()}
+    return PublishedTable(table, rows, {"config_name": table.name, **info._to_yaml_dict()})
 
 
 def _groups(

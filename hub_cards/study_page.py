@@ -1,107 +1,136 @@
-"""A study's table and chart, from its ``study.json``."""
+"""A study's results, and its table and chart."""
 
 import json
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mllm_msr.hub_cards.charts import interval_chart
-from mllm_msr.hub_cards.results import METRIC_NAMES, OURS, interval, percent, row_name
-from mllm_msr.hub_cards.results_page import table
+from mllm_msr.hub_cards.charts import Interval, interval_chart, standalone
+from mllm_msr.hub_cards.view import METRIC_LABELS, Cell, Row, TableView, difference_cells, estimate_cell, variant_of
+from mllm_msr.records.results import Difference, Estimate
+from mllm_msr.records.storage import write_text
+from mllm_msr.records.variants import OURS
 
-SHOWN = ("auc", "hr@5", "ndcg@5")
-STYLE = """text{font:12.5px system-ui,sans-serif;fill:#1d2226}.end{text-anchor:end}.middle{text-anchor:middle}
-.grid{stroke:#e2dfd8;fill:none}.diagonal{stroke:#5d666d;stroke-dasharray:2 4;fill:none}.dot{fill:currentColor}
-.whisker{stroke:currentColor;stroke-width:3;stroke-linecap:round;opacity:.55}
-.kind-chosen{color:#0072b2}.kind-other{color:#d55e00}svg{background:#fff}"""
+METRICS_SHOWN = ("auc", "hr@5", "ndcg@5")
 
 
-def write_study(folder: Path) -> str:
-    """Write ``study.md`` and ``study.svg`` from ``folder/study.json``; returns the Markdown."""
-    study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    page = study_markdown(study)
-    (folder / "study.md").write_text(page + "\n", encoding="utf-8")
-    (folder / "study.svg").write_text(study_chart(study), encoding="utf-8")
+@dataclass(frozen=True)
+class StudyFigure:
+    """A metric of an entry.
+
+    Args:
+        estimate: over the users of all folds, averaged over seeds.
+        seed_deviation: standard deviation of the metric over seeds; None for one seed.
+        difference: from the first entry, paired by user; None for that itself, and where the users are others.
+    """
+
+    estimate: Estimate
+    seed_deviation: float | None = None
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class StudyEntry:
+    """One variant of one cell of a study.
+
+    Args:
+        cell, variant: their names.
+        runs, users: how many it rests on.
+        same_candidates: whether the first entry ranked the same; if not, a difference is as fair but less exact.
+        metrics: by metric.
+        train_seconds: what training took in each run where that is known.
+    """
+
+    cell: str
+    variant: str
+    runs: int
+    users: int
+    same_candidates: bool
+    metrics: Mapping[str, StudyFigure]
+    train_seconds: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The cell's name; with the variant's, where that is not ours."""
+        return self.cell if self.variant == OURS else f"{self.cell}: {variant_of(self.variant).label}"
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All entries of a study, the first being what the others are compared with, and what failed."""
+
+    study: str
+    entries: tuple[StudyEntry, ...]
+    failures: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``study.json``; what is None is left out."""
+
+        def figure(one: StudyFigure) -> dict[str, Any]:
+            content: dict[str, Any] = {**one.estimate.to_json(), "seed_std": one.seed_deviation}
+            return content | ({"against_first": one.difference.to_json()} if one.difference else {})
+
+        entries = [
+            {**vars(entry), "metrics": {name: figure(one) for name, one in entry.metrics.items()}}
+            for entry in self.entries
+        ]
+        return {"study": self.study, "entries": entries, "failures": list(self.failures)}
+
+
+def write_study(folder: Path, study: StudyResults) -> str:
+    """Write ``study.json``, ``study.md`` and ``study.svg``; returns the Markdown."""
+    page = study_page(study)
+    write_text(folder / "study.json", json.dumps(study.to_json(), indent=2))
+    write_text(folder / "study.md", page + "\n")
+    write_text(folder / "study.svg", standalone(study_chart(study)))
     return page
 
 
-def study_markdown(study: dict) -> str:
-    """Every cell's figures and its difference from the first, in percent and points."""
+def study_page(study: StudyResults) -> str:
+    """Every entry's figures and its difference from the first, in percent and points."""
     rows = []
-    for entry in study["cells"]:
-        cells = [entry_name(entry) + ("" if entry["same_candidates"] else " (other candidates)")]
-        for key in SHOWN:
-            result = entry["metrics"][key]
-            spread = f", seeds ±{percent(result['seed_std'])}" if result["seed_std"] is not None else ""
-            cells.append(f"{percent(result['value'])} ({interval(result)}{spread})")
-            if "difference" in result:
-                low, high = result["difference_ci95"]
-                gap = f"{100 * result['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-                cells.append(f"{gap} p {'< 0.001' if result['p'] < 0.001 else format(result['p'], '.3f')}")
-            else:
-                cells.append("")
-        took = [seconds for seconds in entry.get("train_seconds", []) if seconds is not None]
-        rows.append([*cells, f"{sum(took) / len(took):.0f} s" if took else ""])
-    head = ["", *(f"{METRIC_NAMES[key]} | against the first" for key in SHOWN), "trained for"]
-    first = study["cells"][0]
+    for entry in study.entries:
+        cells = []
+        for name in METRICS_SHOWN:
+            figure = entry.metrics[name]
+            deviation = f" ±{100 * figure.seed_deviation:.1f}" if figure.seed_deviation is not None else ""
+            value = estimate_cell(figure.estimate)
+            cells += [Cell(value.text + deviation, value.interval), *difference_cells(figure.difference)]
+        seconds = entry.train_seconds
+        cells.append(Cell(f"{sum(seconds) / len(seconds):.0f} s" if seconds else ""))
+        rows.append(Row(entry.label + ("" if entry.same_candidates else " (other candidates)"), tuple(cells)))
+    head = [head for name in METRICS_SHOWN for head in (METRIC_LABELS[name], "against the first", "p")]
     parts = [
-        f"# {study['study']}",
-        f"Percent and points, {first['users']} users; 95 % intervals by bootstrap over users; differences paired by "
-        "user (none where the users differ); p two-sided, not corrected.",
-        table(head, rows),
-        "Beside the first:\n\n" + verdicts(study) if verdicts(study) else "",
+        f"# {study.study}",
+        f"Percent and points, {study.entries[0].users:,} users; ± is the standard deviation over seeds; 95% intervals "
+        "by bootstrap over users; differences paired by user (none where the users differ); p two-sided, not corrected.",
+        TableView(("", *head, "trained for"), tuple(rows)).to_markdown(),
     ]
-    if study["failures"]:
-        parts.append("Failed: " + "; ".join(study["failures"]) + ".")
-    return "\n\n".join(part for part in parts if part)
+    if verdicts := [verdict for entry in study.entries[1:] if (verdict := _verdict(entry))]:
+        parts.append("Beside the first:\n\n" + "\n".join(verdicts))
+    if study.failures:
+        parts.append("Failed: " + "; ".join(study.failures) + ".")
+    return "\n\n".join(parts)
 
 
-def verdicts(study: dict) -> str:
-    """For every row but the first, one line that says whether it differs, by the interval of the AUC's difference."""
-    lines = []
-    for entry in study["cells"][1:]:
-        result = entry["metrics"]["auc"]
-        if "difference" not in result:
-            continue
-        low, high = result["difference_ci95"]
-        gap = f"{abs(100 * result['difference']):.1f} points of AUC"
-        said = (
-            f"{gap} below"
-            if high < 0
-            else f"{gap} above"
-            if low > 0
-            else f"not to be told apart by these users ({gap})"
-        )
-        lines.append(f"- {entry_name(entry)}: {said}")
-    return "\n".join(lines)
+def _verdict(entry: StudyEntry) -> str | None:
+    """Whether the entry differs from the first, by the interval of the AUC's difference."""
+    difference = entry.metrics["auc"].difference
+    if difference is None:
+        return None
+    gap = f"{abs(100 * difference.value):.1f} points of AUC"
+    if not difference.significant:
+        return f"- {entry.label}: these users cannot tell it from the first ({gap})"
+    return f"- {entry.label}: {gap} {'below' if difference.high < 0 else 'above'}"
 
 
-def study_chart(study: dict) -> str:
-    """The AUC of every entry with its interval, as one SVG file."""
-    rows = []
-    for index, entry in enumerate(study["cells"]):
-        result = entry["metrics"]["auc"]
-        values = (100 * value for value in (result["value"], *result["ci95"]))
-        rows.append((entry_name(entry), "kind-chosen" if not index else "kind-other", *values))
-    figure = str(
-        interval_chart(
-            rows,
-            title=study["study"],
-            description="; ".join(
-                f"{name} {value:.1f} ({low:.1f} to {high:.1f})" for name, _, value, low, high in rows
-            ),
-            x_label="AUC, percent",
-            chance=50.0,
-        )
+def study_chart(study: StudyResults) -> str:
+    """The AUC of every entry with its interval."""
+    rows = [
+        Interval.in_percent(entry.label, "kind-other" if place else "kind-chosen", entry.metrics["auc"].estimate)
+        for place, entry in enumerate(study.entries)
+    ]
+    return interval_chart(
+        rows, title=study.study, description="; ".join(map(str, rows)), x_label="AUC, percent", chance=50.0
     )
-    found = re.search("<svg.*?</svg>", figure, re.DOTALL)
-    assert found
-    return (
-        found.group()
-        .replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-        .replace("</title>", f"</title><style>{STYLE}</style>", 1)
-    )
-
-
-def entry_name(entry: dict) -> str:
-    """The cell's name; with the row's, where that is not ours."""
-    return entry["cell"] if entry["row"] == OURS else f"{entry['cell']}: {row_name(entry['row'])}"

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -46,11 +47,14 @@ def write_parquet(frame: pl.DataFrame, path: Path) -> None:
     write_bytes(path, buffer.getbuffer())
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write ``content``, whole or not at all, even if the power fails; ``OSError`` (disk full, say) leaves no trace."""
+def write_bytes(path: Path, content: bytes | memoryview, mode: int = 0o666) -> None:
+    """Write ``content``, whole or not at all, even if the power fails; ``OSError`` (disk full, say) leaves no trace.
+
+    ``mode``: the permissions of the file, as far as the process's mask lets them through.
+    """
     partial = _partial(path)
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -76,6 +80,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
         except OSError:  # another process has just put its own there
             if attempt == 9:
                 raise
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder for this call alone, below ``parent``, that goes at the block's end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent)
+    folder = _partial(parent / secrets.token_hex(8))
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
