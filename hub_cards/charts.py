@@ -102,9 +102,7 @@ def line_chart(
     return _figure(title, description, HEIGHT, parts, legend)
 
 
-def interval_chart(
-    rows: Sequence[Interval], *, title: str, description: str, x_label: str, chance: float
-) -> Markup:
+def interval_chart(rows: Sequence[Interval], *, title: str, description: str, x_label: str, chance: float) -> Markup:
     """A dot with its interval for each of ``rows``, and a line at ``chance``."""
     step, left = 30, max(118, 16 + round(6.6 * max(len(row.name) for row in rows)))
     width = WIDTH - 118 + left

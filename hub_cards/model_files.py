@@ -101,7 +101,9 @@ def _code(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
         try:
             files = [entry, *map(Path, get_relative_import_files(entry))]
         except OSError as error:
-            raise FileNotFoundError(f"{folder}: code that {entry.name} needs is missing ({error}): train again") from error
+            raise FileNotFoundError(
+                f"{folder}: code that {entry.name} needs is missing ({error}): train again"
+            ) from error
         for file in files:
             if file.name not in own:
                 raise ValueError(f"{file} is no code of this package, and is not published: train again")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
-import pyarrow as pa
 import yaml
 
 from mllm_msr.hub_cards.cards import dataset_card, model_card
@@ -54,7 +53,10 @@ class Contents:
     anonymise: bool = False
 
 
-def build_hub(run: RunFolder, contents: Contents = Contents()) -> dict[Part, Path]:
+ALL_CONTENTS = Contents()
+
+
+def build_hub(run: RunFolder, contents: Contents = ALL_CONTENTS) -> dict[Part, Path]:
     """Build model and data set as they would be published under no name yet; returns their folders in ``RUN/hub``."""
     with built(run, ("dataset", "model"), None, contents) as folders:
         return {part: run.hub / FOLDERS[part] for part in folders}
@@ -74,7 +76,7 @@ def built(
     """
     with scratch_folder(run.hub) as own:
         folders: dict[Part, Path] = {part: own / FOLDERS[part] for part in FOLDERS if part in parts}
-        for part, folder in folders.items():
+        for part, folder in reversed(folders.items()):  # what fails soonest first
             folder.mkdir()
             if part == "model":
                 fill_model(run, folder, release)

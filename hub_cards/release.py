@@ -28,27 +28,50 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 
-from mllm_msr.hub_cards.cards import TAGS, read_facts
-from mllm_msr.hub_cards.publishing import build_hub, repo_ids
-from mllm_msr.hub_cards.spaces import SPACE_SDKS, build_spaces
+from mllm_msr.hub_cards.cards import TAGS
+from mllm_msr.hub_cards.facts import Release, RunFacts
+from mllm_msr.hub_cards.publishing import ALL_CONTENTS, FOLDERS, Contents, Part, built
+from mllm_msr.hub_cards.spaces import SPACE_SDKS
 from mllm_msr.hub_cards.terms import kept_private, warnings
+from mllm_msr.records.run import RunFolder
 
-REPO_TYPES = {
-    "dataset": "dataset",
-    "metric": "space",
-    "space": "space",
-    "model": "model",
-}  # the model speaks of the rest
+REPO_TYPES: dict[Part, str] = {"dataset": "dataset", "metric": "space", "space": "space", "model": "model"}
 MADE_BY_THE_HUB = {".gitattributes", "README.md"}  # in a repository that nobody has used yet
 STAGE = "release-in-preparation"  # the branch on which a commit is tried
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """What a release is to be.
+
+    Args:
+        namespace: user or organisation on the Hub.
+        tag: names the release in every repository.
+        parts: of "model", "dataset", "metric" and "space"; all if empty.
+        contents: of the data set.
+        dry_run: show what would be sent, and send nothing.
+        collection: also gather the repositories in a collection named for the run and the tag.
+        public: make the repositories public, once all are whole, but for those whose source forbids it; new ones are
+            private otherwise.
+        create_pr: propose the changes as one pull request a repository, with neither tags nor collection.
+    """
+
+    namespace: str
+    tag: str | None = None
+    parts: tuple[Part, ...] = ()
+    contents: Contents = ALL_CONTENTS
+    dry_run: bool = False
+    collection: bool = False
+    public: bool = False
+    create_pr: bool = False
 
 
 @dataclass
 class Repository:
     """One repository of a release, and the folder that it shall be."""
 
-    part: str
+    part: Part
     repo_id: str
     folder: Path
 
@@ -67,70 +90,45 @@ class Repository:
         return file.relative_to(self.folder).as_posix()
 
 
-def plan(
-    run: Path, namespace: str, tag: str | None = None, parts: tuple[str, ...] = (), **choices: bool
-) -> list[Repository]:
-    """The repositories of a release, their folders built; all of them unless ``parts`` names some.
-
-    ``choices`` are the ``images`` and ``anonymise`` of :func:`build_hub`.
-    """
-    ids = repo_ids(Path(run), namespace)
-    wanted = parts or tuple(REPO_TYPES)
-    folders = build_hub(run, namespace, tag, **choices) if {"model", "dataset"} & set(wanted) else {}
-    if {"metric", "space"} & set(wanted):
-        folders |= build_spaces(run, ids, tag)
-    return [Repository(part, ids[part], folders[part]) for part in REPO_TYPES if part in wanted]
-
-
-def publish(
-    run: Path,
-    namespace: str,
-    dry_run: bool = True,
-    parts: tuple[str, ...] = (),
-    collection: bool = False,
-    public: bool = False,
-    create_pr: bool = False,
-    tag: str | None = None,
-    api: HfApi | None = None,
-    tries: int = 6,
-    **choices: bool,
-) -> dict[str, str]:
-    """Show what a release would send and, unless ``dry_run``, send it; return each repository's commit, by part.
+def publish(run: RunFolder, options: PublishOptions, api: HfApi | None = None, tries: int = 6) -> dict[Part, str]:
+    """Show what a release would send and, unless it is a dry run, send it; return each repository's commit, by part.
 
     Unchanged files are not sent again, files that the release no longer has are deleted, a head that moves meanwhile
     is read again, and repeating after any failure is safe. Credentials come from the environment or the Hub login.
 
-    Args:
-        parts: of "model", "dataset", "metric" and "space"; all by default.
-        collection: also gather them in a collection named for the run and the tag.
-        public: make the repositories public, once all are whole, but for those whose source forbids it; new ones are
-            private otherwise.
-        create_pr: propose the changes as one pull request a repository, with neither tags nor collection.
-        tag: names the release in every repository.
-
     Raises:
+        FileNotFoundError: a stage has not been done yet.
         RuntimeError: the Hub refuses; the message has the remedy.
-        ValueError: the Hub finds a card invalid; nothing has been sent then.
+        ValueError: the run is not as its last report found it, a name or tag is none, or the Hub finds a card invalid;
+            nothing has been sent then.
     """
-    run = Path(run)
-    repositories = plan(run, namespace, tag, parts, **choices)
-    facts = read_facts(run)
-    closed = kept_private(facts)
-    opened = [one for one in repositories if public and one.part not in closed]
+    release = Release.of(run.recipe, options.namespace, options.tag)
+    for stage in ("report", "train"):  # all that is published, and that the report is about
+        run.require(stage, thoroughly=True)
+    with built(run, options.parts or tuple(FOLDERS), release, options.contents) as folders:
+        repositories = [Repository(part, getattr(release, part), folder) for part, folder in folders.items()]
+        return _publish(run, options, repositories, api or HfApi(), tries)
+
+
+def _publish(
+    run: RunFolder, options: PublishOptions, repositories: list[Repository], api: HfApi, tries: int
+) -> dict[Part, str]:
+    facts, create_pr, tag = RunFacts.read(run), options.create_pr, options.tag
+    closed = kept_private(facts.source)
+    opened = [one for one in repositories if options.public and one.part not in closed]
     for repository in repositories:
         _show(repository, repository in opened)
-    for warning in warnings(facts, public):
+    for warning in warnings(facts, options.public):
         print(f"warning: {warning}")
-    if dry_run:
+    if options.dry_run:
         print("dry run: nothing was sent")
         return {}
-    api = api or HfApi()
-    with _explained(api, namespace):
+    with _explained(api, options.namespace):
 
         def patiently(work: Callable[..., T], *arguments: Any) -> T:
             return _patiently(lambda: work(api, *arguments), tries)
 
-        patiently(_check_login, namespace, create_pr)
+        patiently(_check_login, options.namespace, create_pr)
         for repository in repositories:
             patiently(_check_card, repository)
         for repository in repositories:
@@ -151,9 +149,9 @@ def publish(
             for repository in repositories:
                 if repository.part == "space":
                     patiently(_wake, repository)
-            if collection:
-                name = f"{facts['recipe'].get('name') or run.name} {tag or ''}".strip()[:59]
-                patiently(_collect, name, namespace, repositories, bool(opened))
+            if options.collection:
+                name = f"{' '.join(run.recipe.name.split())[:40]} {tag or ''}".strip()[:59]
+                patiently(_collect, name, options.namespace, repositories, bool(opened))
     for repository in repositories:
         print(f"{repository.repo_id} ({repository.part}): {commits[repository.part]}")
     return commits

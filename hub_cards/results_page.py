@@ -29,7 +29,7 @@ from mllm_msr.hub_cards.view import (
     sections,
     variant_of,
 )
-from mllm_msr.records.results import Results
+from mllm_msr.records.results import Difference, Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import PREFERENCES, SCORES
 from mllm_msr.records.storage import write_text
@@ -78,19 +78,26 @@ def compare(runs: Sequence[RunFolder]) -> str:
         FileNotFoundError: a run that has not been evaluated.
         ValueError: fewer than two runs.
     """
-    different = list({run.path.resolve(): run for run in reversed(runs)}.values())[::-1]
-    if repeated := [str(run.path) for run in runs if run not in different]:
+    different: dict[Path, RunFolder] = {}
+    repeated = []
+    for run in runs:
+        if run.path.resolve() in different:
+            repeated.append(str(run.path))
+        different.setdefault(run.path.resolve(), run)
+    if repeated:
         print(f"the same run is named twice and counts once: {', '.join(repeated)}", file=sys.stderr)
     if len(different) < 2:
         again = ": this one run is named twice" if repeated else ""
         raise ValueError(f"compare needs two different runs or more{again}")
-    labels = _labels(different)
+    labels = _labels(list(different.values()))
     results = {label: run.results() for label, run in labels.items()}
     rows = []
     for variant in in_order({name for one in results.values() for name in one.variants}):
         for label, one in results.items():
             if metrics := one.variants.get(variant.name):
-                rows.append(Row.of(variant, [Cell(label), *(estimate_cell(metrics.get(name)) for name in SIDE_BY_SIDE)]))
+                rows.append(
+                    Row.of(variant, [Cell(label), *(estimate_cell(metrics.get(name)) for name in SIDE_BY_SIDE)])
+                )
     parts = [TableView(("", "run", *(METRIC_LABELS[name] for name in SIDE_BY_SIDE)), tuple(rows)).to_markdown()]
     if len({one.candidate_hash for one in results.values()}) > 1:
         parts.append("Not the same candidates: compare the differences between variants, not the figures.")
@@ -128,7 +135,7 @@ def beside_the_first(runs: Mapping[str, RunFolder]) -> TableView | None:
         if ours.is_empty() or not ours.select(keys).equals(theirs.select(keys)):
             continue
         differences = paired_differences(ours["user_id"], ours["label"], theirs["logit"], ours["logit"])
-        cells = [cell for name in COMPARED for cell in difference_cells(differences[name])]
+        cells = [cell for name in COMPARED for cell in difference_cells(Difference.from_json(differences[name]))]
         agreed = agreement_cells(agreement(ours["user_id"], ours["logit"], theirs["logit"]))
         rows.append(Row(label, (*cells, *agreed, Cell(_shared_words(first, run)))))
     gaps = [head for name in COMPARED for head in (METRIC_LABELS[name], "p")]

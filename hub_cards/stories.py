@@ -179,7 +179,9 @@ def item_cards(run: RunFolder, item_ids: Iterable[str]) -> Cards:
         rows = titles.join(run.scan(THUMBNAILS).filter(wanted), on="item_id", how="left").collect()
         images = {item: _data_uri(image) if image else None for item, _, image in rows.iter_rows()}
     else:
-        rows = run.scan(ITEMS).filter(wanted).select("item_id", "title", pl.col("image").struct.field("bytes")).collect()
+        rows = (
+            run.scan(ITEMS).filter(wanted).select("item_id", "title", pl.col("image").struct.field("bytes")).collect()
+        )
         images = {item: small_image(image) for item, _, image in rows.iter_rows()}
     titles = dict(rows["item_id", "title"].iter_rows())
     return {item: ItemCard(titles.get(item) or f"item {item}", images.get(item)) for item in item_ids}

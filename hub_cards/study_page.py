@@ -104,7 +104,8 @@ def study_page(study: StudyResults) -> str:
     parts = [
         f"# {study.study}",
         f"Percent and points, {study.entries[0].users:,} users; ± is the standard deviation over seeds; 95% intervals "
-        "by bootstrap over users; differences paired by user (none where the users differ); p two-sided, not corrected.",
+        "by bootstrap over users; differences paired by user (none where the users differ); p is two-sided and not "
+        "corrected.",
         TableView(("", *head, "trained for"), tuple(rows)).to_markdown(),
     ]
     if verdicts := [verdict for entry in study.entries[1:] if (verdict := _verdict(entry))]:

@@ -27,7 +27,7 @@ SAMPLED_OR_ALL = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: ``interval`` stands in brackets behind or in small print below ``text``; ``best`` of its column."""
+    """A text; ``interval`` follows it in brackets or stands below it in small print; ``best``: of its column."""
 
     text: str = ""
     interval: str = ""
@@ -60,6 +60,12 @@ class TableView:
         texts = [["" if value is None else str(value) for value in row] for row in rows]
         return cls(tuple(head), tuple(Row(label, tuple(map(Cell, cells))) for label, *cells in texts))
 
+    @property
+    def texts(self) -> list[bool]:
+        """For every column after the labels, whether it holds words and not figures."""
+        columns = zip(*(row.cells for row in self.rows), strict=True)
+        return [any(re.search(r"[^\W\d_]{2}", cell.text) for cell in column) for column in columns]
+
     def to_markdown(self) -> str:
         """
         >>> print(TableView(("", "AUC"), (Row("ours", (Cell("81.2", "79.1-83.3", best=True),)),)).to_markdown())
@@ -75,7 +81,8 @@ class TableView:
             value = f"**{cell.text}**" if cell.best else cell.text
             return f"{value} ({cell.interval})" if cell.interval else value
 
-        lines = [line(self.head).replace("|  |", "| |", 1), "|:--|" + "--:|" * (len(self.head) - 1)]
+        rule = "|:--|" + "".join(":--|" if is_text else "--:|" for is_text in self.texts)
+        lines = [line(self.head).replace("|  |", "| |", 1), rule]
         return "\n".join(lines + [line([row.label, *map(text, row.cells)]) for row in self.rows])
 
     def to_text(self) -> str:
@@ -185,7 +192,9 @@ def results_table(results: Results) -> TableView:
 def differences_table(results: Results, metrics: Sequence[str] = COMPARED) -> TableView | None:
     """Our variant less each other one, in points, with p; None if that was not computed."""
     rows = [
-        Row.of(variant, [cell for name in metrics for cell in difference_cells(results.against[variant.name].get(name))])
+        Row.of(
+            variant, [cell for name in metrics for cell in difference_cells(results.against[variant.name].get(name))]
+        )
         for variant in in_order(results.against)
     ]
     head = [label for name in metrics for label in (METRIC_LABELS[name], "p")]
@@ -214,7 +223,9 @@ def catalogue_words(results: Results, catalogue: FullCatalogue) -> str:
     for pair in combinations(figures, 2):
         behind, ahead = sorted(pair, key=lambda variant: figures[variant][0])
         if figures[behind][0] < figures[ahead][0] and figures[behind][1] > figures[ahead][1]:
-            turned.append(f"{ahead.label} is ahead of {behind.label} among sampled candidates and behind among all items")
+            turned.append(
+                f"{ahead.label} is ahead of {behind.label} among sampled candidates and behind among all items"
+            )
     order = "; ".join(turned[:3]) + (f"; and {len(turned) - 3} pairs more" if turned[3:] else "")
     words = f"By {METRIC_LABELS[SLICED]} of these users {order or 'both put the variants into one order'}."
     if OURS in results.variants and OURS not in catalogue.variants:

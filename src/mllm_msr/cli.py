@@ -319,7 +319,7 @@ def compare(options: argparse.Namespace) -> None:
     runs = [RunFolder.open(path) for path in options.runs]
     for run in runs:
         run.require("evaluate")
-    print(compare([run.path for run in runs]))
+    print(compare(runs))
 
 
 def rank(options: argparse.Namespace) -> None:
@@ -342,19 +342,21 @@ def index(options: argparse.Namespace) -> None:
 
 
 def publish(options: argparse.Namespace) -> None:
-    from mllm_msr.stages import Release, publish
+    from importlib.metadata import version
+
+    from mllm_msr.hub_cards.release import Contents, PublishOptions
+    from mllm_msr.stages import publish
 
     parts = {"model": "model", "datasets": "dataset", "metric": "metric", "space": "space"}
-    release = Release(
+    release = PublishOptions(
         options.namespace,
+        tag=options.tag or f"v{version('mllm-msr')}",
         parts=tuple(part for flag, part in parts.items() if getattr(options, flag)),
+        contents=Contents(images=not options.without_images, anonymise=options.anonymise),
+        dry_run=options.dry_run,
         collection=options.collection,
         public=options.public,
         create_pr=options.create_pr,
-        tag=options.tag,
-        dry_run=options.dry_run,
-        images=not options.without_images,
-        anonymise=options.anonymise,
     )
     publish(existing_run(options), release)
 

@@ -59,7 +59,7 @@ def rebuild(published: Path, data: str, output: Path) -> None:
                 )
                 chats = training_examples(pairs, run.read(ITEMS), prompt, recipe.item_noun)
                 target = whole / f"sft/{split}-00000-of-00001.parquet"
-                write_chat_table(chats, run.file(ITEMS), target, images=True)
+                write_chat_table(chats, [run.file(ITEMS)], target)
         text = (published / "README.md").read_text(encoding="utf-8")
         (whole / "README.md").write_text(without_sizes(text), encoding="utf-8")
         whole.rename(output)

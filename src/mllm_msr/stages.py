@@ -4,10 +4,9 @@ import json
 import shutil
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -17,6 +16,9 @@ from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
 from mllm_msr.records.storage import folder_digest, whole_folder, write_text
+
+if TYPE_CHECKING:
+    from mllm_msr.hub_cards.release import PublishOptions
 from mllm_msr.records.variants import Variant
 
 
@@ -149,11 +151,9 @@ def train(run: RunFolder) -> None:
 def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> None:
     """Stage 4: score the frozen tasks with every variant of the results table, measure, and print."""
     from mllm_msr.evaluation.evaluate import evaluate as score_and_measure
-    from mllm_msr.hub_cards.evidence import against_lines, catalogue_lines
-    from mllm_msr.hub_cards.results import results_table
+    from mllm_msr.hub_cards.results_page import console_page
 
-    metrics = score_and_measure(run, variants).to_json()
-    print(*filter(None, (results_table(metrics), against_lines(metrics), catalogue_lines(metrics))), sep="\n")
+    print(console_page(score_and_measure(run, variants)))
 
 
 def report(run: RunFolder) -> None:
@@ -163,58 +163,19 @@ def report(run: RunFolder) -> None:
     from mllm_msr.hub_cards.results_page import write_results
 
     def work(key: str) -> None:
-        build_hub(run.path)
-        write_results(run.path)
-        write_report(run.path)
+        build_hub(run)
+        write_results(run)
+        write_report(run)
 
     run.stage("report", work, writes=[run.report, run.results_page])
 
 
-@dataclass(frozen=True)
-class Release:
-    """What ``publish`` is asked for.
-
-    Args:
-        namespace: user or organisation on the Hub.
-        parts: of "model", "dataset", "metric" and "space"; all if empty.
-        collection: gather them in a collection.
-        public: for everyone to see, once all is there.
-        create_pr: propose pull requests instead of committing.
-        tag: of the release; None: v and the version of mllm-msr.
-        dry_run: show what would be sent, and send nothing.
-        images: embed the images in the data set.
-        anonymise: hash drawn users too.
-    """
-
-    namespace: str
-    parts: tuple[str, ...] = ()
-    collection: bool = False
-    public: bool = False
-    create_pr: bool = False
-    tag: str | None = None
-    dry_run: bool = False
-    images: bool = True
-    anonymise: bool = False
-
-
-def publish(run: RunFolder, wanted: Release) -> None:
+def publish(run: RunFolder, options: "PublishOptions") -> None:
     """Release the run on the Hub, or show what a release would send."""
     from mllm_msr.hub_cards import release
 
-    run.require("report", thoroughly=True)
     prove(run)
-    release.publish(
-        run.path,
-        wanted.namespace,
-        dry_run=wanted.dry_run,
-        parts=wanted.parts,
-        collection=wanted.collection,
-        public=wanted.public,
-        create_pr=wanted.create_pr,
-        tag=wanted.tag or f"v{version('mllm-msr')}",
-        images=wanted.images,
-        anonymise=wanted.anonymise,
-    )
+    release.publish(run, options)
 
 
 def check_port(port: int) -> None:
@@ -236,9 +197,9 @@ def serve(run: RunFolder, port: int) -> None:
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is not installed: `pip install 'mllm-msr[demo]'`") from error
     run.require("train")
-    built = build_hub(run.path)
+    folders = build_hub(run)
     space_app.serve(
-        str(built["model"]), str(built["dataset"]), None, run.recipe.item_noun, run.block_size, server_port=port
+        str(folders["model"]), str(folders["dataset"]), None, run.recipe.item_noun, run.block_size, server_port=port
     )
 
 

@@ -1,22 +1,24 @@
 """Studies: one recipe under many settings, as runs that share what they have in common; and one table of them all."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 import yaml
 
 from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, parse_recipe, with_settings
+from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import SCORES
-from mllm_msr.records.storage import write_text
+
+if TYPE_CHECKING:
+    from mllm_msr.hub_cards.study_page import StudyEntry
 
 SHARED = ("prepare", "summarize items", "summarize users", "train")  # what a cell may take over from another
 
@@ -103,11 +105,9 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
             donors.append(run)
             print(f"   {time.monotonic() - start:.0f} s", flush=True)
     if cells:
-        from mllm_msr.hub_cards.study_page import write_study
+        from mllm_msr.hub_cards.study_page import StudyResults, write_study
 
-        results = {"study": path.stem, "cells": collect(cells), "failures": failures}
-        write_text(output / "study.json", json.dumps(results, indent=2))
-        print("\n" + write_study(output))
+        print("\n" + write_study(output, StudyResults(path.stem, tuple(collect(cells)), tuple(failures))))
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(only or settings)} cells failed: " + "; ".join(failures))
     return output
@@ -139,45 +139,46 @@ def finish_cell(run: RunFolder) -> None:
         stage(run)
 
 
-def collect(cells: dict[str, list[RunFolder]]) -> list[dict[str, Any]]:
-    """One entry for each row of each cell: ``{"cell", "row", "runs", "users", "metrics": {metric: {"value", "ci95",
-    "seed_std", "difference", "difference_ci95", "p"}}}``.
+def collect(cells: dict[str, list[RunFolder]]) -> "list[StudyEntry]":
+    """One entry for each variant of each cell, compared with the first.
 
     Runs of several folds put their users together; runs of several seeds are averaged user by user. Intervals are
-    bootstraps over users and ``seed_std`` the standard deviation of the metric over seeds. The difference is that from
-    our row of the first cell, paired by user; it is left out where the users are others. ``same_candidates``: whether
-    these were ranked in both; if not, the difference is as fair but less exact.
+    bootstraps over users.
     """
-    from mllm_msr.evaluation.metrics import METRICS, resampled_means
+    from mllm_msr.evaluation.metrics import estimates, paired
+    from mllm_msr.hub_cards.study_page import StudyEntry, StudyFigure
 
-    entries, reference = [], None
+    entries: list[StudyEntry] = []
+    first: CellValues | None = None
     for cell, runs in cells.items():
-        shown = sorted(_candidates(run) for run in runs)
-        rows = runs[0].results().variants
-        for row in rows:
-            users, values, spread = user_values(runs, row)
-            means = resampled_means(values, 2000, 0)
-            low, high = np.clip(np.nanquantile(means, [0.025, 0.975], axis=0), 0, 1)
-            metrics: dict[str, dict[str, Any]] = {
-                name: {"value": float(value), "ci95": [float(low[i]), float(high[i])], "seed_std": spread[i]}
-                for i, (name, value) in enumerate(zip(METRICS, np.nanmean(values, axis=0), strict=True))
+        candidates = sorted(_candidates(run) for run in runs)
+        seconds = [run.provenance()["stages"].get("train", {}).get("seconds") for run in runs]
+        for variant in runs[0].results().variants:
+            values = user_values(runs, variant)
+            differences = {}
+            if first is None:
+                first, first_candidates = values, candidates
+            elif first.users.equals(values.users):
+                differences = paired(values.columns, first.columns)
+            figures = {
+                name: StudyFigure(
+                    Estimate.from_json(content),
+                    values.seed_deviation.get(name),
+                    Difference.from_json(differences[name]) if differences else None,
+                )
+                for name, content in estimates(values.columns, n_bootstrap=2000).items()
             }
-            if reference is None:
-                reference = shown, users, values
-            elif reference[1].equals(users):
-                gaps = values - reference[2]
-                resampled = resampled_means(gaps, 2000, 0)
-                ends = np.nanquantile(resampled, [0.025, 0.975], axis=0)
-                for i, name in enumerate(METRICS):
-                    wrong = min((resampled[:, i] <= 1e-12).sum(), (resampled[:, i] >= -1e-12).sum())
-                    metrics[name] |= {
-                        "difference": float(np.nanmean(gaps[:, i])),
-                        "difference_ci95": [float(ends[0, i]), float(ends[1, i])],
-                        "p": float(min(1.0, 2 * (wrong + 1) / (len(resampled) + 1))),
-                    }
-            took = [run.provenance()["stages"].get("train", {}).get("seconds") for run in runs]
-            facts = {"cell": cell, "row": row, "runs": len(runs), "users": len(users), "train_seconds": took}
-            entries.append({**facts, "same_candidates": reference[0] == shown, "metrics": metrics})
+            entries.append(
+                StudyEntry(
+                    cell,
+                    variant,
+                    runs=len(runs),
+                    users=len(values.users),
+                    same_candidates=candidates == first_candidates,
+                    metrics=figures,
+                    train_seconds=tuple(one for one in seconds if one is not None),
+                )
+            )
     return entries
 
 
@@ -187,22 +188,30 @@ def _candidates(run: RunFolder) -> int:
     return int(pairs.filter(variant=pairs["variant"][0]).select("user_id", "item_id").hash_rows().sum())
 
 
-def user_values(runs: Sequence[RunFolder], row: str) -> tuple[pl.Series, np.ndarray, list[float | None]]:
-    """Users, their values (U, M) under ``row`` averaged over seeds, and each metric's deviation between seeds."""
+@dataclass(frozen=True)
+class CellValues:
+    """A variant of a cell, user by user: ``columns`` by metric, averaged over seeds; the metrics' standard deviation
+    over seeds, where there are several."""
+
+    users: pl.Series
+    columns: dict[str, np.ndarray]
+    seed_deviation: dict[str, float]
+
+
+def user_values(runs: Sequence[RunFolder], variant: str) -> CellValues:
+    """The values of one variant in the runs of a cell."""
     from mllm_msr.evaluation.metrics import METRICS, user_columns
 
     by_seed = defaultdict(list)
     for run in runs:
-        by_seed[run.recipe.training["seed"]].append(run.read(SCORES).filter(variant=row))
+        by_seed[run.recipe.training["seed"]].append(run.scan(SCORES).filter(variant=variant).collect())
     columns, users = [], pl.Series(dtype=pl.String)
     for frames in by_seed.values():
         scores = pl.concat(frames)
-        found = user_columns(scores["user_id"], scores["label"], scores["logit"])
-        columns.append(np.stack([found[name] for name in METRICS], axis=1))
+        columns.append(user_columns(scores["user_id"], scores["label"], scores["logit"]))
         users = scores["user_id"].unique().sort()
-    values = np.stack(columns)
-    means = np.nanmean(values, axis=1)  # (seeds, M)
-    spread: list[float | None] = [None] * len(METRICS)
-    if len(means) > 1:
-        spread = [float(one) for one in means.std(axis=0, ddof=1)]
-    return users, values.mean(axis=0), spread
+    values = {name: np.stack([one[name] for one in columns]) for name in METRICS}  # (seeds, U) each
+    deviation = {name: float(np.nanmean(value, axis=1).std(ddof=1)) for name, value in values.items()}
+    return CellValues(
+        users, {name: value.mean(axis=0) for name, value in values.items()}, deviation if len(columns) > 1 else {}
+    )

@@ -1,18 +1,19 @@
 """The report as a reader's browser gets it: whole, escaped, self-contained, and honest about what is missing."""
 
-import json
+import dataclasses
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
-import polars as pl
 import pytest
-import yaml
+from hub_run import SECRETS, change_recipe
 
-from mllm_msr.evaluation.metrics import ranking_metrics
-from mllm_msr.hub_cards import report, stories
 from mllm_msr.hub_cards.charts import Line, line_chart, nice_ticks
+from mllm_msr.hub_cards.figures import roc
 from mllm_msr.hub_cards.report import write_report
+from mllm_msr.hub_cards.stories import ItemCard, small_image, user_story
+from mllm_msr.records.schema import PREFERENCES, SCORES
+from mllm_msr.records.variants import VARIANTS
 
 VOID = {"meta", "img", "br"}
 
@@ -46,21 +47,20 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def source(finished_run) -> str:
     path = write_report(finished_run)
-    assert path == finished_run / "report.html"
-    assert not list(finished_run.glob("*.tmp"))
+    assert path == finished_run.report
+    assert not list(finished_run.path.glob(".*.partial"))
     return path.read_text()
 
 
 def test_it_is_whole_and_says_what_the_run_says(source, finished_run):
-    page = Page(source)
-    metrics = json.loads((finished_run / "metrics.json").read_text())
-    for row in metrics["rows"].values():
-        for result in row.values():
-            assert f"{100 * result['value']:.1f}" in page.text
-    for said in ("8 users", "10 candidates each", "strict protocol", metrics["candidate_hash"], "k-core", "2 min 22 s"):
-        assert said in page.text
+    page, results = Page(source), finished_run.results()
+    for metrics in results.variants.values():
+        for estimate in metrics.values():
+            assert f"{100 * estimate.value:.1f}" in page.text
+    for fact in ("8 users", "10 candidates each", "strict protocol", results.candidate_hash, "k-core", "2 min 22 s"):
+        assert fact in page.text
     assert page.text.count("their choice") == 6
-    preferences = pl.read_parquet(finished_run / "summaries/preferences.parquet")["preference"]
+    preferences = finished_run.read(PREFERENCES)["preference"]
     assert sum(text in page.text for text in preferences.unique()) >= 6
 
 
@@ -78,18 +78,35 @@ def test_what_came_from_data_is_escaped(source):
     assert "item &lt;b&gt;x9&lt;/b&gt;" in source
 
 
-def test_a_pretrained_backbone_is_told_of_and_no_path_of_this_machine(make_run, tmp_path):
+def test_no_secret_of_the_recipe_and_no_place_of_this_machine_is_shown(source):
+    assert not [secret for secret in SECRETS if secret in source]
+    assert "hub_token: &#39;***&#39;" in source and "model: writer" in source and "for example row 3" in source
+
+
+def test_a_pretrained_backbone_is_named_and_no_path_of_this_machine(make_run, tmp_path):
     run = make_run()
     assert "What the backbone may have known" not in write_report(run).read_text()  # the demo's has read nothing
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    for name, said in (
+    for name, words in (
         ("someone/vlm-7b", "someone/vlm-7b was trained"),
         (str(tmp_path), "The model before training was"),
     ):
-        config["training"]["model_name_or_path"] = name
-        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        run = change_recipe(run, training={"model_name_or_path": name})
         page = write_report(run).read_text()
-        assert said in page and str(tmp_path) not in page
+        assert words in page and str(tmp_path) not in page
+
+
+def test_every_variant_has_its_colour(make_run):
+    run = make_run()
+    results = run.results()
+    metrics = results.variants["random"]
+    every = {**dict.fromkeys(VARIANTS, metrics), "of </style><b>another": metrics}
+    dataclasses.replace(results, variants=every).write(run.metrics)
+    page = write_report(run).read_text()
+    Page(page)
+    for variant in VARIANTS.values():
+        rule = f".variant-{variant.name.replace('_', '-')} {{ color: var(--{variant.colour});"
+        assert rule in page and (not variant.dash or f"stroke-dasharray: {variant.dash};" in page)
+    assert "<b>another" not in page
 
 
 def test_charts_speak_to_screen_readers(source):
@@ -108,15 +125,14 @@ def test_charts_speak_to_screen_readers(source):
         ("scores.parquet", "users in full", "Loss while fine-tuning"),
         ("data/items.parquet", "users in full", "ROC over all pairs"),
         ("data/report.json", "Cleaning", "users in full"),
-        ("summaries/items.parquet", "What the pictures became", "users in full"),
+        ("summaries/items.parquet", "What the images became", "users in full"),
         ("summaries/preferences.parquet", "not yet part of the preference", "users in full"),
         ("provenance.json", "Time of each stage", "users in full"),
-        ("config.yaml", "Configuration", "users in full"),
     ],
 )
 def test_a_missing_artefact_leaves_no_gap(make_run, missing, gone, kept):
     run = make_run()
-    (run / missing).unlink()
+    (run.path / missing).unlink()
     text = Page(write_report(run).read_text()).text
     assert gone not in text
     assert kept in text
@@ -124,53 +140,37 @@ def test_a_missing_artefact_leaves_no_gap(make_run, missing, gone, kept):
 
 def test_without_metrics_it_says_what_to_do(make_run):
     run = make_run()
-    (run / "metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"metrics\.json is missing: run `mllm-msr evaluate`"):
+    run.metrics.unlink()
+    with pytest.raises(FileNotFoundError, match=r"metrics\.json is missing: run `mllm-msr evaluate"):
         write_report(run)
 
 
-def test_a_broken_picture_is_a_placeholder():
-    assert stories.thumbnail({"bytes": b"no picture", "path": None}) is None
-    assert stories.thumbnail(None) is None
-
-
-def test_hit_curve_is_the_metric_at_every_k():
-    rng = np.random.default_rng(0)
-    users = np.repeat([f"u{i}" for i in range(40)], 12)
-    labels = (rng.random(480) < 0.15).astype(int)
-    labels[::12] = 1
-    logits = rng.integers(0, 4, 480).astype(np.float32)
-    curve = report._hit_curve(pl.DataFrame({"user_id": users, "label": labels, "logit": logits}))
-    expected = ranking_metrics(users, labels, logits, n_bootstrap=2)
-    assert len(curve) == 12
-    for k in (1, 5, 10):
-        assert curve[k - 1] == pytest.approx(expected[f"hr@{k}"]["value"])
-    assert curve[-1] == pytest.approx(1.0)
+def test_a_broken_image_is_a_placeholder():
+    assert small_image(b"no image") is None
+    assert small_image(None) is None
 
 
 def test_roc_passes_equal_scores_in_one_step():
-    x, y = report._roc(np.array([1, 0, 1, 0]), np.array([1.0, 1.0, 1.0, 0.0]))
+    x, y = roc(np.array([1, 0, 1, 0]), np.array([1.0, 1.0, 1.0, 0.0]))
     assert x.tolist() == [0.0, 0.5, 1.0]
     assert y.tolist() == [0.0, 1.0, 1.0]
 
 
 def test_the_chosen_item_is_shown_wherever_it_stands_and_last_among_equals():
-    scores = pl.DataFrame(
-        {
-            "user_id": "u",
-            "item_id": [f"i{i}" for i in range(12)],
-            "label": [1] + [0] * 11,
-            "logit": [0.0] * 12,
-            "score": 0.5,
-        }
-    )
-    task = {"user_id": "u", "cutoff": 9, "history": ["a", "b"], "above": 0, "n": 12}
-    user = stories.user_story(task, scores, None)
-    assert [entry["place"] for entry in user["ranking"]] == [1, 2, 3, 4, 5, 6, 7, 8, 12]
-    assert [entry["gap"] for entry in user["ranking"]] == [False] * 8 + [True]
-    assert user["ranking"][-1]["chosen"]
-    assert user["rank"] == "tied for places 1-12"
-    assert user["recent"] == ["a", "b"]
+    items = [f"i{i}" for i in range(12)]
+    rows = [("mllm_msr", "u", item, int(not place), 0.0, 0.5) for place, item in enumerate(items)]
+    scores = SCORES.frame(rows)
+    history = ["a", "b", "c", "d", "e"]
+    cards = {item: ItemCard(item, None) for item in (*items, *history)}
+    task = {"user_id": "u", "history": history, "first": 1, "last": 12}
+    user = user_story(task, scores, {1: "likes a", 2: "likes d", 3: "written later"}, 2, cards)
+    assert [entry.place for entry in user.ranking] == [1, 2, 3, 4, 5, 6, 7, 8, 12]
+    assert [entry.gap for entry in user.ranking] == [False] * 8 + [True]
+    assert user.ranking[-1].chosen
+    assert user.rank == "tied for places 1-12"
+    assert [block.preference for block in user.blocks] == ["likes a", "likes d"]
+    assert [card.title for card in user.recent] == ["e"]
+    assert [card.title for card in user_story(task, scores, {}, 2, cards).recent] == history
 
 
 def test_ticks_are_round_and_inside():

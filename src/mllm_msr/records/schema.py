@@ -68,13 +68,23 @@ class Table:
                 )
 
     def scan(self, path: Path | Sequence[Path]) -> pl.LazyFrame:
-        """Scan a checked file (or several that form one table); FileNotFoundError if it is not there."""
+        """Scan a checked file (or several that form one table).
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            ValueError: a file is damaged, or its columns are not those of this table.
+        """
         paths = [path] if isinstance(path, Path) else list(path)
         for one in paths:
             if not one.is_file():
                 raise FileNotFoundError(f"{one} is missing")
         frame = pl.scan_parquet(paths)
-        self.check(frame, paths[0])
+        try:
+            self.check(frame, paths[0])
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(
+                f"{paths[0]} is no whole Parquet file ({error}): make it again with the stage that writes it"
+            ) from error
         return frame
 
     def read(self, path: Path | Sequence[Path], columns: Sequence[str] | None = None) -> pl.DataFrame:

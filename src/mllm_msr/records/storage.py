@@ -67,28 +67,24 @@ def write_bytes(path: Path, content: bytes | memoryview, mode: int = 0o666) -> N
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A fresh folder to fill that takes the place of ``target`` only once the block ends without an error."""
-    sweep(target.parent)
-    partial = _partial(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for attempt in range(10):
-        shutil.rmtree(target, ignore_errors=True)
-        try:
-            os.replace(partial, target)
-            return
-        except OSError:  # another process has just put its own there
-            if attempt == 9:
-                raise
+    with scratch_folder(target.parent) as partial:
+        yield partial
+        for attempt in range(10):
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                os.replace(partial, target)
+                return
+            except OSError:  # another process has just put its own there
+                if attempt == 9:
+                    raise
 
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder for this call alone, below ``parent``, that goes at the block's end."""
-    parent.mkdir(parents=True, exist_ok=True)
+    """A folder of this call alone, below ``parent``, that is removed at the block's end."""
     sweep(parent)
-    folder = _partial(parent / secrets.token_hex(8))
-    folder.mkdir()
+    folder = _partial(parent / "folder")
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
@@ -99,12 +95,12 @@ def sweep(folder: Path) -> None:
     """Remove what processes of this machine, since killed, left half written in ``folder``."""
     for left in folder.glob(f".*.{socket.gethostname()}.*.partial"):
         if not is_alive(int(left.name.split(".")[-2])):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:
-    """Where this process writes what shall become ``path``."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    """Where one call of this process writes what shall become ``path``."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
 def is_alive(pid: int) -> bool:
