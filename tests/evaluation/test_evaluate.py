@@ -42,7 +42,9 @@ class Model:
         def score(contexts: pl.DataFrame) -> pl.DataFrame:
             assert {"preference", "recent"} <= set(contexts.columns)
             self.pairs_scored += pairs(contexts).height
-            values = truth(contexts) + noise * np.random.default_rng(0).normal(size=pairs(contexts).height)
+            values = truth(contexts)["logit"].to_numpy() + noise * np.random.default_rng(0).normal(
+                size=pairs(contexts).height
+            )
             return scorers.score_with_values(contexts, values)
 
         return score

@@ -8,9 +8,10 @@ from PIL import Image as Images
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.evaluation import scoring
-from mllm_msr.evaluation.full_catalogue import over_the_catalogue
+from mllm_msr.evaluation.full_catalogue import over_the_catalogue, places_by_ranker
 from mllm_msr.evaluation.metrics import METRICS, user_columns
 from mllm_msr.evaluation.places import place_columns, rank_of_choice
+from mllm_msr.evaluation.scorers import Popularity
 
 COLOURS = ["red", "green", "blue", None, "white"]
 
@@ -85,6 +86,9 @@ def test_over_the_catalogue_stands_all_that_was_never_chosen_and_places_count_it
     assert set(METRICS) - set(columns) == {"auc"}
     for name, column in columns.items():
         assert column == pytest.approx(again[name])
+    by_item = Popularity(pl.DataFrame({"item_id": catalogue, "count": [values[item] for item in catalogue]}))
+    at_once = places_by_ranker(by_item, tasks, log)  # the same without a pair written out
+    assert at_once.sort("user_id").equals(rank_of_choice(scores))
     with pytest.raises(ValueError, match="missing or NaN"):
         rank_of_choice(scores.with_columns(pl.lit(float("nan")).alias("logit")))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.metrics import per_user_metrics
+from mllm_msr.evaluation.metrics import TieGroups, metric_column, per_user_metrics
 
 Array = np.ndarray
 PADDING = -1  # after the last code of a padded list
@@ -136,6 +136,8 @@ class CodedTasks:
         while begin < len(self):
             end = min(begin + step, len(self))
             values, left_out = scores(self.histories.slice(begin, end)), chosen.slice(begin, end)
+            if np.isnan(values).any():
+                raise ValueError("a score of the catalogue is NaN")
             rows, wanted = np.arange(end - begin), targets[begin:end]
             own = values[rows, wanted][:, None]
             values[left_out.owner, left_out.codes] = -np.inf
@@ -152,6 +154,5 @@ def ndcg_at(k: int, above: Array, equal: Array) -> float:
     >>> round(ndcg_at(10, np.array([0, 1, 10]), np.array([0, 0, 0])), 4)  # 1, 1 / log2(3), 0
     0.5436
     """
-    gained = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(k) + 2.0))])
-    covered = gained[np.minimum(above + equal + 1, k)] - gained[np.minimum(above, k)]
-    return float((covered / (equal + 1)).mean())
+    last = above + equal + 1
+    return float(metric_column(TieGroups.of_places(above + 1, last, last), f"ndcg@{k}").mean())

@@ -6,10 +6,12 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+from mllm_msr.evaluation.baselines import Ranker
+from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
 from mllm_msr.evaluation.diagnostics import measured
 from mllm_msr.evaluation.metrics import user_columns
 from mllm_msr.evaluation.places import place_columns, rank_of_choice
-from mllm_msr.evaluation.scorers import Scorer
+from mllm_msr.evaluation.scorers import RankerScorer, Scorer
 from mllm_msr.records.results import CatalogueFigures, FullCatalogue
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS
@@ -24,12 +26,36 @@ def catalogue_pairs(run: RunFolder, users: int | Literal["all"]) -> int:
 def rank_in_catalogue(run: RunFolder, tasks: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
     """``records.schema.PLACES`` of the targets of ``tasks`` among all items, by user."""
     pairs = ["user_id", "item_id"]
-    chosen = [run.read(INTERACTIONS, pairs)]
+    logs = [run.read(INTERACTIONS, pairs)]
     if run.recipe.data.max_history is not None:  # what it has cut was chosen, too
-        chosen.append(run.read(CUT_INTERACTIONS, pairs))
-    catalogue = run.read(ITEMS, ["item_id"])["item_id"]
-    parts = over_the_catalogue(tasks, catalogue, pl.concat(chosen))
-    return pl.concat([rank_of_choice(scorer(part)) for part in parts]).sort("user_id")
+        logs.append(run.read(CUT_INTERACTIONS, pairs))
+    items = run.read(ITEMS, ["item_id"])
+    chosen = pl.concat(logs).unique().join(items, on="item_id", how="semi")
+    if isinstance(scorer, RankerScorer):
+        places = places_by_ranker(scorer.ranker, tasks, chosen)
+    else:
+        parts = over_the_catalogue(tasks, items["item_id"], chosen)
+        places = pl.concat([rank_of_choice(scorer(part)) for part in parts])
+    return places.sort("user_id")
+
+
+def places_by_ranker(ranker: Ranker, tasks: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
+    """``records.schema.PLACES`` by a ranker of the whole catalogue, a block of users at a time; no pair is written out.
+
+    Args:
+        tasks: ``user_id``, ``history``, ``candidates``, ``labels`` with one positive each.
+        chosen: distinct ``user_id``, ``item_id``: all that users have chosen, before the target and after it.
+    """
+    target = pl.col("candidates").list.get(pl.col("labels").list.arg_max()).alias("item_id")
+    chosen = pl.concat([chosen, tasks.select("user_id", target)]).unique()
+    lists = tasks.select("user_id").join(
+        chosen.group_by("user_id").agg("item_id"), on="user_id", how="left", maintain_order="left"
+    )
+    left_out = CodedLists.of(lists["item_id"], ranker.items)
+    above, equal = CodedTasks(tasks, ranker.items).catalogue_places(ranker.score_catalogue, left_out)
+    candidates = len(ranker.items) - left_out.lengths + 1
+    frame = {"user_id": tasks["user_id"], "first": above + 1, "last": above + equal + 1, "candidates": candidates}
+    return pl.DataFrame(frame)
 
 
 def over_the_catalogue(

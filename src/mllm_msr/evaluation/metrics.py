@@ -240,6 +240,12 @@ class TieGroups:
         positives = np.bincount(user, weights=p, minlength=len(rows.users))
         return cls(user, size, p, start - first, before[start] - before[first], candidates, positives)
 
+    @classmethod
+    def of_places(cls, first: Array, last: Array, candidates: Array) -> "TieGroups":
+        """Of users with one positive each, which is tied between two places (U,), from 1."""
+        none, ones = np.zeros(len(first), dtype=np.int64), np.ones(len(first), dtype=np.int64)
+        return cls(np.arange(len(first)), last - first + 1, ones, first - 1, none, candidates, ones)
+
     def sum(self, values: Array) -> Array:
         """(U,): the sum of a value per group over each user's groups; NaN for users without positives."""
         total = np.bincount(self.user, weights=values, minlength=len(self.candidates))

@@ -51,8 +51,7 @@ def place_columns(places: pl.DataFrame, metrics: Sequence[str] = METRICS) -> dic
     first, last, size = (places[name].to_numpy().astype(np.int64) for name in ("first", "last", "candidates"))
     if not len(first) or (first < 1).any() or (last < first).any() or (size < last).any():
         raise ValueError("places: needs users, each with 1 <= first <= last <= candidates")
-    none, ones = np.zeros(len(first), dtype=np.int64), np.ones(len(first), dtype=np.int64)
-    groups = TieGroups(np.arange(len(first)), last - first + 1, ones, first - 1, none, size, ones)
+    groups = TieGroups.of_places(first, last, size)
     return {name: metric_column(groups, name) for name in metrics if name != "auc"}
 
 

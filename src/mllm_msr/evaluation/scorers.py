@@ -10,7 +10,8 @@ import polars as pl
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.sources.demo import true_utilities
-from mllm_msr.evaluation.baselines import knn, svd, tfidf, training_interactions
+from mllm_msr.evaluation.baselines import Ranker, knn, svd, tfidf, training_interactions
+from mllm_msr.evaluation.coded_tasks import Array, CodedLists
 from mllm_msr.evaluation.loading import load_backbone, load_catalogue, load_recommender
 from mllm_msr.evaluation.scoring import (
     as_it_is,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
 
 Scorer = Callable[[pl.DataFrame], pl.DataFrame]  # tasks to ``user_id``, ``item_id``, ``label``, ``logit``, ``score``
-Values = Callable[[pl.DataFrame], np.ndarray]  # tasks to the values of their candidates, task after task
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,61 @@ def model_scorer(name: str, view: ModelView, run: RunFolder) -> Scorer:
     return lambda contexts: score_with_model(recommender, view.users(contexts, seed), catalogue, name)
 
 
-def value_scorer(make: Callable[[RunFolder], Values], run: RunFolder) -> Scorer:
-    """A ranker that is no language model, trained if it has to be."""
-    ranker = make(run)
-    return lambda tasks: score_with_values(tasks, ranker(tasks))
+@dataclass(frozen=True)
+class RankerScorer:
+    """A ranker of histories, which can also rank the whole catalogue at once."""
+
+    ranker: Ranker
+
+    def __call__(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        return score_with_values(tasks, self.ranker(tasks))
 
 
-def popularity(run: RunFolder) -> Values:
-    counts = run.read(POPULARITY)
-    return lambda tasks: pairs(tasks).join(counts, on="item_id", how="left", maintain_order="left")["count"].to_numpy()
+def ranker_scorer(make: Callable[[RunFolder], Ranker], run: RunFolder) -> RankerScorer:
+    return RankerScorer(make(run))
 
 
-def random(run: RunFolder) -> Values:
-    rng = np.random.default_rng(run.recipe.evaluation.seed)
-    return lambda tasks: rng.random(pairs(tasks).height)
-
-
-def oracle(run: RunFolder) -> Values:
+def oracle(run: RunFolder) -> Scorer:
+    """The true taste, which only the demo's drawn world has."""
     source = run.recipe.source
     if not isinstance(source, DemoSource):
         raise ValueError("the variant 'oracle' needs a drawn world: only the demo has one")
-    return lambda tasks: true_utilities(source, pairs(tasks))
+    return lambda tasks: score_with_values(tasks, true_utilities(source, pairs(tasks)))
 
 
-def words(run: RunFolder) -> Values:
+class Popularity(Ranker):
+    """Training interactions of every item; ``counts`` have ``item_id``, ``count``."""
+
+    def __init__(self, counts: pl.DataFrame) -> None:
+        super().__init__(counts)
+        self.counts = counts.sort("item_id")["count"].to_numpy().astype(np.float32)
+
+    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
+        return self.counts[candidates.codes]
+
+    def score_catalogue(self, histories: CodedLists) -> Array:
+        return np.tile(self.counts, (len(histories), 1))
+
+
+class Random(Ranker):
+    """A random order; one of its own for the whole catalogue, so that neither depends on the other."""
+
+    def __init__(self, items: pl.DataFrame, seed: int) -> None:
+        super().__init__(items)
+        self.of_candidates, self.of_catalogue = (np.random.default_rng(key) for key in (seed, [seed, 1]))
+
+    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
+        return self.of_candidates.random(len(candidates.codes))
+
+    def score_catalogue(self, histories: CodedLists) -> Array:
+        return self.of_catalogue.random((len(histories), len(self.items)), dtype=np.float32)
+
+
+def words(run: RunFolder) -> Ranker:
     return tfidf(run.tasks("validation"), run.read(ITEMS, ["item_id", "title", "text"]))
 
 
-def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Values], run: RunFolder) -> Values:
+def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Ranker], run: RunFolder) -> Ranker:
     """A ranker trained on the run's training interactions: from validation tasks, items and interactions."""
     training = training_interactions(
         run.read(INTERACTIONS), run.tasks("train"), run.recipe.data.protocol, run.read(POPULARITY)
@@ -89,7 +116,7 @@ def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Va
     return train(run.tasks("validation"), run.read(ITEMS, ["item_id"]), training)
 
 
-def sequential(train: Callable[..., Values], run: RunFolder) -> Values:
+def sequential(train: Callable[..., Ranker], run: RunFolder) -> Ranker:
     """The same for a network, whose epochs are saved, so that a killed training goes on."""
     seed, folder = run.recipe.evaluation.seed, run.trained_baselines
     return collaborative(partial(train, seed=seed, folder=folder), run)
@@ -104,10 +131,9 @@ MODELS = {
     "other_user": ModelView(users=of_another_user),
     "no_sft": ModelView(load=load_backbone),
 }
-RANKERS: dict[str, Callable[[RunFolder], Values]] = {
-    "popularity": popularity,
-    "random": random,
-    "oracle": oracle,
+RANKERS: dict[str, Callable[[RunFolder], Ranker]] = {
+    "popularity": lambda run: Popularity(run.read(POPULARITY)),
+    "random": lambda run: Random(run.read(ITEMS, ["item_id"]), run.recipe.evaluation.seed),
     "tfidf": words,
     "knn": partial(collaborative, knn),
     "svd": lambda run: collaborative(partial(svd, seed=run.recipe.evaluation.seed), run),
@@ -116,5 +142,6 @@ RANKERS: dict[str, Callable[[RunFolder], Values]] = {
 }
 SCORERS: dict[str, Callable[[RunFolder], Scorer]] = {
     **{name: partial(model_scorer, name, view) for name, view in MODELS.items()},
-    **{name: partial(value_scorer, make) for name, make in RANKERS.items()},
+    **{name: partial(ranker_scorer, make) for name, make in RANKERS.items()},
+    "oracle": oracle,
 }
