@@ -30,6 +30,11 @@ def tidy(text: str) -> str:
     return _CONTROL.sub("", _WRAPPING.sub("", text)).strip()
 
 
+def marks_reasoning(token: str) -> bool:
+    """Whether a token begins or ends a block of reasoning, so that :func:`tidy` needs to see it."""
+    return _MARK.fullmatch(token) is not None
+
+
 def _without_blocks(text: str) -> str:
     """``text`` without blocks of reasoning. The chat template may have opened the first; the last may be cut off."""
     kept: list[str] = []

@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
@@ -95,9 +94,7 @@ class OpenAIEngine:
     ) -> None:
         self._url = _endpoint(base_url or os.environ.get("OPENAI_BASE_URL", ""))
         self._headers = {"Content-Type": "application/json"} | ({} if self._url.user else _authorization())
-        self.model, self.prompts, self.noun = model, prompts, noun
-        self.generator = Path(model).name if Path(model).is_absolute() else model  # no path is published
-        self.revision = revision or ""
+        self.generator, self.revision, self.prompts, self.noun = model, revision or "", prompts, noun
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
         self.temperature, self.top_p = temperature, top_p
         self.concurrency, self.batch_size, self.timeout, self.tries = concurrency, batch_size, timeout, tries
@@ -137,7 +134,7 @@ class OpenAIEngine:
         content = [_part(part) for part in chat_parts(self.prompts[task], _harmless(given), self.noun)]
         plain = "".join(part["text"] for part in content if part["type"] == "text")
         return {
-            "model": self.model,
+            "model": self.generator,
             "messages": [{"role": "user", "content": plain if all("text" in part for part in content) else content}],
             "max_tokens": int(self.max_new_tokens[task] * (AGAIN["room"] if again else 1)),
             "temperature": max(self.temperature, AGAIN["temperature"]) if again else self.temperature,
@@ -245,7 +242,7 @@ class _Batch:
             self.lost_in_a_row += 1
             if self.lost_in_a_row >= GIVE_UP_AFTER and not self.unavailable:
                 message = {"role": "user", "content": "Say yes."}  # the least that may be asked
-                least = {"model": self.engine.model, "messages": [message], "max_tokens": 1}
+                least = {"model": self.engine.generator, "messages": [message], "max_tokens": 1}
                 if isinstance(await self.engine._exchange(self.session, least), Text):
                     self.lost_in_a_row = 0
                 else:

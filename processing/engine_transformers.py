@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from mllm_msr.modeling.generated_text import marks_reasoning, tidy
 from mllm_msr.processing.decoding import OwnSeeds, decode
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.picture_memory import KEY, PictureMemory, takes_features
@@ -92,7 +93,10 @@ class TransformersEngine:
                 quantization_config=self.quantization_config,
             ).eval()
         except Exception as error:
-            raise EngineUnavailable(f"{self.generator} cannot be loaded: {error}") from error
+            raise EngineUnavailable(
+                f"{self.generator} cannot be loaded ({type(error).__name__}): check summaries.model, revision, dtype, "
+                "device_map, attn_implementation and quantization_config"
+            ) from error
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if accelerator and model.device.type == "cpu" and self.device_map is None:
             rank = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
@@ -126,7 +130,7 @@ class TransformersEngine:
                 return self._answer(batch, limit, seeds, again)
             except RuntimeError as error:
                 if "CUDA error" in str(error):  # after which the accelerator does nothing more in this process
-                    raise EngineUnavailable(f"the accelerator has failed: {error}; run again to go on") from error
+                    raise EngineUnavailable("the accelerator has failed; run again to go on") from error
                 if rows == 1 or not _is_out_of_memory(error):
                     raise
             parts, self.token_budget = 2, tokens // 2  # outside the handler, whose traceback holds the tensors
@@ -178,8 +182,16 @@ class TransformersEngine:
         )
         end = model.generation_config.eos_token_id
         ends = {end} if isinstance(end, int) else set(end or ())
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Text(text.strip(), bool(ends.intersection(row))) for text, row in zip(texts, new, strict=True)]
+        return [Text(self._decode(row), bool(ends.intersection(row))) for row in new]
+
+    def _decode(self, row: list[int]) -> str:
+        """The text of some tokens, without special ones and without reasoning, whose marks may be special."""
+        return tidy(self.processor.tokenizer.decode([token for token in row if token not in self._unprinted]))
+
+    @cached_property
+    def _unprinted(self) -> set[int]:
+        added = self.processor.tokenizer.added_tokens_decoder.items()
+        return {index for index, token in added if token.special and not marks_reasoning(token.content)}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

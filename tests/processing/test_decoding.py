@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, picture
 
+from mllm_msr.modeling.generated_text import tidy
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
 from mllm_msr.processing.decoding import OwnSeeds
 from mllm_msr.processing.engine_transformers import TransformersEngine
@@ -40,13 +41,13 @@ def engine_of(folder, **options) -> TransformersEngine:
 
 
 def stock(engine: TransformersEngine, batch) -> list[Text]:
-    """The texts of transformers' own greedy search."""
+    """The texts of transformers' own greedy search, without the control characters that random weights write."""
     tokenizer = engine.processor.tokenizer
     ids = engine.model.generate(**batch, do_sample=False, max_new_tokens=LIMIT, pad_token_id=tokenizer.pad_token_id)
     new = ids[:, batch["input_ids"].shape[1] :]
     ends = set(engine.model.generation_config.eos_token_id)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [Text(text.strip(), bool(ends & set(row))) for text, row in zip(texts, new.tolist(), strict=True)]
+    return [Text(tidy(text), bool(ends & set(row))) for text, row in zip(texts, new.tolist(), strict=True)]
 
 
 def encoded_by(engine: TransformersEngine, monkeypatch) -> list[int]:

@@ -77,11 +77,6 @@ def test_a_server_that_is_not_there_is_not_named(caplog):
     assert "secret" not in f"{answers!r} {caplog.text}"
 
 
-def test_no_local_path_is_published_as_the_name_of_a_model():
-    made = OpenAIEngine("/home/me/models/tiny", PROMPTS, base_url="http://host/v1")
-    assert made.generator == "tiny"
-
-
 # ---- what a server answers -------------------------------------------------------------------------------------
 
 

@@ -207,6 +207,14 @@ def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_items():
         engine.generate("item_summary", candidates(1))
 
 
+def test_reasoning_is_no_part_of_a_text_even_if_its_marks_are_special_tokens():
+    engine = make()
+    tokenizer = engine.processor.tokenizer
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[THINK]", "[/THINK]", "<|end|>"]})
+    for generated in ("[THINK] red? [/THINK] blue mug<|end|>", "red? [/THINK] blue mug", "blue mug [THINK] red"):
+        assert engine._decode(tokenizer(generated, add_special_tokens=False)["input_ids"]) == "blue mug"
+
+
 def test_dtype_and_device_map_are_passed_on():
     engine = make(dtype="bfloat16", device_map="cpu", attn_implementation="eager")
     assert engine.model.dtype == torch.bfloat16 and engine.model.config._attn_implementation == "eager"
