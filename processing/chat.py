@@ -16,7 +16,7 @@ def _compiled(template: str) -> Template:
 
 
 def chat_parts(template: str, values: Mapping[str, Any], noun: str) -> list[Any]:
-    """The prompt as texts (str) and, between them, pictures (whatever ``values["image"]`` is), in reading order.
+    """The prompt as texts (str) and, where it shows it, the image (whatever ``values["image"]`` is), in reading order.
 
     >>> chat_parts("{{ title }}{% if image %}: {{ image }}{% endif %}?", {"title": "Mug", "image": 7}, "item")
     ['Mug: ', 7, '?']

@@ -11,9 +11,9 @@ BY_ROW = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids
 
 
 class OwnSeeds:
-    """Sampling by a seed of each row: the noise that makes the largest logit a draw from the softmax (Gumbel).
+    """Sampling with a seed for each row, by Gumbel noise: the largest noisy logit is a random sample of the softmax.
 
-    Row b's noise comes from its own generator alone, so whatever is in the batch beside it changes nothing.
+    The noise of a row comes from its own generator, so that the rest of the batch changes nothing.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -31,7 +31,7 @@ class OwnSeeds:
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values with room for the next ones: the stock layer copies all of them at every token."""
+    """A layer of the KV cache with room for further tokens; the stock layer copies all keys and values at each one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class RoomyLayer(DynamicLayer):
         new = (key_states, value_states)
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if not self.buffers or end > self.buffers[0].shape[-2]:
-            known, self.buffers = self.buffers, []
+            earlier, self.buffers = self.buffers, []
             for n, states in enumerate(new):
                 self.buffers.append(states.new_empty((*states.shape[:-2], end + ROOM, states.shape[-1])))
                 if start:
-                    self.buffers[n][..., :start, :] = known[n][..., :start, :]
+                    self.buffers[n][..., :start, :] = earlier[n][..., :start, :]
         for buffer, states in zip(self.buffers, new, strict=True):
             buffer[..., start:end, :] = states
         return self._look(end)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Copies only the rows that change their places."""
+        """Copy only the rows that change their places."""
         end, index = self.get_seq_length(), beam_idx.to(self.device)
         moved = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
         for n, buffer in enumerate(self.buffers):
@@ -77,18 +77,18 @@ def decode(
     own_seeds: OwnSeeds | None = None,
     **inputs: Any,
 ) -> list[list[int]]:
-    """The new tokens of each row: the most likely ones, or with ``own_seeds`` drawn ones.
+    """The new tokens of each of B rows: the most likely ones, or random samples if there are ``own_seeds``.
 
-    They are those of stock greedy search. But that keeps a row until the longest is done, which with texts of unequal
-    lengths is most of the work; here its keys and values go as soon as it has ended, and the others go on without it.
+    They are those of stock greedy search. But that computes a row until the longest is done, which with texts of
+    unequal lengths is most of the work; this drops a row, and its keys and values, as soon as it has ended.
 
     Args:
         input_ids: (B, L) prompts, padded on the left.
-        inputs: what else ``generate`` has made ready, the (dynamic) cache and all positions among it.
+        inputs: whatever else ``generate`` has prepared, such as the (dynamic) KV cache and the positions.
     """
     start = input_ids.shape[1]
     texts: list[list[int]] = [[] for _ in input_ids]
-    places = list(range(len(input_ids)))  # the row of the whole batch that each row at work is
+    places = list(range(len(input_ids)))  # of each remaining row its place in the whole batch
     cache, first = inputs["past_key_values"], True
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     while places:

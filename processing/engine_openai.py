@@ -46,6 +46,7 @@ REMEDIES = {
 LONGEST_PAUSE = 60.0  # seconds
 MOST_BYTES = 2**22  # of an answer, which is a text of some hundred tokens
 OPTIONAL = ("temperature", "top_p", "seed")  # parameters that some models do not take
+_UNKNOWN = re.compile(r"unsupported|not (supported|permitted|allowed)|un(recogni[sz]ed|known|expected)", re.IGNORECASE)
 # Names of control tokens, which a server may take for such within a text: <|im_end|>, </s>, <image>, [INST]
 _CONTROL = re.compile(r"<(?=\|?/?[A-Za-z_][\w-]*\|?>)|\[(?=/?[A-Z_]+\])")
 
@@ -212,7 +213,10 @@ class _Batch:
     async def answer(self, task: Task, given: Any, seed: int, again: bool) -> Answer:
         engine = self.engine
         async with self.places:
-            request = await asyncio.to_thread(engine._request, task, given, seed, again)
+            try:
+                request = await asyncio.to_thread(engine._request, task, given, seed, again)
+            except Exception as error:  # a template of the user's that cannot show this input
+                return Failure.of(error)
             trouble = _Trouble("not-tried")
             for attempt in range(engine.tries):
                 async with self.checking:  # wait while another finds out whether the server is there
@@ -300,7 +304,8 @@ def _objection(body: str, terms: Mapping[str, str | None]) -> dict[str, str | No
     >>> _objection("max_tokens is not supported, use max_completion_tokens", {})
     {'max_tokens': 'max_completion_tokens'}
     """
-    if "max_tokens" not in terms and "max_completion_tokens" in body:
+    unknown = "max_tokens" in body and _UNKNOWN.search(body)
+    if "max_tokens" not in terms and (unknown or "max_completion_tokens" in body):
         return {"max_tokens": "max_completion_tokens"}
     for name in OPTIONAL:
         if name not in terms and re.search(rf"\b{name}\b", body):

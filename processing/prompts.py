@@ -17,7 +17,7 @@ template                  variables (``noun`` is always there: item, video, prod
 ``late_answer``           none
 ========================  ===========================================================================================
 
-``{{ image }}`` is where the picture goes; it is empty when there is none. In ``recommendation`` everything about the
+``{{ image }}`` is where the image goes; it is empty when there is none. In ``recommendation`` everything about the
 user comes before the candidate, so that candidates can share the computation of what precedes them. With
 ``interaction="late"`` the three ``late_`` templates take its place: what the chat begins with comes before the user,
 and what it ends with after ``late_answer``, whose tokens are all that a pair costs.

@@ -155,6 +155,19 @@ def test_a_server_that_wants_max_completion_tokens_is_asked_so_from_then_on():
     assert requests[1].body["max_completion_tokens"] == 80
 
 
+def test_the_other_name_is_tried_even_if_the_server_does_not_give_it():
+    refusal = Reply(422, b'{"error": "Unrecognized request argument supplied: max_tokens"}')
+    with chat_server(lambda body, n: refusal if "max_tokens" in body else completion("A blue mug")) as (url, _):
+        assert ask(url) == [BLUE]
+
+
+def test_a_template_that_cannot_show_an_input_fails_it_alone():
+    prompts = {"text_summary": "{{ title }}{% if title %}{{ text.nothing.more }}{% endif %}"}
+    with chat_server(lambda body, n: completion("A blue mug")) as (url, _):
+        made = OpenAIEngine("tiny", prompts, base_url=url)
+        assert [type(answer) for answer in made.generate("text_summary", [MUG, Candidate(text="x")])] == [Failure, Text]
+
+
 def test_parameters_of_sampling_that_a_server_refuses_are_left_out_with_a_warning(caplog):
     with chat_server(wants("temperature", "top_p", "seed")) as (url, requests):
         assert ask(url, 2, concurrency=1) == [BLUE] * 2
