@@ -15,12 +15,17 @@ NOT_SENT = ("checkpoint-*", "checkpoint-*/**", "negatives/**", "runs/**", "*.bin
 def finish(trainer: Trainer, push: bool, merge: bool = False) -> None:
     """Save the recommender in the trainer's folder, send it to the Hub if ``push``, and end the process group.
 
-    To be called on every process, as the last of a script: one that ends while another still saves would abort it.
+    To be called on every process, as the last of a script.
     """
     folder = Path(trainer.args.output_dir or ".")
     save_recommender(trainer, folder, merge)
     if push and trainer.accelerator.is_main_process:
         push_recommender(trainer.args, folder)
+    end_processes(trainer)
+
+
+def end_processes(trainer: Trainer) -> None:
+    """Wait for all processes of the training and end their group: one that ends before would abort the others."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -12,6 +12,7 @@ import polars as pl
 
 from mllm_msr.data.sources.registry import read_source, source_fingerprint
 from mllm_msr.proof import prove
+from mllm_msr.records.lock import is_first_process
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
@@ -130,20 +131,29 @@ def forget_failures(output: Path) -> None:
 
 
 def train(run: RunFolder) -> None:
-    """Stage 3: fine-tune the recommender; the model folder is what would be pushed."""
+    """Stage 3: fine-tune the recommender; the model folder is what would be pushed.
+
+    Several processes (``accelerate launch -m mllm_msr.cli train RUN``) train together, and the first one writes.
+    """
     from mllm_msr.training import sft
-    from mllm_msr.training.saving import save_recommender
+    from mllm_msr.training.saving import end_processes, save_recommender
 
     def work(key: str) -> None:
         checkpoints = run.checkpoints / key  # other settings never resume from these
         flags = {**run.recipe.training_flags(), "dataset_name": str(run.path), "output_dir": str(checkpoints)}
-        arguments = sft.parse([], **flags)
-        trainer = sft.train(*arguments)
-        with whole_folder(run.model) as folder:
-            save_recommender(trainer, folder, arguments[0].merge_adapter)
-            write_text(folder / run.training_log.name, json.dumps(trainer.state.log_history, indent=1))
-        for stale in run.checkpoints.iterdir():
-            shutil.rmtree(stale)
+        script_args, training_args, model_args = sft.parse([], **flags)
+        if training_args.push_to_hub:
+            raise ValueError("training.push_to_hub: a run is released by `mllm-msr publish`; leave the flag out")
+        trainer = sft.train(script_args, training_args, model_args)
+        if is_first_process():
+            with whole_folder(run.model) as folder:
+                save_recommender(trainer, folder, script_args.merge_adapter)
+                write_text(folder / run.training_log.name, json.dumps(trainer.state.log_history, indent=1))
+            for stale in run.checkpoints.iterdir():
+                shutil.rmtree(stale)
+        else:
+            save_recommender(trainer, run.model, script_args.merge_adapter)  # of which it has a share
+        end_processes(trainer)
 
     run.stage("train", work, writes=[run.model])
 

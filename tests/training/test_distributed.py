@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+from mllm_msr.records.run import RunFolder
 from mllm_msr.training import sft
 from mllm_msr.training.saving import save_recommender
 
@@ -48,8 +53,8 @@ def flags(run, output, batch, **more):
     return run.flags(output, **options | more)
 
 
-def launch(config: Path, arguments: dict, script: Path = SCRIPT) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+def launch(config: Path, *program: str, **arguments: Any) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *program]
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -86,8 +91,20 @@ def check_alike(folder: Path, alone: Path) -> None:
 
 
 def test_two_processes_are_one_with_the_doubled_batch(small_run, alone, tmp_path):
-    launch(ACCELERATE / "ddp_cpu.yaml", flags(small_run, tmp_path, 4))
+    launch(ACCELERATE / "ddp_cpu.yaml", str(SCRIPT), **flags(small_run, tmp_path, 4))
     check_alike(tmp_path, alone)
+
+
+def test_two_processes_train_a_run_and_one_of_them_writes_it(small_run, tmp_path):
+    shutil.copytree(small_run.folder, tmp_path / "run")
+    training = {**small_run.run.recipe.training, "use_cpu": True, "max_steps": 2, "eval_strategy": "no"}
+    RunFolder.create(tmp_path / "run", replace(small_run.run.recipe, training=training))
+    launch(ACCELERATE / "ddp_cpu.yaml", "-m", "mllm_msr.cli", "train", str(tmp_path / "run"))
+    run = RunFolder.open(tmp_path / "run")
+    run.require("train")
+    assert len(json.loads(run.training_log.read_text(encoding="utf-8"))) == 1
+    MllmMsrForRecommendation.from_pretrained(run.model)
+    assert not list(run.checkpoints.iterdir()) and not list(run.path.glob(".*.partial"))
 
 
 def test_two_processes_with_half_the_weights_each_are_one(small_run, alone, tmp_path):
@@ -95,7 +112,7 @@ def test_two_processes_with_half_the_weights_each_are_one(small_run, alone, tmp_
     config |= {"num_processes": 2, "mixed_precision": "no"}
     (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (tmp_path / "script.py").write_text(SHARDS_ON_CPU.format(script=str(SCRIPT)), encoding="utf-8")
-    launch(tmp_path / "fsdp2.yaml", flags(small_run, tmp_path / "out", 4, use_cpu=False), tmp_path / "script.py")
+    launch(tmp_path / "fsdp2.yaml", str(tmp_path / "script.py"), **flags(small_run, tmp_path / "out", 4, use_cpu=False))
     assert (tmp_path / "out/checkpoint-4/pytorch_model_fsdp.bin").is_file()  # else it was plain DDP
     check_alike(tmp_path / "out", alone)
 
