@@ -56,10 +56,12 @@ class Contents:
 ALL_CONTENTS = Contents()
 
 
-def build_hub(run: RunFolder, contents: Contents = ALL_CONTENTS) -> dict[Part, Path]:
-    """Build model and data set as they would be published under no name yet; returns their folders in ``RUN/hub``."""
-    with built(run, ("dataset", "model"), None, contents) as folders:
-        return {part: run.hub / FOLDERS[part] for part in folders}
+def build_hub(
+    run: RunFolder, contents: Contents = ALL_CONTENTS, parts: Sequence[Part] = ("dataset", "model")
+) -> dict[Part, Path]:
+    """Build parts of a release that has no name yet; returns their folders in ``RUN/hub``."""
+    with built(run, parts, None, contents):
+        return {part: run.hub / FOLDERS[part] for part in parts}
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hub_run import SECRETS, change_recipe, finish
 from hub_server import Hub
 from hub_storage import OTHER, READ, WRITE
 from huggingface_hub import HfApi
 
-from mllm_msr.hub_cards.release import publish
+from mllm_msr.hub_cards.release import PublishOptions, publish
+from mllm_msr.records.run import RunFolder
 
 MODEL, DATA, METRIC, SPACE = (
     ("model", "org/mllm-msr-demo"),
@@ -28,20 +30,30 @@ SERVED: tuple = ("commit", lambda: None)  # no fault: this one is let through
 COMMIT_TITLES = ["Release v1", "initial commit"]
 
 
+class Publisher:
+    """Publishes one run to a Hub."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def __call__(self, hub: Hub, token: str | None = WRITE, tries: int = 6, **options):
+        options = PublishOptions("org", **{"tag": "v1", **options})
+        return publish(self.run, options, HfApi(hub.url, token=token), tries)
+
+    def change(self, name: str, text: str) -> None:
+        """Train and report anew, with another file in the model's folder."""
+        (self.run.model / name).write_text(text)
+        finish(self.run)
+
+
 @pytest.fixture
-def release(make_run, monkeypatch):
+def release(make_run, monkeypatch) -> Publisher:
     """Publish a run of one's own to a Hub."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/no/such/file")
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    run = make_run()
-
-    def send(hub: Hub, token: str = WRITE, **more):
-        return publish(run, "org", **{"dry_run": False, "tag": "v1", "api": HfApi(hub.url, token=token), **more})
-
-    send.run = run
-    return send
+    return Publisher(make_run())
 
 
 def assert_whole(hub: Hub, send, titles=COMMIT_TITLES, repositories=ALL) -> None:
@@ -60,7 +72,7 @@ def shown(hub: Hub, repository: tuple[str, str], revision: str = "main") -> dict
 
 
 def built(send, repository: tuple[str, str]) -> dict[str, bytes]:
-    folder = send.run / "hub" / FOLDERS[repository]
+    folder = send.run.hub / FOLDERS[repository]
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -91,16 +103,16 @@ def test_a_changed_run_is_a_second_commit_of_what_has_changed(release):
     with Hub() as hub:
         release(hub, parts=("model",))
         stored = hub.count("store")
-        (release.run / "model/tokenizer.json").write_text('{"version": 2}')
-        (release.run / "model/modeling_mllm_msr.py").unlink()
+        (release.run.model / "chat_template.jinja").unlink()
+        release.change("tokenizer.json", '{"version": 2}')
         with pytest.raises(RuntimeError, match=r"tag 'v1' already names another release, .*: choose a new --tag"):
             release(hub, parts=("model",))
         assert hub.history(*MODEL) == COMMIT_TITLES
         release(hub, parts=("model",), tag="v2")
         assert hub.history(*MODEL) == ["Release v2", *COMMIT_TITLES]
         assert hub.count("store") == stored  # the weights were there
-        assert "modeling_mllm_msr.py" not in hub.files(*MODEL)
-        assert "modeling_mllm_msr.py" in hub.files(*MODEL, "v1")
+        assert "chat_template.jinja" not in hub.files(*MODEL)
+        assert "chat_template.jinja" in hub.files(*MODEL, "v1")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +161,7 @@ def test_no_main_branch_moves_before_every_commit_has_been_tried(release):
     with Hub() as hub:
         release(hub, tag="v0", public=True)
         before = {repository: shown(hub, repository) for repository in ALL}
-        (release.run / "model/tokenizer.json").write_text('{"version": 2}')
+        release.change("tokenizer.json", '{"version": 2}')
         hub.faults = [SERVED, ("commit", "403 Private repository storage limit reached")]
         with pytest.raises(RuntimeError, match="storage quota is used up"):
             release(hub)
@@ -196,8 +208,7 @@ def test_a_space_that_started_before_its_model_was_there_is_started_again(releas
 
 
 def test_public_does_not_open_the_histories_of_a_source_that_forbids_it(release, capsys):
-    recipe = (release.run / "config.yaml").read_text().replace("type: demo", "type: movielens")
-    (release.run / "config.yaml").write_text(recipe)
+    release.run = change_recipe(release.run, source={"type": "movielens"})
     with Hub() as hub:
         release(hub, public=True, collection=True)
         assert {one for one, repo in hub.repos.items() if repo["private"]} == {DATA, SPACE}
@@ -209,7 +220,10 @@ def test_public_does_not_open_the_histories_of_a_source_that_forbids_it(release,
 @pytest.mark.parametrize(("route", "number"), [("store", 2), ("commit", 2), ("commit", 5), ("tag", 2)])
 def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route, number):
     """That request of the route kills the client in its midst; but for the uploads, with a public release before it."""
-    script = "from mllm_msr.hub_cards.release import publish; import sys; publish(sys.argv[1], 'org', False, tag='v1')"
+    script = (
+        "from mllm_msr.hub_cards.release import PublishOptions, publish\nfrom mllm_msr.records.run import RunFolder\n"
+        "import pathlib, sys; publish(RunFolder.open(pathlib.Path(sys.argv[1])), PublishOptions('org', tag='v1'))"
+    )
     environment = {"HF_TOKEN": WRITE, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1"}
     with Hub() as hub:
         before = {}
@@ -217,7 +231,7 @@ def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route,
             release(hub, tag="v0", public=True)
             before = {repository: shown(hub, repository) for repository in ALL}
         process = subprocess.Popen(
-            [sys.executable, "-c", script, str(release.run)],
+            [sys.executable, "-c", script, str(release.run.path)],
             env={**os.environ, **environment, "HF_ENDPOINT": hub.url},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -237,7 +251,7 @@ def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route,
         assert_whole(hub, release, titles, [MODEL, DATA, SPACE])
         assert shown(hub, METRIC, "v1") == built(release, METRIC)
         assert WRITE.encode() not in said
-    left = [path for place in (tmp_path, release.run) for path in place.rglob("*") if path.is_file()]
+    left = [path for place in (tmp_path, release.run.path) for path in place.rglob("*") if path.is_file()]
     assert left and not [path for path in left if WRITE.encode() in path.read_bytes()]
 
 
@@ -282,7 +296,7 @@ def test_a_card_the_hub_finds_invalid_stops_the_release_before_anything_is_sent(
 def test_pull_requests_are_proposed_once_and_change_nothing_else(release):
     with Hub() as hub:
         release(hub)
-        (release.run / "model/tokenizer.json").write_text('{"version": 2}')
+        release.change("tokenizer.json", '{"version": 2}')
         hub.faults = [("commit", "lose")]
         for _ in range(2):
             release(hub, create_pr=True, tag="v2")
@@ -296,6 +310,6 @@ def test_the_folders_carry_no_secret_of_the_machine(release):
     with Hub() as hub:
         release(hub)
         sent = [content for repository in ALL for content in hub.files(*repository).values()]
-    assert not [content for content in sent if b"/home/someone" in content or b"hf_secret" in content]
-    assert json.loads((release.run / "hub/space/space.json").read_text())["revision"] == "v1"
-    assert not list(Path(release.run).rglob("*.partial"))
+    assert not [secret for secret in SECRETS if any(secret.encode() in content for content in sent)]
+    assert json.loads((release.run.hub / "space/space.json").read_text())["revision"] == "v1"
+    assert not list(Path(release.run.path).rglob("*.partial"))

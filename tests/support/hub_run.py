@@ -186,6 +186,7 @@ def _write_model(run: RunFolder, rng: np.random.Generator) -> None:
         "modeling_mllm_msr.py": "# shipped code\n",
         "notes.py": "# not shipped\n",
         "tokenizer.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
         "optimizer.pt": "training state",
         ".env": "HF_TOKEN=hf_secretsecret",
     }.items():

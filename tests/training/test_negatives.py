@@ -9,6 +9,7 @@ import torch
 from datasets import load_dataset
 
 from mllm_msr.hub_cards.publishing import build_hub
+from mllm_msr.records.run import RunFolder
 from mllm_msr.training import sft
 from mllm_msr.training.data import TrainingData
 from mllm_msr.training.negatives import EpochNegatives, NegativeOptions
@@ -122,11 +123,8 @@ def test_a_killed_training_goes_on_with_the_same_negatives(small_run, tmp_path):
 
 def test_a_published_data_set_suffices(small_run, tmp_path):
     """Its tasks are in three files, its users may have other names."""
-    run = tmp_path / "run"
-    shutil.copytree(small_run.folder, run)
-    (run / "model").mkdir()
-    (run / "model/config.json").write_text("{}", encoding="utf-8")
-    published = build_hub(run)["dataset"]
+    run = RunFolder.open(shutil.copytree(small_run.path, tmp_path / "run"))
+    published = build_hub(run, parts=["dataset"])["dataset"]
     assert load_dataset(str(published), "tasks").keys() == {"train", "validation", "test"}
     ours = TrainingData.load(*sft.parse([], **flags(small_run, tmp_path))[:2])
     theirs = TrainingData.load(*sft.parse([], **flags(small_run, tmp_path, dataset_name=str(published)))[:2])
