@@ -92,7 +92,7 @@ class ModelFacts:
         log = read_json(run.training_log, [])
         merged = "merged" if run.recipe.training.get("use_peft") else "full"
         return cls(
-            "adapter" if (run.model / "adapter").is_dir() else merged,
+            "adapter" if config.get("adapter") else merged,
             (config.get("vlm_config") or {}).get("model_type"),
             config.get("interaction"),
             processor.get("prompts") or {},

@@ -1,23 +1,28 @@
 """What the cards say of variants, licences and terms; shards; and the way back to what was left out."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from datasets import load_dataset
+from hub_run import change_recipe, write_json
 from PIL import Image
 
-from mllm_msr.data.prepare import PrepareOptions
 from mllm_msr.hub_cards.cards import model_card
-from mllm_msr.hub_cards.publishing import build_hub
-from mllm_msr.hub_cards.shards import dataset_info, shard
+from mllm_msr.hub_cards.facts import Release, RunFacts
+from mllm_msr.hub_cards.publishing import ALL_CONTENTS, built
+from mllm_msr.hub_cards.shards import published, shard
 from mllm_msr.hub_cards.terms import SOURCE_TERMS, conflicts, warnings
+from mllm_msr.processing.examples import training_examples
 from mllm_msr.rebuild import rebuild
-from mllm_msr.records.run import Run
+from mllm_msr.records.recipe import parse_recipe
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import CONTEXTS, EXAMPLES, ITEM_SUMMARIES, ITEMS, PREFERENCES
 from mllm_msr.stages import prepare
 
 
@@ -27,11 +32,19 @@ def test_licences_that_promise_too_much_are_said_so():
     assert conflicts("gemma", "gemma", "demo") == []
     (found,) = conflicts("mit", None, "movielens")
     assert "GroupLens" in found and "`license: other`" in found
-    facts = {"recipe": {"source": {"type": "microlens"}, "license": "other"}}
-    assert warnings(facts, public=False) == []
-    assert "dataset and space stay private" in warnings(facts, public=True)[0]
-    assert all(one["link"].startswith("https://") and one["read"] and one["log"] for one in SOURCE_TERMS.values())
-    assert "states no `license`" in warnings({"recipe": {}}, public=False)[0]
+    assert all(terms.link.startswith("https://") and terms.read and terms.log for terms in SOURCE_TERMS.values())
+
+
+def test_who_publishes_is_warned(finished_run):
+    facts = RunFacts.read(finished_run)
+
+    def recipe(**sections):
+        return replace(facts, recipe=parse_recipe({**finished_run.recipe.to_dict(), **sections}))
+
+    microlens = recipe(source={"type": "microlens"}, license="other")
+    assert warnings(microlens, public=False) == []
+    assert "dataset and space stay private" in warnings(microlens, public=True)[0]
+    assert "states no `license`" in warnings(recipe(license=None), public=False)[0]
 
 
 @pytest.mark.parametrize(
@@ -43,13 +56,12 @@ def test_licences_that_promise_too_much_are_said_so():
     ],
 )
 def test_variants_of_the_model_card(make_run, variant, relation, words):
-    run = make_run()
-    recipe = yaml.safe_load((run / "config.yaml").read_text())
-    recipe["training"] = {"model_name_or_path": "org/base", "model_revision": "abc", "use_peft": variant != "full"}
-    recipe |= {"license": "apache-2.0", "source": {"type": "amazon", "folder": "x"}}
-    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    training = {"model_name_or_path": "org/base", "model_revision": "abc", "use_peft": variant != "full"}
+    source = {"type": "amazon", "folder": "x"}
+    run = change_recipe(make_run(), training=training, license="apache-2.0", source=source)
     if variant == "adapter":
-        (run / "model/adapter").mkdir()
+        config = json.loads((run.model / "config.json").read_text())
+        write_json(run.model / "config.json", {**config, "adapter": "adapter"})
     card = model_card(run)
     assert (card.data.base_model, card.data.base_model_relation) == ("org/base", relation)
     assert f"This repository holds {words}" in card.text or words in card.text.split("## How to use")[0]
@@ -57,9 +69,8 @@ def test_variants_of_the_model_card(make_run, variant, relation, words):
     assert "train 142 s" in card.text and "at revision `abc`" in card.text
 
 
-def test_shards_are_of_sensible_size_and_described_as_they_are(make_run, tmp_path):
-    run = make_run()
-    items = run / "data/items.parquet"
+def test_shards_are_of_sensible_size_and_described_as_they_are(finished_run, tmp_path):
+    items = finished_run.file(ITEMS)
     info = shard(items, tmp_path / "items", "train", shard_bytes=items.stat().st_size // 3 + 1)
     files = sorted((tmp_path / "items").iterdir())
     assert [path.name for path in files] == [f"train-{n:05d}-of-00003.parquet" for n in range(3)]
@@ -68,9 +79,10 @@ def test_shards_are_of_sensible_size_and_described_as_they_are(make_run, tmp_pat
     again = load_dataset(str(tmp_path / "items"), split="train", cache_dir=str(tmp_path / "cache"))
     whole = pl.read_parquet(items)
     assert again["item_id"] == whole["item_id"].to_list() and again[1]["image"].size == (96, 96)
-    (described,) = dataset_info(tmp_path, {"items": {"train": info}})
-    assert described["features"][-1] == {"name": "image", "dtype": "image"}
-    assert described["download_size"] == sum(path.stat().st_size for path in files)
+    described = published(ITEMS, tmp_path, {"train": info})
+    assert described.rows == {"train": 30}
+    assert described.info["features"][-1] == {"name": "image", "dtype": "image"}
+    assert described.info["download_size"] == sum(path.stat().st_size for path in files)
     empty = tmp_path / "empty.parquet"
     whole.clear().write_parquet(empty)
     assert shard(empty, tmp_path / "none", "train") is None and not (tmp_path / "none").exists()
@@ -98,48 +110,48 @@ def movielens(folder: Path) -> Path:
 
 
 def test_what_the_terms_keep_out_is_rebuilt_from_the_source(make_run, tmp_path):
-    run, source = make_run(), movielens(tmp_path / "source")
+    source = movielens(tmp_path / "source")
     recipe = {
         "name": "films", "license": "other", "source": {"type": "movielens", "folder": str(source)},
         "data": {"n_negatives": 5, "k_core_users": 1, "k_core_items": 1, "min_history": 3},
     }  # fmt: skip
-    assert PrepareOptions(**recipe["data"]).n_negatives == 5
-    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
-    (run / "provenance.json").unlink()
-    prepare(Run.open(run))
-    items, tasks = pl.read_parquet(run / "data/items.parquet"), pl.read_parquet(run / "data/tasks.parquet")
-    pairs = tasks.filter(split="train").select(
-        "task_id", "user_id", pl.col("candidates").alias("item_id"), pl.col("labels").alias("label")
-    )
-    sft = pairs.explode("item_id", "label").with_columns(
-        preference=pl.lit("films"), recent=pl.lit([], pl.List(pl.String))
-    )
-    sft.join(items.select("item_id", "title"), on="item_id").write_parquet(run / "sft/train.parquet")
-    (run / "sft/validation.parquet").unlink()
+    run = RunFolder.create(tmp_path / "films", parse_recipe(recipe))
+    prepare(run)
+    items, none = run.read(ITEMS), pl.lit([], dtype=CONTEXTS.columns["recent"])
+    contexts = run.tasks("train").with_columns(preference=pl.lit("films"), recent=none)
+    examples = training_examples(contexts, items, "{{ preference }} {{ title }} {{ image }}?", "item")
+    for split, rows in (("train", examples), ("validation", examples.clear())):
+        run.write(EXAMPLES, rows, split)
+    for table in (ITEM_SUMMARIES, PREFERENCES):
+        run.write(table, table.frame())
 
-    published = build_hub(run, "org", "v1")["dataset"]
-    out = pl.read_parquet(published / "items/*.parquet")
-    assert set(out["text"]) == {""} and out["image"].null_count() == len(out) and out["title"].null_count() == 0
-    assert str(tmp_path) not in (published / "recipe.yaml").read_text()
-    card = (published / "README.md").read_text()
-    assert "| **this data set's**: [MovieLens (GroupLens)](https://grouplens.org/datasets/movielens/) |" in card
+    with built(run, ["dataset"], Release.of(run.recipe, "org", "v1"), ALL_CONTENTS) as folders:
+        folder = shutil.copytree(folders["dataset"], tmp_path / "downloaded")
+    names = ["README.md", "items", "rebuild.py", "recipe.yaml", "sft", "tasks"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    out = pl.read_parquet(folder / "items/*.parquet")
+    assert set(out["text"]) == {""} and out["image"].null_count() == len(out)
+    assert out["title"].null_count() == 0
+    assert str(tmp_path) not in (folder / "recipe.yaml").read_text()
+    card = (folder / "README.md").read_text()
+    assert "| **this data set**: [MovieLens (GroupLens)](https://grouplens.org/datasets/movielens/) |" in card
     assert "leaves this repository private" in card
     assert "license_name: movielens-terms" in card
-    script = published / "rebuild.py"
+    script = folder / "rebuild.py"
     assert script.read_text() == Path(rebuild.__code__.co_filename).read_text()
 
-    rebuild(published, str(source), tmp_path / "rebuilt")
+    rebuild(folder, str(source), tmp_path / "rebuilt")
     rows = load_dataset(str(tmp_path / "rebuilt"), "items", split="train", cache_dir=str(tmp_path / "cache"))
     assert list(rows["text"]) == items["text"].to_list() and set(items["text"]) != {""}
     assert [image.size for image in rows["image"]] == [(32, 32)] * len(items)
     chats = load_dataset(str(tmp_path / "rebuilt"), "sft", split="train", cache_dir=str(tmp_path / "cache"))
-    assert len(chats) == len(sft) and chats[0]["images"][0].size == (32, 32)
-    assert set(chats["user_id"]) == set(pl.read_parquet(published / "tasks/*.parquet").filter(split="train")["user_id"])
+    assert len(chats) == len(examples) and chats[0]["images"][0].size == (32, 32)
+    assert set(chats["user_id"]) == set(pl.read_parquet(folder / "tasks/*.parquet").filter(split="train")["user_id"])
     with pytest.raises(ValueError, match="exists already"):
-        rebuild(published, str(source), tmp_path / "rebuilt")
+        rebuild(folder, str(source), tmp_path / "rebuilt")
 
     other = shutil.copytree(source, tmp_path / "other")
     (other / "items.csv").write_text((other / "items.csv").read_text().replace("Film 7,", "Movie 7,"))
     with pytest.raises(ValueError, match=r"1 of .* published items are not among"):
-        rebuild(published, str(other), tmp_path / "wrong")
+        rebuild(folder, str(other), tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists() and not list(tmp_path.glob(".rebuilding-*"))
