@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mllm_msr.data.readers import local_file
 from mllm_msr.data.sources.amazon import read_amazon
+from mllm_msr.data.table_files import local_file
 
 
 def review(user: str, parent: str, time: int, **other: Any) -> dict[str, Any]:

@@ -8,12 +8,12 @@ import polars as pl
 from tqdm import tqdm
 
 from mllm_msr.data.downloads import Downloads
+from mllm_msr.data.image_places import URL
 from mllm_msr.data.images import BrokenImage, normalise, thumbnail
 from mllm_msr.data.raw import Skipped, oddity
 from mllm_msr.records.schema import IMAGE, ITEMS, THUMBNAILS
 from mllm_msr.records.sections import PrepareOptions
 
-URL = "(?i)^https?://"
 IMAGE_ROWS = 64  # images held at a time, and rows of a row group
 
 ByReason = dict[str, list[str]]  # why images cannot be used -> the items they belong to

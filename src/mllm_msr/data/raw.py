@@ -4,7 +4,7 @@ A source (the files of ``data/sources``) returns :class:`RawData`. Cleaning come
 memory: it is scanned, never collected.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ CATALOGUE: dict[str, Any] = {
     "image_path": pl.String,
     "image_bytes": pl.Binary,
 }
+ROW = "(row)"  # the column with each row's number in its file; no file has one of this name
 EXAMPLES = 5  # how many cases of one oddity a report shows
 LONGEST = 200  # characters of a value in a message
 
@@ -41,9 +42,18 @@ def oddity(what: str, count: int, examples: Iterable[Any]) -> Skipped:
 
 
 def short(value: Any) -> str:
-    """A value for a message: its text, cut where it is too long to be read."""
-    text = str(value)
+    """A value for a message: its text on one line, cut where it is too long to be read."""
+    text = str(value).replace("\n", " ")
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def need_columns(have: Sequence[str], columns: Sequence[str], path: Path | str) -> None:
+    """Raise ValueError, naming what is there, unless a table has all ``columns``."""
+    if missing := [name for name in columns if name not in have]:
+        raise ValueError(
+            f"{path}: no column {missing[0]!r}; it has {short([name for name in have if name != ROW])} as its header. "
+            "Add the header if that is data, or name yours by a column mapping (--column; own tables only)."
+        )
 
 
 @dataclass
@@ -79,9 +89,7 @@ class RawData:
 
 
 def _conform(table: pl.LazyFrame, columns: Mapping[str, Any], what: str) -> pl.LazyFrame:
-    have = table.collect_schema().names()
-    if missing := [name for name in columns if name not in have]:
-        raise ValueError(f"{what}: no column {missing[0]!r}, only {have}")
+    need_columns(table.collect_schema().names(), list(columns), what)
     return table.select(pl.col(name).cast(dtype) for name, dtype in columns.items())
 
 
@@ -113,14 +121,15 @@ class BadRows:
 
     def drop(self, table: Frame, bad: dict[str, pl.Expr], path: Path | str) -> Frame:
         """Drop the rows where one of ``bad`` (reason -> condition) holds; ``table`` has their numbers in the file in a
-        column ``row``. Of a scan only the bad rows' examples are collected."""
+        column ``ROW``. Of a scan only the bad rows' examples are collected."""
         conditions = {what: condition.fill_null(False) for what, condition in bad.items()}
         sums = [condition.sum().alias(what) for what, condition in conditions.items()]
         counts = table.lazy().select(sums).collect(engine="streaming").to_dicts()[0]
         for what, condition in conditions.items():
             if counts[what]:
                 rows = table.lazy().filter(condition).head(EXAMPLES).collect(engine="streaming")
-                self.reject(path, rows["row"][0], what, counts[what], rows.to_dicts())
+                shown = rows.select(pl.exclude(r"^\(.*\)$"))  # what a reader has added stands in parentheses
+                self.reject(path, rows[ROW][0], what, counts[what], shown.to_dicts())
         return table.filter(~pl.any_horizontal(conditions.values())) if any(counts.values()) else table
 
     def unique_items(self, items: pl.DataFrame, path: Path | str) -> pl.DataFrame:

@@ -5,12 +5,17 @@ from typing import Any
 
 import polars as pl
 
-from mllm_msr.data.raw import BadRows, RawData
-from mllm_msr.data.readers import interactions_from, join_text, local_file, read_jsonl
+from mllm_msr.data.ids import as_ids, as_text, check_join
+from mllm_msr.data.image_places import URL
+from mllm_msr.data.json_lines import json_blocks
+from mllm_msr.data.logs import interactions_from, join_text
+from mllm_msr.data.raw import ROW, BadRows, RawData
+from mllm_msr.data.spool import spool
+from mllm_msr.data.table_files import local_file
 from mllm_msr.records.sections import OnBadRows
 
 COLUMNS = {"user_id": "user_id", "item_id": "parent_asin", "timestamp": "timestamp"}
-REVIEWS: dict[str, Any] = {"user_id": pl.String, "parent_asin": pl.String, "timestamp": pl.Int64}
+REVIEWS: dict[str, Any] = {"user_id": pl.String, "parent_asin": pl.String, "timestamp": pl.String}
 META: dict[str, Any] = {
     "parent_asin": pl.String,
     "title": pl.String,
@@ -26,34 +31,34 @@ def read_amazon(folder: Path | str, category: str, on_bad_rows: OnBadRows = "err
 
     ``folder`` has the two files (directly, or under ``raw/…_categories`` as on the Hub) or is a data set on the Hub.
     Reviews join metadata on ``parent_asin``; every review is an interaction. An item's text is its categories,
-    features and description, its picture the URL of the main one; ratings and review texts are not used.
+    features and description, its image the URL of the main one; ratings and review texts are not used.
     """
     bad = BadRows(on_bad_rows)
     reviews = _find(folder, "review_categories", category)
-    log, ticks = interactions_from(read_jsonl(reviews, REVIEWS, bad), reviews, COLUMNS, bad)
+    log, ticks = interactions_from(spool(json_blocks(reviews, REVIEWS, bad)), reviews, COLUMNS, bad)
     path = _find(folder, "meta_categories", f"meta_{category}")
-    table = bad.drop(read_jsonl(path, META, bad), {"no parent_asin": pl.col("parent_asin").is_null()}, path)
-    met = log.select(pl.col("item_id").unique()).collect(engine="streaming")
-    table = table.rename({"parent_asin": "item_id"}).join(met.lazy(), on="item_id", how="semi")
-    meta = bad.unique_items(table.collect(engine="streaming").sort("row"), path)
+    table = as_ids(spool(json_blocks(path, META, bad)).rename({"parent_asin": "item_id"}), ["item_id"], path, bad)
+    table = bad.drop(table, {"no parent_asin": pl.col("item_id").is_null()}, path)
+    met = check_join(log, table.select("item_id").collect(engine="streaming"), path)
+    table = table.join(met.to_frame().lazy(), on="item_id", how="semi")
+    meta = bad.unique_items(table.collect(engine="streaming").sort(ROW), path)
     main = pl.col("images").list.eval(
         pl.element().sort_by(pl.element().struct.field("variant") != "MAIN", maintain_order=True, nulls_last=True)
     )
-    picture = main.list.first()
-    urls = [pl.when(pl.col(size) != "").then(pl.col(size)) for size in ("large", "hi_res", "thumb")]
+    urls = [pl.when(pl.col(size).str.contains(URL)).then(pl.col(size)) for size in ("large", "hi_res", "thumb")]
     items = (
-        meta.with_columns(picture.alias("picture"))
-        .unnest("picture")
+        meta.with_columns(main.list.first().alias("main"))
+        .unnest("main")
         .select(
             "item_id",
-            "title",
+            as_text("title", pl.String()),
             join_text(*(pl.col(name).list.join(" ") for name in ("categories", "features", "description"))).alias(
                 "text"
             ),
             pl.coalesce(urls).alias("image_path"),
         )
     )
-    absent = met.join(items, on="item_id", how="anti")["item_id"].sort()
+    absent = met.filter(~met.is_in(items["item_id"].implode()))
     bad.note(f"{path.name}: reviewed items without metadata", len(absent), absent.to_list())
     return RawData(log, items, bad.skipped, ticks)
 

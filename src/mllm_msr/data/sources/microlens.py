@@ -1,15 +1,20 @@
 """MicroLens: ``*_pairs.csv`` or ``*_pairs.tsv``, ``*_titles.csv``, and covers in a folder as ``<item>.jpg``."""
 
-import csv
 from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.data.raw import BadRows, RawData
-from mllm_msr.data.readers import batches, image_files, interactions_from, open_text, read_csv, spool
+from mllm_msr.data.delimited import csv_blocks, csv_rows
+from mllm_msr.data.ids import as_ids, as_text, check_join
+from mllm_msr.data.image_places import images_by_id
+from mllm_msr.data.logs import interactions_from
+from mllm_msr.data.raw import ROW, BadRows, RawData
+from mllm_msr.data.spool import spool
+from mllm_msr.data.text_files import text_blocks
 from mllm_msr.records.sections import OnBadRows
 
 COLUMNS = {"user_id": "user", "item_id": "item", "timestamp": "timestamp"}
+TITLES = ("item", "title")
 
 
 def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadRows = "error") -> RawData:
@@ -21,7 +26,7 @@ def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadR
     folder = Path(folder)
     bad = BadRows(on_bad_rows)
     if pairs := _only(folder, "*pairs.csv"):
-        log, ticks = interactions_from(read_csv(pairs, bad), pairs, COLUMNS, bad)
+        log, ticks = interactions_from(spool(csv_blocks(pairs, bad)), pairs, COLUMNS, bad)
     elif pairs := _only(folder, "*pairs.tsv"):
         log, ticks = _sequences(pairs, bad), 1
     else:
@@ -34,11 +39,10 @@ def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadR
         covers = next(
             (path for path in sorted(folder.iterdir()) if path.is_dir() and "cover" in path.name.lower()), None
         )
-    images = image_files(covers)
-    met = log.select(pl.col("item_id").unique(maintain_order=True)).collect(engine="streaming")["item_id"]
+    met = check_join(log, items, titles)
     ids = pl.concat([items["item_id"], met]).unique(maintain_order=True)
     items = pl.DataFrame({"item_id": ids}).join(items, on="item_id", how="left", maintain_order="left")
-    items = items.with_columns(text=pl.lit(""), image_path=pl.col("item_id").replace_strict(images, default=None))
+    items = items.with_columns(images_by_id(ids, covers), text=pl.lit(""))
     for what, column in (("without a title", "title"), ("without a cover", "image_path")):
         lacking = items.filter(pl.col(column).is_null())["item_id"]
         bad.note(f"items {what}", len(lacking), lacking.to_list())
@@ -46,24 +50,20 @@ def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadR
 
 
 def _only(folder: Path, pattern: str) -> Path | None:
-    found = sorted(folder.glob(pattern))
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+    files = sorted(folder.glob(pattern))
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
         raise ValueError(f"{folder}: several files match {pattern} ({names}); leave the one that is meant")
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def _sequences(path: Path, bad: BadRows) -> pl.LazyFrame:
-    with open_text(path, bad) as text:
-        chunks = batches(line.rstrip("\r\n") for line in text)
-        table = spool(pl.DataFrame({"line": chunk}) for chunk in chunks).with_row_index("row", offset=1)
-    table = table.filter(pl.col("line").str.strip_chars() != "")
-    parts = pl.col("line").str.split_exact("\t", 1)
-    table = table.with_columns(
-        user_id=parts.struct.field("field_0").str.strip_chars(),
-        item_id=parts.struct.field("field_1").str.strip_chars(),
-    )
-    wrong = pl.any_horizontal(pl.col("user_id", "item_id").fill_null("") == "")
+    lines = spool(pl.DataFrame({"line": block.split("\n")[:-1]}) for block in text_blocks(path, bad))
+    table = lines.with_row_index(ROW, offset=1).filter(pl.col("line").str.strip_chars() != "")
+    parts = pl.col("line").str.split_exact("\t", 1).struct
+    table = table.select(ROW, "line", user_id=parts.field("field_0"), item_id=parts.field("field_1").str.strip_chars())
+    table = as_ids(table, ["user_id"], path, bad)
+    wrong = pl.col("user_id").is_null() | (pl.col("item_id").fill_null("") == "")
     table = bad.drop(table, {"not user<TAB>item item …": wrong}, path)
     table = table.with_columns(pl.col("item_id").str.extract_all(r"\S+"))
     users = table.select(pl.len()).collect(engine="streaming").item()
@@ -74,13 +74,9 @@ def _sequences(path: Path, bad: BadRows) -> pl.LazyFrame:
 
 def _titles(path: Path, bad: BadRows) -> pl.DataFrame:
     """item_id, title; commas in a title need not be quoted."""
-    with open_text(path, bad) as text:
-        rows = [(n, row) for n, row in enumerate(csv.reader(text), start=1) if row]
-    if rows and [cell.strip().lower() for cell in rows[0][1]] == ["item", "title"]:
+    rows = [(line, fields[0], ",".join(fields[1:])) for line, fields in csv_rows(path, bad, TITLES) if any(fields)]
+    if rows and (rows[0][1].strip().lower(), rows[0][2].strip().lower()) == TITLES:
         rows = rows[1:]
-    table = pl.DataFrame(
-        {"row": [n for n, _ in rows], "item_id": [row[0].strip() for _, row in rows]}
-        | {"title": [",".join(row[1:]).strip() or None for _, row in rows]},
-        schema={"row": pl.Int64, "item_id": pl.String, "title": pl.String},
-    )
-    return bad.drop(table, {"no item": pl.col("item_id") == ""}, path).drop("row")
+    table = pl.DataFrame(rows, schema={ROW: pl.Int64, "item_id": pl.String, "title": pl.String}, orient="row")
+    table = as_ids(table.with_columns(as_text("title", pl.String())).lazy(), ["item_id"], path, bad).collect()
+    return bad.drop(table, {"no item": pl.col("item_id").is_null()}, path).drop(ROW)

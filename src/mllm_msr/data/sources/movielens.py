@@ -4,8 +4,12 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.data.raw import BadRows, RawData
-from mllm_msr.data.readers import image_files, interactions_from, join_text, read_csv
+from mllm_msr.data.delimited import csv_blocks
+from mllm_msr.data.ids import as_ids, as_text, check_join
+from mllm_msr.data.image_places import images_by_id
+from mllm_msr.data.logs import interactions_from, join_text
+from mllm_msr.data.raw import BadRows, RawData, need_columns
+from mllm_msr.data.spool import spool
 from mllm_msr.records.sections import OnBadRows
 
 GENRES = (
@@ -13,6 +17,7 @@ GENRES = (
     *("Horror", "Musical", "Mystery", "Romance", "SciFi", "Thriller", "War", "Western"),
 )
 COLUMNS = {"user_id": "user_id", "item_id": "movie_id", "timestamp": "unix_timestamp"}
+YES, NO = ("1", "1.0", "true", "t", "yes", "y"), ("0", "0.0", "false", "f", "no", "n")
 
 
 def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:
@@ -25,23 +30,25 @@ def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:
     folder = Path(folder)
     bad = BadRows(on_bad_rows)
     ratings = folder / "ratings.csv"
-    log, ticks = interactions_from(read_csv(ratings, bad), ratings, COLUMNS, bad)
+    log, ticks = interactions_from(spool(csv_blocks(ratings, bad)), ratings, COLUMNS, bad)
 
     path = folder / "items.csv"
-    items = read_csv(path, bad).collect()
-    if missing := {"movie_id", "title", "overview", *GENRES} - set(items.columns):
-        raise ValueError(f"{path}: no column {min(missing)!r}; MovieLens with overviews has movie_id,title,…,overview")
-    items = bad.drop(items, {"no movie_id": pl.col("movie_id").is_null()}, path)
-    items = bad.unique_items(items.rename({"movie_id": "item_id"}), path)
-    posters = image_files(folder / "posters")
+    table = pl.concat(csv_blocks(path, bad))
+    need_columns(table.columns, ["movie_id", "title", "overview", *GENRES], path)
+    table = as_ids(table.lazy(), ["movie_id"], path, bad).collect()
+    flags = {genre: pl.col(genre).str.strip_chars().str.to_lowercase() for genre in GENRES}
+    problems = {f"{genre} is neither 0 nor 1": ~flag.is_in(YES + NO) for genre, flag in flags.items()}
+    table = bad.drop(table, {"no movie_id": pl.col("movie_id").is_null(), **problems}, path)
+    items = bad.unique_items(table.rename({"movie_id": "item_id"}), path)
+    check_join(log, items, path)
+    items = items.with_columns(as_text(name, pl.String()) for name in ("title", "overview"))
     unknown = pl.col("title").fill_null("").str.to_lowercase().is_in(["", "unknown"])
-    genres = [pl.when(pl.col(genre) == "1").then(pl.lit(genre)) for genre in GENRES]
+    genres = [pl.when(flag.is_in(YES)).then(pl.lit(genre)) for genre, flag in flags.items()]
     items = items.with_columns(
-        pl.when(~unknown).then("title").alias("title"),
-        pl.when(~unknown).then("overview").alias("overview"),
-        pl.when(~unknown).then(pl.col("item_id").replace_strict(posters, default=None)).alias("image_path"),
+        images_by_id(items["item_id"], folder / "posters"),
         pl.concat_str(genres, separator=", ", ignore_nulls=True).alias("genres"),
     )
+    items = items.with_columns(pl.when(~unknown).then(name).alias(name) for name in ("title", "overview", "image_path"))
     items = items.with_columns(pl.when(pl.col("genres") != "").then(pl.col("genres") + "."))
     for what, rows in {
         "items without a title: overview and poster not trusted": items.filter(unknown),

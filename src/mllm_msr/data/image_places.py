@@ -1,0 +1,149 @@
+"""Where the images of a catalogue are: in its image column, however that is written, or in a folder, named by id."""
+
+import ast
+import base64
+import binascii
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import polars as pl
+from PIL import Image
+
+from mllm_msr.data.ids import MISSING
+from mllm_msr.data.raw import EXAMPLES, BadRows, Wrong, short
+from mllm_msr.data.spool import spool_folder
+
+KEYS = ("bytes", "path", "url", "uri", "src", "href", "link", "file", "file_name", "image", "large", "hi_res", "thumb")
+SHORTEST = 64  # characters of an image as base64 text
+URL = "(?i)^https?://"
+
+
+@dataclass
+class ImageColumn:
+    """Values of a catalogue's image column -> the path of a file, or a URL; counts what is neither.
+
+    Bytes go into temporary files, so that memory holds a few images at a time. Of several images the first is taken.
+
+    Args:
+        root: the folder that paths are relative to.
+        inside: a folder that no path may leave, for a catalogue of other people; None lets it name any file.
+
+    ``given`` counts the values that were there.
+    """
+
+    root: Path
+    inside: Path | None = None
+    given: int = 0
+    missing: Wrong = field(default_factory=Wrong)
+    unknown: Wrong = field(default_factory=Wrong)
+    several: Wrong = field(default_factory=Wrong)
+    folder: Path = field(default_factory=spool_folder)
+    numbers: Iterator[int] = field(default_factory=count)
+
+    def places(self, values: pl.Series) -> pl.Series:
+        """Path, URL or null of each value."""
+        self.given += values.count()
+        return pl.Series("image_path", [self._place(value) for value in values.to_list()], pl.String)
+
+    def report(self, bad: BadRows) -> None:
+        """Note all that could not be used."""
+        bad.note("images: no such file", self.missing.count, self.missing.examples)
+        bad.note("images: neither bytes nor a file nor a URL", self.unknown.count, self.unknown.examples)
+        bad.note("images: several of one item (first one taken)", self.several.count, self.several.examples)
+
+    def _place(self, value: Any) -> str | None:
+        value = _opened(value)
+        if isinstance(value, list):
+            usable = [one for one in value if one is not None]
+            if len(usable) > 1:
+                self.several.add(0, value)
+            return self._place(usable[0]) if usable else None
+        if isinstance(value, dict):
+            inner = next((value[key] for key in KEYS if value.get(key)), None)
+            if inner is None and any(one is not None for one in value.values()):
+                self.unknown.add(0, value)
+            return self._place(inner)
+        if isinstance(value, bytes):
+            return self._store(value)
+        if value is None or value != value or (text := str(value).strip()) in MISSING:
+            return None
+        if re.match(URL, text):
+            return text
+        if path := self._file(text):
+            return path
+        if (data := _base64(text)) is not None:
+            return self._store(data)
+        (self.missing if isinstance(value, str | int) else self.unknown).add(0, value)
+        return None
+
+    def _file(self, name: str) -> str | None:
+        path = Path(os.path.normpath(self.root / name))
+        try:
+            allowed = self.inside is None or path.is_relative_to(os.path.normpath(self.inside))
+            return str(path) if allowed and path.is_file() else None
+        except OSError:  # no name that a file could have
+            return None
+
+    def _store(self, data: bytes) -> str:
+        file = self.folder / str(next(self.numbers))
+        file.write_bytes(data)
+        return str(file)
+
+
+def _opened(value: Any) -> Any:
+    """A list or record that is written as text (JSON, or as Python prints it) as what it says; others as they are."""
+    if isinstance(value, str) and value.strip().startswith(("[", "{")):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return parse(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value
+
+
+def _base64(text: str) -> bytes | None:
+    """The bytes that a ``data:`` URL or bare base64 text holds; None if it is neither."""
+    head, comma, body = text.partition(",") if text.startswith("data:") else ("", "", text)
+    if comma and not head.endswith(";base64"):
+        return unquote_to_bytes(body)
+    if not comma and len(text) < SHORTEST:
+        return None
+    body = "".join(body.split()).translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def image_files(folder: Path | None) -> dict[str, str]:
+    """Name without suffix -> path, for the images of a folder (searched one level deep); {} when there is none."""
+    if folder is None or not folder.is_dir():
+        return {}
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = (path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))
+    return {path.stem: str(path) for path in paths if path.suffix.lower() in suffixes and path.is_file()}
+
+
+def images_by_id(ids: pl.Series, folder: Path | None) -> pl.Series:
+    """The image file of each item id in a folder, null where there is none.
+
+    Raises:
+        ValueError: the folder has images, but none of any item.
+    """
+    files = image_files(folder)
+    places = ids.replace_strict(files, default=None, return_dtype=pl.String).alias("image_path")
+    if files and len(ids) and not places.count():
+        names = short([Path(path).name for path in list(files.values())[:EXAMPLES]])
+        raise ValueError(
+            f"{folder}: none of its {len(files)} images is called by the id of an item. There are {names}, and items "
+            f"{short(ids.head(EXAMPLES).to_list())}"
+        )
+    return places

@@ -1,0 +1,35 @@
+"""A log as a source has it -> user_id, item_id and timestamp, with bad rows named or counted."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from mllm_msr.data.ids import as_ids
+from mllm_msr.data.raw import ROW, BadRows, need_columns
+from mllm_msr.data.text_files import reading
+from mllm_msr.data.times import with_times
+
+
+def interactions_from(
+    table: pl.LazyFrame, path: Path | str, columns: Mapping[str, str], bad: BadRows
+) -> tuple[pl.LazyFrame, int]:
+    """The log in ``table``, and how many of its time units are a second.
+
+    Args:
+        columns: user_id, item_id, timestamp -> their names in the table.
+    """
+    with reading(path):
+        need_columns(table.collect_schema().names(), list(columns.values()), path)
+        log = table.select(ROW, *(pl.col(name).alias(ours) for ours, name in columns.items()))
+        log = as_ids(log, ["user_id", "item_id"], path, bad)
+        log, ticks, problems = with_times(log, path, bad)
+        missing = {f"no {name}": pl.col(name).is_null() for name in ("user_id", "item_id")}
+        log = bad.drop(log, {**missing, **problems}, path)
+        return log.select("user_id", "item_id", timestamp="(time)"), ticks
+
+
+def join_text(*parts: pl.Expr) -> pl.Expr:
+    """Join text parts with a blank, leaving out what is missing or empty."""
+    clean = [pl.when(part.str.strip_chars() != "").then(part.str.strip_chars()) for part in parts]
+    return pl.concat_str(clean, separator=" ", ignore_nulls=True)

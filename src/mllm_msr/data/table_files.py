@@ -1,0 +1,193 @@
+"""A table of other people's making, wherever it is: a file, a folder of part files, or a data set of the Hub."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import polars as pl
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
+
+from mllm_msr.data.delimited import csv_blocks
+from mllm_msr.data.json_lines import json_blocks
+from mllm_msr.data.parts import SUFFIXES, Part, is_parts, table_format, table_parts
+from mllm_msr.data.raw import ROW, BadRows, need_columns, short
+from mllm_msr.data.spool import spool
+from mllm_msr.data.text_files import reading, text_blocks
+
+ROWS = 10_000  # of a batch
+IMAGE_ROWS = 64  # of a batch, where rows hold images
+ADDRESS = r"hf:/+datasets/([^/]+/[^/@?]+)(?:@([^/?]+))?"  # Path() turns hf:// into hf:/
+
+
+def local_file(path: Path | str) -> Path:
+    """The file on this machine; ``hf://datasets/<owner>/<name>[@<revision>]/<file>`` is fetched from the Hub once.
+
+    Raises:
+        ValueError: an address of another form.
+        OSError: the file cannot be fetched.
+    """
+    if not str(path).startswith("hf:"):
+        return Path(path)
+    match = re.fullmatch(ADDRESS + "/(.+)", str(path))
+    if match is None:
+        raise ValueError(
+            f"{path}: expected hf://datasets/<owner>/<name>/<file>, with @<revision> after the name if wanted"
+        )
+    repo, revision, file = match.groups()
+    try:
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path}: cannot be fetched from the Hub ({short(error)})") from error
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One table.
+
+    Args:
+        place: as it is named in a recipe.
+        kind: csv, tsv, parquet, jsonl, or data set.
+        parts: its files, one or several.
+        data: the data set, if it is one.
+        root: the folder that paths in it are relative to.
+        inside: the folder that paths in it may not leave, as other people wrote it; None: any file of this machine.
+    """
+
+    place: str
+    kind: str
+    parts: list[Part] = field(default_factory=list)
+    data: Dataset | None = None
+    root: Path = Path()
+    inside: Path | None = None
+
+    @classmethod
+    def find(cls, place: str, folder: Path) -> "TableFile":
+        """The table that a recipe calls ``place``: relative to ``folder``, or an address on the Hub.
+
+        Raises:
+            FileNotFoundError, OSError: it is not there, or cannot be fetched.
+            ValueError: it is of no kind that can be read.
+        """
+        hub = re.match(ADDRESS, place)
+        inside = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=hub[1], repo_type="dataset") if hub else None
+        kind = table_format(place)
+        if hub is None and is_parts(folder / place):
+            kind, parts = table_parts(folder / place)
+            return cls(place, kind, parts, root=(folder / place).parent)
+        if kind is None:
+            return cls(place, "data set", data=_data_set(place, folder), root=inside or folder / place, inside=inside)
+        path = local_file(place) if hub else folder / place
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return cls(place, kind, [Part(path)], root=path.parent, inside=inside)
+
+    def scan(self, columns: Sequence[str], bad: BadRows) -> pl.LazyFrame:
+        """All rows as a scan, with ``ROW``; of JSON lines, and of a data set, ``columns`` only."""
+        with reading(self.place):
+            if self.kind == "parquet":
+                tables = [
+                    self._named(pl.scan_parquet(part.path, row_index_name=ROW, row_index_offset=1, glob=False), part)
+                    for part in self.parts
+                ]
+            else:
+                tables = [spool(batches) for batches in self._batches(columns, (), "", bad)]
+            return pl.concat(tables, how="diagonal_relaxed") if len(tables) > 1 else tables[0]
+
+    def batches(
+        self, columns: Sequence[str], optional: Sequence[str], image: str, bad: BadRows
+    ) -> Iterator[pl.DataFrame]:
+        """``columns``, ``optional`` ones that are there, and ``ROW``, in batches so small that images fit in memory."""
+        for tables in self._batches(columns, optional, image, bad):
+            yield from tables
+
+    def _batches(
+        self, columns: Sequence[str], optional: Sequence[str], image: str, bad: BadRows
+    ) -> Iterator[Iterator[pl.DataFrame]]:
+        """The batches of each part."""
+        wanted = [*columns, *optional]
+        if self.data is not None:
+            need_columns(self.data.column_names, columns, self.place)
+            names = [name for name in self.data.column_names if name in wanted]
+            rows = IMAGE_ROWS if image in names else ROWS
+            yield _numbered(self.data.select_columns(names).with_format("arrow").iter(rows))
+        if self.kind == "jsonl":
+            need_columns(self._json_keys(), columns, self.place)
+        for part in self.parts:
+            if self.kind == "jsonl":
+                tables = json_blocks(part.path, dict.fromkeys(wanted, pl.String), bad)
+            elif self.kind == "parquet":
+                needed = [name for name in columns if name not in part.values]
+                tables = _parquet_batches(part.path, needed, wanted, image)
+            else:
+                tables = csv_blocks(part.path, bad, "\t" if self.kind == "tsv" else ",")
+            yield (self._named(table, part) for table in tables)
+
+    def _named(self, table: Any, part: Part) -> Any:
+        """With the values of the folders' names, and with the part's name in ``ROW`` if there are several."""
+        values = [pl.lit(value, pl.String).alias(name) for name, value in part.values.items()]
+        if len(self.parts) > 1:
+            values.append(pl.format("{} of {}", ROW, pl.lit(part.path.name)).alias(ROW))
+        return table.with_columns(values)
+
+    def _json_keys(self) -> list[str]:
+        """Keys of the first rows of every part."""
+        keys: dict[str, None] = {}
+        for part in self.parts:
+            for line in next(text_blocks(part.path, BadRows())).split("\n"):
+                try:
+                    keys |= dict.fromkeys(json.loads(line))
+                except (TypeError, ValueError, RecursionError):  # a bad line; the reader names it
+                    continue
+            keys |= dict.fromkeys(part.values)
+        return list(keys)
+
+
+def _parquet_batches(path: Path, needed: Sequence[str], wanted: Sequence[str], image: str) -> Iterator[pl.DataFrame]:
+    with reading(path):
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)  # else it holds all it has read
+        need_columns(file.schema_arrow.names, needed, path)
+        names = [name for name in file.schema_arrow.names if name in wanted]
+        yield from _numbered(file.iter_batches(IMAGE_ROWS if image in names else ROWS, columns=names))
+
+
+def _numbered(batches: Any) -> Iterator[pl.DataFrame]:
+    """Arrow tables as frames with ``ROW``."""
+    start = 1
+    for batch in batches:
+        table = pl.DataFrame(pl.from_arrow(batch))
+        yield table.with_row_index(ROW, start)
+        start += len(table)
+
+
+def _data_set(place: str, folder: Path) -> Dataset:
+    name, _, query = re.sub("^hf:/+datasets/", "", place).partition("?")
+    options = dict(parse_qsl(query))
+    if not place.startswith("hf:") and not (folder / name).is_dir():
+        raise ValueError(
+            f"{place}: neither a file ({', '.join(SUFFIXES)}) nor a folder of a data set; a data set of the Hub is "
+            "written hf://datasets/<owner>/<name>"
+        )
+    if unknown := options.keys() - {"name", "split", "revision"}:
+        raise ValueError(f"{place}: unknown {min(unknown)!r} after '?'; known are name, split, revision")
+    if not place.startswith("hf:"):
+        name = str(folder / name)
+    name, _, revision = name.partition("@") if place.startswith("hf:") else (name, "", "")
+    try:
+        data = load_dataset(name, **({"revision": revision} if revision else {}), **options)
+    except Exception as error:  # of any library that reads one of its many formats
+        raise ValueError(f"{place}: cannot be read as a data set ({type(error).__name__}: {short(error)})") from error
+    if isinstance(data, DatasetDict):
+        if len(data) > 1:
+            raise ValueError(f"{place}: has the splits {', '.join(data)}; say which: ?split=...")
+        (data,) = data.values()
+    if not len(data):
+        raise ValueError(f"{place}: this data set has no rows")
+    return data

@@ -1,0 +1,125 @@
+"""Text files of other people's making, opened in the encoding that they are in; what is no text is named."""
+
+import codecs
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+import pyarrow as pa
+
+from mllm_msr.data.raw import BadRows, short
+
+BLOCK = 1 << 22  # characters read at a time
+MARKS = {  # the longer ones first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+NO_TEXT = {
+    b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook: unpack it, or save the sheet as CSV",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook: save the sheet as CSV",
+    b"BZh": "packed by bzip2: unpack it first, or pack it by gzip",
+    b"\xfd7zXZ": "packed by xz: unpack it first, or pack it by gzip",
+    b"(\xb5/\xfd": "packed by Zstandard: unpack it first, or pack it by gzip",
+    b"SQLite format 3": "an SQLite database: export the table as CSV",
+}
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn what decoders of files raise within the block into an error that names the file.
+
+    Raises:
+        ValueError: the content is not what the file's name says.
+        OSError: a packed file is cut short or damaged.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise OSError(f"{path}: the packed file is cut short or damaged ({error}); fetch it anew") from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException) as error:
+        if str(path) in str(error):  # one of ours, or one that names the file
+            raise ValueError(str(error)) from error
+        raise ValueError(f"{path}: cannot be read, it is damaged or of another kind ({short(error)})") from error
+
+
+def text_blocks(path: Path, bad: BadRows) -> Iterator[str]:
+    """The text of a file in blocks of whole lines that end in "\\\\n", however the file ends them.
+
+    A file may be packed by gzip. It is read as UTF-8 (also with a mark), UTF-16 or UTF-32, else as Windows-1252, which
+    is noted; what cannot be decoded becomes U+FFFD.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: a packed file is cut short.
+        ValueError: the file is empty, or no text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with reading(path):
+        encoding = _encoding(path, bad)
+        with _unpacked(path) as file, io.TextIOWrapper(file, encoding, errors="replace") as text:
+            while block := text.read(BLOCK):
+                block += text.readline()
+                yield block if block.endswith("\n") else block + "\n"
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if zipped else path.open("rb")
+
+
+def _encoding(path: Path, bad: BadRows) -> str:
+    with _unpacked(path) as file:
+        head = file.read(BLOCK)
+    if not head:
+        raise ValueError(f"{path}: the file is empty")
+    if kind := next((kind for sign, kind in NO_TEXT.items() if head.startswith(sign)), None):
+        raise ValueError(f"{path}: this is {kind}")
+    if encoding := next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), None):
+        return encoding
+    if b"\0" in head:
+        for encoding, zeros, others in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
+            if zeros.count(0) > len(zeros) / 2 and others.count(0) == 0:
+                return encoding
+        if head.count(0) > len(head) / 1000:
+            raise ValueError(f"{path}: this is no text, it has NUL bytes; save it as UTF-8 text")
+    return _utf8_or_windows(path, bad)
+
+
+def _utf8_or_windows(path: Path, bad: BadRows) -> str:
+    """UTF-8 if all of the file is, or nearly all beyond ASCII; else Windows-1252."""
+    decoder, lenient = (codecs.getincrementaldecoder("utf-8")(errors) for errors in ("strict", "replace"))
+    try:
+        with _unpacked(path) as file:
+            while block := file.read(BLOCK):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        return "utf-8"
+    except UnicodeDecodeError as error:
+        first = error
+    broken = beyond = 0
+    with _unpacked(path) as file:
+        while block := file.read(BLOCK):
+            text = lenient.decode(block)
+            broken += text.count("\ufffd")
+            beyond += len(text) - len(text.encode("ascii", "ignore"))
+    if broken < beyond - broken:
+        bad.note(f"{path.name}: characters that are not UTF-8, read as U+FFFD", broken, [first])
+        return "utf-8"
+    bad.note(f"{path.name}: not UTF-8, read as Windows-1252", 1, [first])
+    return "cp1252"
+
+
+def whole(text: Any) -> Any:
+    """A text of which every half of a surrogate pair is U+FFFD, so that it can be encoded."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else text
