@@ -5,7 +5,7 @@ and ``titles`` use no model at all. :func:`~mllm_msr.processing.engine_registry.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
@@ -67,7 +67,7 @@ class Failure:
     """
 
     reason: str
-    cause: Exception | None = None
+    cause: Exception | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":

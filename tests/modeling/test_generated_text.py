@@ -1,6 +1,8 @@
 """What a language model has generated, made fit to be stored and shown."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mllm_msr.modeling.generated_text import tidy
 
@@ -48,3 +50,8 @@ def test_what_no_file_or_terminal_should_hold_goes():
 @pytest.mark.parametrize("hostile", ["<think>x" * 20_000, "<|channel|>" * 20_000, "analysis " * 20_000, "<" * 100_000])
 def test_a_hostile_text_takes_no_longer_than_others(hostile):
     tidy(hostile)
+
+
+@given(st.text(st.one_of(st.characters(), st.sampled_from("\ud83d\ude00<>[]|/\x1b"))))
+def test_whatever_was_generated_can_be_written_to_a_file(generated):
+    tidy(generated).encode()
