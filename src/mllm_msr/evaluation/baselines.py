@@ -269,7 +269,7 @@ class Tfidf(Ranker):
 
     def score_catalogue(self, histories: CodedLists) -> Array:
         profile = sparse_product(mean_of_recent(histories, self.recent, len(self.items)), self.words)
-        return sparse_product(profile, self.words.t().coalesce()).to_dense().numpy()
+        return torch.sparse.mm(self.words, profile.to_dense().T).T.numpy()
 
 
 def word_matrix(items: pl.DataFrame) -> torch.Tensor:
