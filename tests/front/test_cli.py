@@ -1,21 +1,25 @@
-"""The command line, started as a user starts it."""
+"""The command line: it answers at once, explains itself, and ends every mistake with one clear line."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from mllm_msr.cli import build_parser, main
+from mllm_msr import cli
+from mllm_msr.cli import COMMANDS, build_parser, main
+from mllm_msr.records.run import RunFolder
 
-COMMANDS = ("demo", "run", "prepare", "summarize", "train", "evaluate", "rank", "report", "publish")
 
-
-def test_help_names_every_command_and_loads_nothing_heavy():
+def test_help_answers_without_loading_anything_heavy() -> None:
     code = (
-        "import sys, mllm_msr.cli as c\n"
-        "try: c.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print('HEAVY', sorted({'torch', 'transformers', 'polars', 'datasets'} & set(sys.modules)))"
+        "import sys\n"
+        "from mllm_msr.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'polars') if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "HEAVY []" in out
@@ -24,7 +28,7 @@ def test_help_names_every_command_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command, capsys):
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])
     assert stop.value.code == 0
@@ -34,29 +38,154 @@ def test_every_command_explains_itself(command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nowhere"], "nowhere is not a run directory"),
-        (["run", "nowhere.yaml"], "nowhere.yaml"),
-        (["rank", "nowhere", "--user", "u"], "nowhere is not a run directory"),
+        (["run"], "give a recipe file, or own tables by --interactions"),
+        (["prepare"], "give a recipe file, or own tables by --interactions"),
+        (["run", "--interactions", "log.csv"], "say which model to fine-tune: --backbone"),
+        (["prepare", "shop.yaml", "--set", "data.seed"], "'data.seed' is not of the form NAME=VALUE"),
+        (["prepare", "shop.yaml", "--negatives", "0"], "'0' is not a positive whole number"),
+        (["prepare", "shop.yaml", "--limit-users", "-3"], "'-3' is not a positive whole number"),
+        (["prepare", "shop.yaml", "--protocol", "lax"], "invalid choice: 'lax'"),
+        (["rank", "RUN", "--user", "u", "--top-k", "0"], "'0' is not a positive whole number"),
+        (["rank", "RUN", "--user", ""], "argument --user: is empty"),
+        (["rank", "RUN", "--user", "u", "--items", "a,,b"], "argument --items: is empty"),
+        (["rank", "RUN", "--users", "all"], "name a folder for the rankings of --users: --output DIR"),
+        (["rank", "RUN"], "one of the arguments --user --preference --users is required"),
+        (["show", "user", " ", "RUN"], "argument id: is empty"),
+        (["demo", "--port", "70000"], "'70000' is not a port"),
+        (["evaluate", "RUN", "--full-catalogue", "some"], "'some' is not a positive whole number"),
+        (["publish", "RUN", "--namespace", ""], "argument --namespace: is empty"),
+        (["compare", "RUN"], "name two runs or more to compare"),
+        (["evalute", "RUN"], "invalid choice: 'evalute'"),
+        ([], "the following arguments are required: COMMAND"),
     ],
 )
-def test_a_mistake_ends_with_one_clear_line(arguments, message):
+def test_wrong_usage_ends_with_status_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert str(stop.value.code).startswith("mllm-msr: ")
-    assert message in str(stop.value.code)
-    assert "\n" not in str(stop.value.code)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_data_that_is_not_there_is_named(tmp_path):
+def stopped(arguments: list[str]) -> str:
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    line = str(stop.value.code)
+    assert line.startswith("mllm-msr: ") and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere"], "nowhere is not a run"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["rank", "nowhere", "--user", "u"], "nowhere is not a run"),
+        (["compare", "nowhere", "elsewhere"], "nowhere is not a run"),
+        (["show", "user", "u", "nowhere"], "nowhere is not a run"),
+        (["study", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+    ],
+)
+def test_a_mistake_ends_with_one_clear_line(arguments: list[str], message: str) -> None:
+    assert message in stopped(arguments)
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: x\nsource: {type: movielens}\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="needs a folder: give --data DIR"):
-        main(["prepare", str(recipe), "--output", str(tmp_path / "run")])
-    with pytest.raises(SystemExit, match="does not exist"):
-        main(["prepare", str(recipe), "--data", str(tmp_path / "no"), "--output", str(tmp_path / "run")])
+    output = ["--output", str(tmp_path / "run")]
+    assert "needs a folder: give --data DIR" in stopped(["prepare", str(recipe), *output])
+    assert "does not exist" in stopped(["prepare", str(recipe), "--data", str(tmp_path / "no"), *output])
+    assert not (tmp_path / "run").exists()
 
 
-def test_stages_out_of_order_say_what_is_missing(tmp_path):
-    (tmp_path / "config.yaml").write_text("name: x\nsource: {type: demo}\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"stage 'summarize users' of .* has not been done yet"):
-        main(["train", str(tmp_path)])
+def test_what_was_not_foreseen_names_its_type_and_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(options: object) -> None:
+        raise KeyError("colour")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", fail)
+    assert stopped(["report", "RUN"]) == (
+        "mllm-msr: unexpected KeyError: 'colour'; run again with --debug to see where it comes from"
+    )
+    for arguments in (["--debug", "report", "RUN"], ["report", "RUN", "--debug"]):
+        with pytest.raises(KeyError):
+            main(arguments)
+
+
+def test_ctrl_c_ends_with_status_130_and_no_traceback(recipe_file: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mllm_msr.cli", "run", str(recipe_file), "--output", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("summarize items ..."):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().endswith("mllm-msr: interrupted; run the same command again to go on")
+    assert "Traceback" not in errors
+
+
+# ---- out of order --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    from tiny_runs import tiny_recipe
+
+    from mllm_msr.stages import prepare
+
+    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "prepared", tiny_recipe())
+    prepare(run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage"),
+    [
+        (["summarize", "users", "RUN"], "summarize items"),
+        (["train", "RUN"], "summarize users"),
+        (["evaluate", "RUN"], "summarize users"),
+        (["report", "RUN"], "evaluate"),
+        (["publish", "RUN", "--namespace", "org", "--dry-run"], "report"),
+        (["rank", "RUN", "--user", "u0000"], "train"),
+        (["rank", "RUN", "--preference", "blue mugs"], "train"),
+        (["rank", "RUN", "--users", "all", "--output", "BEST"], "train"),
+        (["index", "RUN"], "train"),
+        (["show", "user", "u0000", "RUN"], "summarize users"),
+        (["show", "page", "RUN", "--port", "0"], "train"),
+        (["compare", "RUN", "RUN"], "evaluate"),
+        (["evaluate", "RUN", "--model", "RUN"], "train"),
+    ],
+)
+def test_a_command_out_of_order_names_the_stage_and_the_command(
+    prepared: RunFolder, arguments: list[str], stage: str, tmp_path: Path
+) -> None:
+    places = {"RUN": str(prepared.path), "BEST": str(tmp_path / "best")}
+    line = stopped([places.get(argument, argument) for argument in arguments])
+    assert f"stage '{stage}' of {prepared.path} has not been done yet: run `mllm-msr " in line
+    assert f"`mllm-msr {stage} {prepared.path}` first" in line
+
+
+@pytest.mark.parametrize("command", [["report"], ["publish", "--namespace", "org", "--dry-run"], ["evaluate"]])
+def test_evidence_on_data_that_has_changed_is_refused(run: RunFolder, recipe_file: Path, command: list[str]) -> None:
+    main(["prepare", str(recipe_file), "--seed", "5", "--output", str(run.path)])
+    line = stopped([command[0], str(run.path), *command[1:]])
+    assert "is out of date, as 'prepare' has been done anew: run `mllm-msr summarize items " in line
+
+
+def test_every_stage_names_the_next_command(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    main(["prepare", str(recipe_file), "--output", str(run)])
+    for stage in ("summarize items", "summarize users", "train", "evaluate", "report"):
+        assert capsys.readouterr().out.endswith(f"next: mllm-msr {stage} {run}\n")
+        main([*stage.split(), str(run)])
+    assert capsys.readouterr().out.endswith(f"next: mllm-msr publish {run} --namespace NAME --dry-run\n")

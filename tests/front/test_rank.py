@@ -1,28 +1,33 @@
-"""`mllm-msr rank` and `index` as typed, on a run whose model is `late`: many users into files, by several processes."""
+"""`mllm-msr rank` and `index`: for one user, for many into files by several processes, and what is never offered."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import yaml
 
-from mllm_msr.records.recipe import backbone_path
+from mllm_msr.cli import main
+from mllm_msr.rank import Ranking, best_of, read_users
+from mllm_msr.records.recipe import demo_recipe
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, PREFERENCES, RANKINGS
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+def command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
     many = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *many, "-m", "mllm_msr.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV)
+    line = [sys.executable, *many, "-m", "mllm_msr.cli", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=ENV)
 
 
 @pytest.fixture(scope="module")
 def late(tmp_path_factory) -> Path:
-    content = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load(demo_recipe().read_text(encoding="utf-8"))
     content["source"].update(n_users=70, n_items=45)
     content["summaries"] = {"engine": "extractive", "block_size": 3}
     content["training"].update(max_steps=3, eval_strategy="no", interaction="late", user_limit=96, item_limit=48)
@@ -30,24 +35,24 @@ def late(tmp_path_factory) -> Path:
     content["evaluation"]["rows"] = ["mllm_msr", "popularity"]
     path, folder = tmp_path_factory.mktemp("recipes") / "late.yaml", tmp_path_factory.mktemp("runs") / "late"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    done = run("run", str(path), "--output", str(folder))
+    done = command("run", str(path), "--output", str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
 def ranking(folder: Path) -> pl.DataFrame:
-    return pl.concat([pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))])
+    return RANKINGS.read(sorted(folder.glob("*.parquet")))
 
 
 def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
-    first = run("index", str(late))
+    first = command("index", str(late))
     assert "45 items computed, 0 were there, 0 dropped" in first.stdout, first.stderr[-3000:]
-    assert "0 items computed, 45 were there, 0 dropped" in run("index", str(late)).stdout
+    assert "0 items computed, 45 were there, 0 dropped" in command("index", str(late)).stdout
     together, alone = tmp_path / "together", tmp_path / "alone"
-    done = run("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(together), processes=2)
+    done = command("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(together), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "70 users x 45 candidates" in done.stdout
-    assert run("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
+    assert command("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
     names = sorted(path.name for path in alone.glob("*.parquet"))
     assert names == ["ranking-00000-of-00002.parquet", "ranking-00001-of-00002.parquet"]
     frame = ranking(together)
@@ -60,18 +65,105 @@ def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
 
     kept = (alone / names[0]).stat().st_mtime_ns
     (alone / names[1]).unlink()
-    assert run("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
+    assert command("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
     assert (alone / names[0]).stat().st_mtime_ns == kept and ranking(alone).equals(ranking(alone))
-    other = run("rank", str(late), "--users", "all", "--top-k", "5", "--output", str(alone))
+    other = command("rank", str(late), "--users", "all", "--top-k", "5", "--output", str(alone))
     assert other.returncode == 1 and "holds another ranking" in other.stderr
 
     user = frame["user_id"][0]
-    shown = run("rank", str(late), "--user", user, "--top-k", "4").stdout.strip().splitlines()[1:]
+    shown = command("rank", str(late), "--user", user, "--top-k", "4").stdout.strip().splitlines()[1:]
     assert [line.split()[2] for line in shown] == frame.filter(user_id=user)["item_id"].to_list()
 
 
-def test_what_cannot_be_ranked_says_why(late, tmp_path):
-    nowhere = run("rank", str(late), "--users", "all")
-    assert nowhere.returncode == 1 and "--output DIR" in nowhere.stderr
-    unknown = run("rank", str(late), "--users", "nobody", "--output", str(tmp_path / "x"))
-    assert unknown.returncode == 1 and "'nobody' has no interactions" in unknown.stderr
+# ---- candidates ----------------------------------------------------------------------------------------------------
+
+
+def shown_items(out: str) -> list[str]:
+    """The items of a ranking on the screen, best first."""
+    return [line.split()[2] for line in out.strip().splitlines()[1:]]
+
+
+def test_a_candidate_that_is_named_twice_counts_once_and_a_chosen_one_never(
+    finished: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = finished.read(INTERACTIONS)
+    user = log["user_id"][0]
+    old = log.filter(user_id=user)["item_id"].to_list()
+    new = [item for item in log["item_id"].unique(maintain_order=True) if item not in old][:2]
+    items = ",".join([old[0], new[0], old[0], new[1], new[0]])
+    main(
+        ["rank", str(finished.path), "--users", f"{user},{user}", "--items", items, "--output", str(tmp_path / "best")]
+    )
+    frame = ranking(tmp_path / "best")
+    assert sorted(frame["item_id"]) == sorted(new) and frame["rank"].to_list() == [1, 2]
+    capsys.readouterr()
+    main(["rank", str(finished.path), "--user", user, "--items", items])
+    assert shown_items(capsys.readouterr().out) == frame["item_id"].to_list()
+
+
+def test_what_max_history_has_cut_is_not_offered_again(finished: RunFolder, recipe_file: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "run")
+    main(["prepare", str(recipe_file), "--set", "data.max_history=6", "--output", path])
+    main(["summarize", "items", path])
+    main(["summarize", "users", path])
+    run = RunFolder.open(Path(path))
+    cut, log = run.read(CUT_INTERACTIONS), run.read(INTERACTIONS)
+    users = read_users(run, log["user_id"].unique(maintain_order=True).to_list())
+    assert not cut.is_empty()
+    for user in users:
+        chosen = pl.concat([log, cut], how="diagonal").filter(user_id=user.user_id)["item_id"]
+        assert user.chosen == set(chosen)
+
+
+class Constant:
+    """A ranker to which every item is as good."""
+
+    def score(self, users: list, candidates: list, catalogue: object, progress: str) -> list[np.ndarray]:
+        return [np.zeros(len(row), dtype=np.float32) for row in candidates]
+
+
+def test_equal_scores_keep_the_order_given_and_the_best_are_numbered_from_1(finished: RunFolder) -> None:
+    (user,) = read_users(finished, ["u0000"])
+    names = [item for item in finished.read(INTERACTIONS)["item_id"].unique(maintain_order=True)]
+    best = best_of([user], Constant(), names, {}, 3)
+    fresh = [item for item in names if item not in user.chosen]
+    assert best.rows() == [("u0000", place, item, 0.0, 0.5) for place, item in enumerate(fresh[:3], 1)]
+
+
+def test_a_user_is_told_by_the_last_preference_and_what_came_since(finished: RunFolder) -> None:
+    (user,) = read_users(finished, ["u0003"])
+    steps = finished.read(PREFERENCES).filter(user_id="u0003").sort("step")
+    history = finished.read(INTERACTIONS).filter(user_id="u0003")["item_id"]
+    assert user.words.preference == steps["preference"][-1]
+    assert len(user.words.recent) == len(history) - steps.height * finished.block_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--user", "nobody"], "'nobody' is no user of .*; ids look like 'u0000'"),
+        (["--users", "u0000,nobody,noone", "--output", "x"], "'nobody', 'noone' are no user of"),
+        (["--user", "u0000", "--items", "i0001,i9999"], r"'i9999' is no item of the catalogue \(40 items, such as 'i"),
+        (["--preference", "red", "--items", "a,b,c,d,e"], "'a', 'b', 'c' and 2 more are no item of the catalogue"),
+    ],
+)
+def test_unknown_ids_are_named(finished: RunFolder, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["rank", str(finished.path), *arguments])
+
+
+def test_a_user_who_has_chosen_all_candidates_is_one_sentence(finished: RunFolder) -> None:
+    old = finished.read(INTERACTIONS).filter(user_id="u0000")["item_id"]
+    with pytest.raises(SystemExit, match="user 'u0000' has chosen all of these items already"):
+        main(["rank", str(finished.path), "--user", "u0000", "--items", ",".join(old)])
+
+
+def test_a_joint_model_has_nothing_to_index(finished: RunFolder) -> None:
+    with pytest.raises(SystemExit, match=r"interaction='joint'.*nothing to index; `mllm-msr rank` works without"):
+        main(["index", str(finished.path)])
+
+
+def test_candidates_are_the_catalogue_unless_they_are_named() -> None:
+    catalogue = dict.fromkeys("abc")
+    assert Ranking().candidates(catalogue) == ["a", "b", "c"]
+    assert Ranking(["c", "a", "c"]).candidates(catalogue) == ["c", "a"]

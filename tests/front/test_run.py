@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 import yaml
 
-from mllm_msr.evaluation.evaluate import WAYS
 from mllm_msr.evaluation.metrics import ranking_metrics
-from mllm_msr.records.recipe import backbone_path
+from mllm_msr.evaluation.ways import WAYS
+from mllm_msr.records.recipe import demo_recipe
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 MAIN = [sys.executable, "-m", "mllm_msr.cli"]
@@ -22,7 +22,7 @@ MAIN = [sys.executable, "-m", "mllm_msr.cli"]
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    content = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load(demo_recipe().read_text(encoding="utf-8"))
     content["source"].update(n_users=12, n_items=40)
     content["summaries"]["batch_size"] = 10
     content["training"].update(num_train_epochs=1, per_device_train_batch_size=8, save_steps=3, eval_strategy="no")
@@ -52,10 +52,10 @@ def test_a_run_leaves_what_it_promises(whole):
     assert set(metrics["rows"]) == rows
     scores = pl.read_parquet(whole / "scores.parquet")
     for row in rows:
-        part = scores.filter(row=row)
+        part = scores.filter(variant=row)
         again = ranking_metrics(part["user_id"].to_numpy(), part["label"].to_numpy(), part["logit"].to_numpy())
         assert again == metrics["rows"][row]
-    probabilities = scores.filter(row="mllm_msr")["score"]
+    probabilities = scores.filter(variant="mllm_msr")["score"]
     assert probabilities.is_between(0, 1).all()
     assert metrics["rows"]["oracle"]["auc"]["value"] > 0.8
     assert "<html" in (whole / "report.html").read_text(encoding="utf-8")
@@ -219,10 +219,10 @@ def test_the_model_of_another_run_is_fine_tuned_a_little_on_the_tasks_of_this_on
         pl.read_parquet(whole / "sft/train.parquet").join(examples.select("task_id").unique(), on="task_id", how="semi")
     )
     scores = pl.read_parquet(tuned / "scores.parquet")
-    assert scores.filter(row="no_sft")["logit"].to_list() == pytest.approx(
-        pl.read_parquet(whole / "scores.parquet").filter(row="mllm_msr")["logit"].to_list(), abs=1e-4
+    assert scores.filter(variant="no_sft")["logit"].to_list() == pytest.approx(
+        pl.read_parquet(whole / "scores.parquet").filter(variant="mllm_msr")["logit"].to_list(), abs=1e-4
     )  # before it goes on, it is the other run's
-    moved = scores.filter(row="mllm_msr")["logit"] - scores.filter(row="no_sft")["logit"]
+    moved = scores.filter(variant="mllm_msr")["logit"] - scores.filter(variant="no_sft")["logit"]
     assert moved.abs().max() > 0.01
     assert "trained on demo, fine-tuned on 20 tasks" in (tuned / "metrics.json").read_text(encoding="utf-8")
     config = json.loads((tuned / "model/config.json").read_text(encoding="utf-8"))

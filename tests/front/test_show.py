@@ -1,29 +1,31 @@
-import polars as pl
-import pytest
+"""One user's history in words."""
 
+import pytest
+from tiny_runs import tiny_recipe
+
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
 from mllm_msr.show import changes, show_user
+
+ENDS = ("ok", "tiny", "1", "abc")  # status, generator, revision, prompt_hash
 
 
 @pytest.fixture
-def run(tmp_path):
-    for folder in ("data", "summaries"):
-        (tmp_path / folder).mkdir()
+def run(tmp_path) -> RunFolder:
+    """Five items and two preferences of one user."""
+    run = RunFolder.create(tmp_path / "run", tiny_recipe())
     items = list("abcde")
-    log = pl.DataFrame({"user_id": ["u"] * 5, "item_id": items, "timestamp": range(5)})
-    log.write_parquet(tmp_path / "data/interactions.parquet")
-    pl.DataFrame({"item_id": items, "title": [c.upper() for c in items]}).write_parquet(tmp_path / "data/items.parquet")
-    texts = pl.DataFrame({"item_id": items, "summary": [f"a {c}" for c in items]})
-    texts.write_parquet(tmp_path / "summaries/items.parquet")
-    pl.DataFrame(
-        {
-            "user_id": ["u", "u"],
-            "step": [1, 2],
-            "preference": ["likes red mugs", "likes blue mugs"],
-            "read_item_ids": [items[:2], items[:4]],
-            "status": ["ok", "suspect:unfinished"],
-        }
-    ).write_parquet(tmp_path / "summaries/preferences.parquet")
-    return tmp_path
+    run.write(INTERACTIONS, INTERACTIONS.frame([("u", item, time) for time, item in enumerate(items)]))
+    run.write(ITEMS, ITEMS.frame([(item, item.upper(), "", None) for item in items]))
+    run.write(ITEM_SUMMARIES, ITEM_SUMMARIES.frame([(item, f"a {item}", *ENDS) for item in items]))
+    steps = [
+        ("u", 1, "likes red mugs", items[:2], 1, *ENDS),
+        ("u", 2, "likes blue mugs", items[:4], 3, "suspect:unfinished", *ENDS[1:]),
+    ]
+    run.write(PREFERENCES, PREFERENCES.frame(steps))
+    for stage in ("prepare", "summarize items", "summarize users"):
+        run.take_over(stage, stage, [])
+    return run
 
 
 def test_a_user_is_shown_step_by_step(run, capsys):
@@ -50,9 +52,11 @@ def test_a_user_is_shown_step_by_step(run, capsys):
 def test_who_is_not_there_is_said(run):
     with pytest.raises(ValueError, match=r"user 'x' has no interactions in .* ids look like 'u'"):
         show_user(run, "x")
-    (run / "summaries/preferences.parquet").unlink()
+
+
+def test_before_preferences_are_written_the_command_that_writes_them_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="mllm-msr summarize users"):
-        show_user(run, "u")
+        show_user(RunFolder.create(tmp_path / "new", tiny_recipe()), "u")
 
 
 def test_changes_are_marked_word_by_word():

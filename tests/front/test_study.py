@@ -9,15 +9,20 @@ import pytest
 import yaml
 
 from mllm_msr import cli
-from mllm_msr.evaluation import evaluate as scoring
 from mllm_msr.evaluation.metrics import ranking_metrics
-from mllm_msr.records.recipe import backbone_path, load_recipe
-from mllm_msr.records.run import Run
-from mllm_msr.study import Study, collect, run_study, with_settings
+from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, parse_recipe, with_settings
+from mllm_msr.records.results import Results
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import EXAMPLES, ITEMS, SCORES
+from mllm_msr.study import Study, collect, run_study
 
 STUDIES = Path(__file__).parents[2] / "recipes/studies"
-DEMO = Path(backbone_path("demo")).parent / "recipe.yaml"
 SMALL = {"source.n_users": 12, "source.n_items": 40, "training.num_train_epochs": 1, "training.eval_strategy": "no"}
+
+
+def demo_under(settings: dict) -> Recipe:
+    """The demo's recipe under other values."""
+    return parse_recipe(with_settings(load_content(demo_recipe()), settings))
 
 
 def write(path: Path, **content) -> Path:
@@ -35,9 +40,9 @@ def test_the_grid_is_every_combination_after_the_named_cells(tmp_path):
         "block_size 3, n_train_negatives 1",
         "block_size 3, n_train_negatives 4",
     ]
-    recipe = with_settings(load_recipe(DEMO), study.settings()["block_size 2, n_train_negatives 4"])
-    assert recipe.summaries["block_size"] == 2 and recipe.data["n_train_negatives"] == 4
-    assert recipe.data["n_negatives"] == 20
+    recipe = demo_under(study.settings()["block_size 2, n_train_negatives 4"])
+    assert recipe.summaries.block_size == 2 and recipe.data.n_train_negatives == 4
+    assert recipe.data.n_negatives == 20
 
 
 @pytest.mark.parametrize(
@@ -56,9 +61,9 @@ def test_a_wrong_study_says_what_it_lacks(tmp_path, content, message):
 def test_the_studies_we_ship_name_settings_that_recipes_have():
     for path in sorted(STUDIES.glob("ablations_*.yaml")):
         study = Study.load(path)
-        recipe = load_recipe(DEMO if study.recipe == "demo" else path.parent / study.recipe)
+        content = load_content(demo_recipe() if study.recipe == "demo" else path.parent / study.recipe)
         for settings in study.settings().values():
-            with_settings(recipe, {**study.base, **settings})
+            parse_recipe(with_settings(content, {**study.base, **settings}))
 
 
 def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_again(tmp_path, capsys):
@@ -73,8 +78,8 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
         run_study(path, tmp_path / "out")
     assert "train: up to date" in capsys.readouterr().out
     full, same = (tmp_path / f"out/cells/{name}-seed0" for name in ("full", "same-model"))
-    assert Run.open(full).key("train") == Run.open(same).key("train")
-    scores = [pl.read_parquet(one / "scores.parquet").filter(row="mllm_msr") for one in (full, same)]
+    assert RunFolder.open(full).key("train") == RunFolder.open(same).key("train")
+    scores = [RunFolder.open(cell).read(SCORES).filter(variant="mllm_msr") for cell in (full, same)]
     assert scores[0].equals(scores[1])
     study = json.loads((tmp_path / "out/study.json").read_text(encoding="utf-8"))
     assert [(one["cell"], one["row"]) for one in study["cells"]] == [
@@ -91,10 +96,10 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
     assert study["cells"][-2]["metrics"]["auc"]["difference"] == 0.0
     assert "broken" in (tmp_path / "out/study.md").read_text(encoding="utf-8")
     assert (tmp_path / "out/study.svg").read_text(encoding="utf-8").startswith("<svg")
-    tallrec = Run.open(tmp_path / "out/cells/TALLRec-seed0")
-    titles = dict(tallrec.items().select("item_id", "title").iter_rows())
+    tallrec = RunFolder.open(tmp_path / "out/cells/TALLRec-seed0")
+    titles = dict(tallrec.read(ITEMS, ["item_id", "title"]).iter_rows())
     histories = dict(tallrec.tasks("train").select("task_id", "history").iter_rows())
-    for row in pl.read_parquet(tallrec.folder / "sft/train.parquet").iter_rows(named=True):
+    for row in tallrec.read(EXAMPLES, split="train").iter_rows(named=True):
         said = "".join(f"Then {titles[item]}\n" for item in histories[row["task_id"]])
         asked = f"{said}{titles[row['item_id']]}\nWould they choose it?"
         assert row["prompt"][0]["content"] == [{"type": "text", "text": asked}]  # no picture, no preference
@@ -110,52 +115,49 @@ def test_seeds_are_averaged_and_folds_put_together(tmp_path):
     for seed in (0, 1, 2):
         frames = []
         for fold in (0, 1):
-            settings = {"training.seed": seed, "data.fold": fold}
-            runs.append(Run.create(tmp_path / f"{seed}-{fold}", with_settings(load_recipe(DEMO), settings)))
+            recipe = demo_under({"training.seed": seed, "data.protocol": "paper", "data.fold": fold})
+            run = RunFolder.create(tmp_path / f"{seed}-{fold}", recipe)
             users = [f"u{fold}{user}" for user in range(6) for _ in range(5)]
             items, labels = [f"i{item}" for item in range(5)] * 6, [1, 0, 0, 0, 0] * 6
-            scores = pl.DataFrame({"row": "mllm_msr", "user_id": users, "item_id": items, "label": labels})
-            frames.append(scores.with_columns(pl.Series("logit", rng.normal(size=30))))
-            frames[-1].write_parquet(runs[-1].folder / "scores.parquet")
-            (runs[-1].folder / "metrics.json").write_text('{"rows": {"mllm_msr": {}}}', encoding="utf-8")
+            logits = rng.normal(size=30).astype(np.float32)
+            rows = zip(["mllm_msr"] * 30, users, items, labels, logits, logits, strict=True)
+            frames.append(SCORES.frame(list(rows)))
+            run.write(SCORES, frames[-1])
+            Results("demo", "paper", "test", 6, 5, 0, "", {"mllm_msr": {}}).write(run.metrics)
+            runs.append(run)
         whole = pl.concat(frames)
         by_seed.append(ranking_metrics(whole["user_id"], whole["label"], whole["logit"], n_bootstrap=2))
     (entry,) = collect({"full": runs})
     assert entry["runs"] == 6 and entry["users"] == 12
     for name, result in entry["metrics"].items():
-        values = [one[name]["value"] for one in by_seed]
+        values = [metrics[name]["value"] for metrics in by_seed]
         assert result["value"] == pytest.approx(np.mean(values))
         assert result["seed_std"] == pytest.approx(np.std(values, ddof=1))
         assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
 
 
-def test_baselines_are_rows_of_a_run_even_before_it_has_a_model(tmp_path, capsys):
-    settings = {**SMALL, "evaluation.rows": ["popularity"]}
-    recipe = with_settings(load_recipe(DEMO), settings)
-    Run.create(tmp_path / "run", recipe)
+def test_baselines_are_variants_of_a_run_even_before_it_has_a_model(tmp_path, capsys):
     from mllm_msr import stages
 
-    stages.prepare(Run.open(tmp_path / "run"))
-    stages.evaluate(Run.open(tmp_path / "run"))
-    popularity = pl.read_parquet(tmp_path / "run/scores.parquet")
-    cli.main(["evaluate", str(tmp_path / "run"), "--baselines", "knn, svd,tfidf,sasrec"])
+    run = RunFolder.create(tmp_path / "run", demo_under({**SMALL, "evaluation.rows": ["popularity"]}))
+    stages.prepare(run)
+    stages.evaluate(run)
+    popularity = run.read(SCORES)
+    names = ["popularity", "knn", "svd", "tfidf", "sasrec"]
+    cli.main(["evaluate", str(run.path), "--baselines", "knn, svd,tfidf,sasrec"])
     out = capsys.readouterr().out
     assert "item-kNN" in out and "SASRec" in out
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"))
-    assert list(metrics["rows"]) == ["popularity", "knn", "svd", "tfidf", "sasrec"]
-    assert "against" not in metrics and {one["by"] for one in metrics["slices"]} >= {"history_length"}
-    scores = pl.read_parquet(tmp_path / "run/scores.parquet")
-    assert scores.filter(row="popularity").equals(popularity)
+    results = run.results()
+    assert list(results.variants) == names and not results.against
+    assert "history_length" in {part.by for part in results.slices}
+    scores = run.read(SCORES)
+    assert scores.filter(variant="popularity").equals(popularity)
     keys = ["user_id", "item_id", "label"]
-    for (_,), frame in scores.group_by("row"):
+    for (_,), frame in scores.group_by("variant"):
         assert frame.select(keys).equals(popularity.select(keys))
-    assert Run.open(tmp_path / "run").recipe.evaluation["rows"] == list(metrics["rows"])
-    cli.main(["evaluate", str(tmp_path / "run"), "--full-catalogue", "all"])
-    full = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"))["full_catalogue"]
-    assert full["n_users"] == 12 and list(full["rows"]) == list(metrics["rows"])
-    run = Run.open(tmp_path / "run")
-    assert scoring.affordable(run, 12) and scoring.affordable(run, "all")
-    run.recipe.evaluation["full_catalogue_pairs"] = 40 * 5
-    assert scoring.affordable(run, 5) and not scoring.affordable(run, 6) and not scoring.affordable(run, "all")
-    with pytest.raises(SystemExit, match="unknown baseline 'nonsense'; known are popularity"):
-        cli.main(["evaluate", str(tmp_path / "run"), "--baselines", "nonsense"])
+    assert RunFolder.open(run.path).recipe.evaluation.rows == names
+    cli.main(["evaluate", str(run.path), "--full-catalogue", "all"])
+    full = run.results().full_catalogue
+    assert full is not None and full.n_users == 12 and list(full.variants) == names
+    with pytest.raises(SystemExit, match=r"unknown baseline 'nonsense'; known are .*popularity"):
+        cli.main(["evaluate", str(run.path), "--baselines", "nonsense"])

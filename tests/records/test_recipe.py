@@ -1,31 +1,110 @@
+"""Recipes: checked as a whole, with the nearest known name for every mistake, and written back with all defaults."""
+
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from tiny_runs import TINY, tiny_recipe
 
-from mllm_msr.records.recipe import load_recipe, parse_recipe
-from mllm_msr.records.sections import PrepareOptions
+from mllm_msr.records.recipe import load_recipe, parse_recipe, with_settings
+from mllm_msr.records.sections import DemoSource, PrepareOptions
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), ROOT / "src/mllm_msr/demo/recipe.yaml"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid(path):
+def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
-    PrepareOptions(**recipe.data)
+    assert isinstance(recipe.data, PrepareOptions)
     assert recipe.training_flags()["item_noun"] == recipe.item_noun
 
 
-def test_an_unknown_key_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"here: unknown keys \['protokol'\]"):
-        parse_recipe({"name": "x", "source": {}, "protokol": "strict"}, "here")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.kcore": 3}, "data: unknown key 'kcore'; did you mean 'k_core_users'?"),
+        ({"data.protocol": "stricter"}, "data.protocol='stricter': must be one of 'strict', 'paper', 'global-cutoff'"),
+        ({"data.n_negatives": "five"}, "data.n_negatives='five': must be a whole number"),
+        ({"data.n_negatives": 0}, "data.n_negatives=0: must be at least 1"),
+        ({"summaries.engin": "titles"}, "summaries: unknown key 'engin'; did you mean 'engine'?"),
+        ({"summaries.engine": "transformers"}, "summaries.model: name the model of the transformers engine"),
+        ({"summaries.max_new_tokens": {"items": 5}}, r"summaries.max_new_tokens: unknown \['items'\]"),
+        ({"evaluation.splitt": "test"}, "evaluation: unknown key 'splitt'; did you mean 'split'?"),
+        (
+            {"evaluation.rows": ["populrity"]},
+            "evaluation.rows: unknown variant 'populrity'; did you mean 'popularity'?",
+        ),
+        ({"source.users": 5}, "source: unknown key 'users'; did you mean 'n_users'?"),
+        ({"source.type": "dmo"}, "source.type='dmo' is unknown; did you mean 'demo'?"),
+        ({"surce.type": "demo"}, "'surce.type' is not a section and a name.*did you mean 'source'?"),
+        ({"block_size": 3}, "'block_size' is not a section and a name, such as summaries.block_size"),
+    ],
+)
+def test_a_mistake_names_section_key_and_what_is_meant(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_recipe(settings)
 
 
-def test_a_file_that_is_no_recipe_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "a recipe is a mapping with at least `name` and `source`"),
+        ({"name": "x"}, "a recipe is a mapping with at least `name` and `source`"),
+        ({**TINY, "protokol": "strict"}, "recipe: unknown key 'protokol'"),
+        ({**TINY, "name": 7}, "name=7: must be a text"),
+        ({**TINY, "source": "demo"}, "section 'source' is a mapping with a `type`, not 'demo'"),
+        ({**TINY, "data": ["strict"]}, r"section 'data' is a mapping of names to values, not \['strict'\]"),
+        ({**TINY, "training": "fast"}, "section 'training' is a mapping of names to values, not 'fast'"),
+        ({**TINY, "format": 1}, "a run of format 1, and this version of mllm-msr reads format 2"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_refused(content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(content)
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"broken\.yaml is not valid YAML"):
-        load_recipe(path)
-    path.write_text("- a", encoding="utf-8")
-    with pytest.raises(ValueError, match="mapping"):
-        load_recipe(path)
+    for text, message in (
+        ("a: [", r"broken\.yaml is not valid YAML"),
+        ("- a", r"broken\.yaml: a recipe is a mapping"),
+        ("name: x\nsource: {type: dmo}", r"broken\.yaml: source\.type='dmo' is unknown; did you mean 'demo'"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            load_recipe(path)
+
+
+def test_flags_of_training_are_checked_by_whoever_knows_them() -> None:
+    def check(flags: Any) -> dict[str, Any]:
+        if "lerning_rate" in flags:
+            raise ValueError("training: unknown key 'lerning_rate'")
+        return {"learning_rate": 1e-4, **flags}
+
+    assert parse_recipe(TINY, check).training["learning_rate"] == 1e-4
+    with pytest.raises(ValueError, match="unknown key 'lerning_rate'"):
+        parse_recipe(with_settings(TINY, {"training.lerning_rate": 1}), check)
+
+
+def test_the_effective_recipe_has_every_default_and_is_read_back_as_it_was() -> None:
+    recipe = tiny_recipe({"source.n_users": 5})
+    content = yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
+    assert content["source"] == {"type": "demo", "seed": 1, "n_users": 5, "n_items": 40}
+    assert content["data"] == asdict(recipe.data) and content["data"]["protocol"] == "strict"
+    assert content["evaluation"]["token_budget"] == 8192
+    assert parse_recipe(content) == recipe
+
+
+def test_settings_change_what_they_name_and_nothing_else() -> None:
+    changed = tiny_recipe({"source.n_users": 5, "item_noun": "film", "license": "mit"})
+    assert (changed.source, changed.item_noun, changed.license) == (DemoSource(1, 5, 40), "film", "mit")
+    assert changed.data == tiny_recipe().data and TINY["source"]["n_users"] == 12
+
+
+def test_numbers_of_the_other_kind_are_taken_where_they_are_meant() -> None:
+    assert tiny_recipe({"summaries.temperature": 1}).summaries.temperature == 1.0
+    with pytest.raises(ValueError, match=r"summaries\.temperature=True: must be a number"):
+        tiny_recipe({"summaries.temperature": True})

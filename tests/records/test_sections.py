@@ -8,8 +8,8 @@ from mllm_msr.records.sections import PrepareOptions
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"protocol": "loose"}, "protocol='loose': must be one of strict, paper, global-cutoff"),
-        ({"repeats": None}, "repeats=None: must be one of first, last, all"),
+        ({"protocol": "loose"}, "protocol='loose': must be one of .strict., .paper., .global-cutoff."),
+        ({"repeats": None}, "repeats=None: must be one of .first., .last., .all."),
         ({"n_negatives": 0}, "n_negatives=0: must be at least 1"),
         ({"n_negatives": 2.5}, "n_negatives=2.5: must be a whole number"),
         ({"limit_users": "5"}, "limit_users='5': must be a whole number"),

@@ -2,9 +2,11 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from mllm_msr.records.recipe import demo_recipe, load_recipe
+from mllm_msr.opening import check_recipe
+from mllm_msr.records.recipe import demo_recipe, load_content
 from mllm_msr.records.run import RunFolder
 from mllm_msr.stages import run_all
 
@@ -12,7 +14,7 @@ from mllm_msr.stages import run_all
 def demo(output: Path) -> RunFolder:
     """Run every stage and exit with an error if what the method rests on did not show."""
     start = time.monotonic()
-    run = RunFolder.create(output, load_recipe(demo_recipe()))
+    run = demo_run(output)
     run_all(run)
     auc = {variant: metrics["auc"].value for variant, metrics in run.results().variants.items()}
     print(f"\ndone in {time.monotonic() - start:.0f} s; the best achievable AUC (oracle) is {auc['oracle']:.3f}")
@@ -21,6 +23,24 @@ def demo(output: Path) -> RunFolder:
     if problems := shortcomings(auc):
         sys.exit("mllm-msr demo FAILED: " + "; ".join(problems))
     return run
+
+
+def demo_run(output: Path) -> RunFolder:
+    """The demo's run in ``output``; one that is there keeps the variants that it has been evaluated with.
+
+    Raises ValueError if ``output`` holds a run of another recipe.
+    """
+    recipe = check_recipe(load_content(demo_recipe()))
+    if (output / "config.yaml").is_file():
+        earlier = RunFolder.open(output).recipe
+        variants = list(dict.fromkeys([*recipe.evaluation.rows, *earlier.evaluation.rows]))
+        if replace(earlier, evaluation=recipe.evaluation) != recipe:
+            raise ValueError(
+                f"{output} holds a run of another recipe, {earlier.name!r}: name another folder by --output; to see "
+                f"that run in the browser: `mllm-msr show page {output}`"
+            )
+        recipe = replace(earlier, evaluation=replace(earlier.evaluation, rows=variants))
+    return RunFolder.create(output, recipe)
 
 
 def shortcomings(auc: dict[str, float]) -> list[str]:

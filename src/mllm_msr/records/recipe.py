@@ -119,14 +119,21 @@ def load_recipe(path: Path, check_training: CheckFlags = dict) -> Recipe:
 
 
 def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's mapping with ``{"section.name": value}`` in place; ValueError for a key of another form."""
+    """A recipe's mapping with ``{"section.name": value}`` in place.
+
+    ``item_noun`` and ``license``, which stand in no section, are set by their names. ValueError for any other key.
+    """
     sections = {"source", "prompts", "training", *SECTIONS}
     changed = dict(content)
     for key, value in settings.items():
         section, _, name = key.partition(".")
-        if not name or section not in sections:
-            raise ValueError(f"{key!r} is not a section and a name, such as summaries.block_size")
-        changed[section] = {**(changed.get(section) or {}), name: value}
+        if key in ("item_noun", "license"):
+            changed[key] = value
+        elif name and section in sections:
+            changed[section] = {**(changed.get(section) or {}), name: value}
+        else:
+            near = did_you_mean(section, sections)
+            raise ValueError(f"{key!r} is not a section and a name, such as summaries.block_size{near}")
     return changed
 
 

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mllm_msr.records.storage import write_text
 
@@ -162,50 +162,12 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``metrics.json``; what was not computed is left out."""
-        content = {name: _plain(value) for name, value in vars(self).items() if value is not None}
-        return {"rows" if name == "variants" else name: value for name, value in content.items()}
+        return _plain(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Results":
         """Read what :meth:`to_json` made; KeyError names a missing entry."""
-        known = {name: content[name] for name in _FACTS} | {"model_of": content.get("model_of")}
-        calibration, catalogue, agreement = (
-            content.get(name) for name in ("calibration", "full_catalogue", "agreement")
-        )
-        return cls(
-            **known,
-            variants=_by_variant(content["rows"]),
-            against={
-                variant: {name: Difference.from_json(one) for name, one in metrics.items()}
-                for variant, metrics in content.get("against", {}).items()
-            },
-            slices=[
-                Slice(one["by"], one["part"], one["users"], _by_variant(one["rows"]))
-                for one in content.get("slices", [])
-            ],
-            checks={variant: Check(**one) for variant, one in content.get("checks", {}).items()},
-            calibration=calibration
-            and Calibration(
-                _reliability(calibration["as_trained"]),
-                _reliability(calibration["prior_corrected"]),
-                calibration["shift"],
-            ),
-            full_catalogue=catalogue
-            and FullCatalogue(
-                catalogue["n_users"],
-                catalogue["n_candidates"],
-                {
-                    variant: CatalogueFigures(_metrics(one["sampled"]), _metrics(one["full"]))
-                    for variant, one in catalogue["rows"].items()
-                },
-            ),
-            agreement=agreement
-            and Agreement(
-                agreement["n_users"],
-                agreement["way"],
-                {way: AgreementFigures(**one) for way, one in agreement["others"].items()},
-            ),
-        )
+        return _typed(cls, content)
 
     def write(self, path: Path) -> None:
         """Write ``metrics.json``, whole or not at all."""
@@ -222,30 +184,34 @@ class Results:
             ) from error
 
 
-_FACTS = ("dataset", "protocol", "split", "n_users", "n_candidates", "seed", "candidate_hash")
-
-
-def _metrics(content: Mapping[str, Any]) -> Metrics:
-    return {name: Estimate.from_json(one) for name, one in content.items()}
-
-
-def _by_variant(content: Mapping[str, Any]) -> ByVariant:
-    return {variant: _metrics(metrics) for variant, metrics in content.items()}
-
-
-def _reliability(content: Mapping[str, Any]) -> Reliability:
-    return Reliability([ReliabilityBin(**one) for one in content["bins"]], content["error"])
+def _entry(name: str) -> str:
+    """The name of a field in the file, where the variants of a table are its rows."""
+    return "rows" if name == "variants" else name
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as JSON: a table's variants are its rows, and what is None is left out."""
+    """A value of the types above as JSON."""
     if isinstance(value, Estimate | Difference):
         return value.to_json()
+    if is_dataclass(value):
+        return {_entry(name): _plain(entry) for name, entry in vars(value).items() if entry is not None}
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if hasattr(value, "__dataclass_fields__"):
-        plain = {name: _plain(one) for name, one in vars(value).items() if one is not None}
-        return {"rows" if name == "variants" else name: one for name, one in plain.items()}
-    return value
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _typed(hint: Any, content: Any) -> Any:
+    """A value of the type ``hint`` from JSON."""
+    if hint in (Estimate, Difference):
+        return hint.from_json(content)
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = get_type_hints(hint)
+        needed = {each.name for each in fields(hint) if each.default is each.default_factory is MISSING}
+        names = [name for name in hints if name in needed or _entry(name) in content]
+        return hint(**{name: _typed(hints[name], content[_entry(name)]) for name in names})
+    kinds = get_args(hint)
+    if get_origin(hint) is dict:
+        return {name: _typed(kinds[1], entry) for name, entry in content.items()}
+    if get_origin(hint) is list:
+        return [_typed(kinds[0], entry) for entry in content]
+    return _typed(kinds[0], content) if type(None) in kinds else content
