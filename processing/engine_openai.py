@@ -118,9 +118,12 @@ class OpenAIEngine:
         """
 
         async def answers() -> list[Answer]:
-            limits = aiohttp.ClientTimeout(total=self.timeout)
-            cookies = aiohttp.DummyCookieJar()
-            async with aiohttp.ClientSession(headers=self._headers, timeout=limits, cookie_jar=cookies) as session:
+            async with aiohttp.ClientSession(
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=self.timeout),
+                connector=aiohttp.TCPConnector(limit=0),  # waiting for a place would count as time of the request
+                cookie_jar=aiohttp.DummyCookieJar(),
+            ) as session:
                 batch = _Batch(self, session, asyncio.Semaphore(self.concurrency))
                 return await asyncio.gather(
                     *(
