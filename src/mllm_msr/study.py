@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 import yaml
 
-from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, parse_recipe, with_settings
+from mllm_msr.opening import check_recipe
+from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, with_settings
 from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import SCORES
@@ -95,7 +96,7 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
             print(f"\n== {label}", flush=True)
             start = time.monotonic()
             try:
-                run = start_cell(folder, parse_recipe(with_settings(content, full)), donors)
+                run = start_cell(folder, check_recipe(with_settings(content, full)), donors)
                 finish_cell(run)
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 failures.append(f"{label}: {error}")
