@@ -13,7 +13,7 @@ from mllm_msr.hub_cards.facts import Release, RunFacts, slug
 from mllm_msr.hub_cards.findings import findings, headline
 from mllm_msr.hub_cards.shards import PublishedTable
 from mllm_msr.hub_cards.terms import SOURCE_TERMS, backbone_license, conflicts
-from mllm_msr.hub_cards.view import METRIC_LABELS, TableView, in_order, percent, results_table
+from mllm_msr.hub_cards.view import TableView, in_order, metric_label, percent, results_table
 from mllm_msr.records.public import public_name
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
@@ -87,11 +87,10 @@ def _eval_results(results: Results, release: Release | None) -> list[EvalResult]
                 "candidate_hash": results.candidate_hash,
             },
             metric_type=name,
-            metric_name=METRIC_LABELS[name],
+            metric_name=metric_label(name),
             metric_value=round(ours[name].value, 4),
         )
-        for name in METRIC_LABELS
-        if name in ours
+        for name in ours
     ] or None
 
 

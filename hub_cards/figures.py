@@ -9,7 +9,7 @@ from markupsafe import Markup
 from mllm_msr.evaluation.places import hit_curve
 from mllm_msr.hub_cards.charts import Interval, Line, interval_chart, line_chart
 from mllm_msr.hub_cards.facts import LossPoint
-from mllm_msr.hub_cards.view import DIVISIONS, METRIC_LABELS, SLICED, in_order, percent, variant_of
+from mllm_msr.hub_cards.view import DIVISIONS, SLICED, in_order, metric_label, percent, variant_of
 from mllm_msr.records.results import Results, Slice
 from mllm_msr.records.variants import OURS, Variant
 
@@ -64,10 +64,10 @@ def _slice_chart(results: Results, title: str, parts: Sequence[Slice]) -> Markup
     values = "; ".join(f"{names[int(x) - 1]} {y:.0f}" for x, y in zip(lines[0].x, lines[0].y, strict=True))
     return line_chart(
         lines,
-        title=f"{METRIC_LABELS[SLICED]} by {title}",
+        title=f"{metric_label(SLICED)} by {title}",
         description=f"{lines[0].name}, percent: {values}.",
         x_label=title,
-        y_label=f"{METRIC_LABELS[SLICED]}, percent",
+        y_label=f"{metric_label(SLICED)}, percent",
         x_range=(0.8, len(parts) + 0.2),
         y_range=(0, 1.05 * max(max(line.y) for line in lines) or 1),
         x_names=names,

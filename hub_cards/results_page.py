@@ -11,8 +11,8 @@ from mllm_msr.evaluation.metrics import paired_differences
 from mllm_msr.hub_cards.findings import conditions, headline
 from mllm_msr.hub_cards.view import (
     AGREEMENT_HEAD,
+    AMONG_ALL,
     COMPARED,
-    METRIC_LABELS,
     SLICED,
     Cell,
     Row,
@@ -24,6 +24,7 @@ from mllm_msr.hub_cards.view import (
     differences_table,
     estimate_cell,
     in_order,
+    metric_label,
     percent,
     results_table,
     sections,
@@ -65,7 +66,7 @@ def console_page(results: Results) -> str:
         parts += ["In points, paired by user:", differences.to_text()]
     if catalogue := results.full_catalogue:
         items = f"{catalogue.n_users:,} users, sampled candidates and all {catalogue.n_candidates:,.0f} items:"
-        parts += [items, catalogue_table(catalogue, (SLICED,)).to_text(), catalogue_words(results, catalogue)]
+        parts += [items, catalogue_table(catalogue, AMONG_ALL[2:]).to_text(), catalogue_words(results, catalogue)]
     return "\n".join(parts)
 
 
@@ -98,7 +99,7 @@ def compare(runs: Sequence[RunFolder]) -> str:
                 rows.append(
                     Row.of(variant, [Cell(label), *(estimate_cell(metrics.get(name)) for name in SIDE_BY_SIDE)])
                 )
-    parts = [TableView(("", "run", *(METRIC_LABELS[name] for name in SIDE_BY_SIDE)), tuple(rows)).to_markdown()]
+    parts = [TableView(("", "run", *(metric_label(name) for name in SIDE_BY_SIDE)), tuple(rows)).to_markdown()]
     if len({one.candidate_hash for one in results.values()}) > 1:
         parts.append("Not the same candidates: compare the differences between variants, not the figures.")
     if paired := beside_the_first(labels):
@@ -138,7 +139,7 @@ def beside_the_first(runs: Mapping[str, RunFolder]) -> TableView | None:
         cells = [cell for name in COMPARED for cell in difference_cells(Difference.from_json(differences[name]))]
         agreed = agreement_cells(agreement(ours["user_id"], ours["logit"], theirs["logit"]))
         rows.append(Row(label, (*cells, *agreed, Cell(_shared_words(first, run)))))
-    gaps = [head for name in COMPARED for head in (METRIC_LABELS[name], "p")]
+    gaps = [head for name in COMPARED for head in (metric_label(name), "p")]
     head = ("", *gaps, *AGREEMENT_HEAD, "words that the preferences share, percent")
     return TableView(head, tuple(rows)) if rows else None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_msr.hub_cards.charts import Interval, interval_chart, standalone
-from mllm_msr.hub_cards.view import METRIC_LABELS, Cell, Row, TableView, difference_cells, estimate_cell, variant_of
+from mllm_msr.hub_cards.view import Cell, Row, TableView, difference_cells, estimate_cell, metric_label, variant_of
 from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.storage import write_text
 from mllm_msr.records.variants import OURS
@@ -100,7 +100,7 @@ def study_page(study: StudyResults) -> str:
         seconds = entry.train_seconds
         cells.append(Cell(f"{sum(seconds) / len(seconds):.0f} s" if seconds else ""))
         rows.append(Row(entry.label + ("" if entry.same_candidates else " (other candidates)"), tuple(cells)))
-    head = [head for name in METRICS_SHOWN for head in (METRIC_LABELS[name], "against the first", "p")]
+    head = [head for name in METRICS_SHOWN for head in (metric_label(name), "against the first", "p")]
     parts = [
         f"# {study.study}",
         f"Percent and points, {study.entries[0].users:,} users; ± is the standard deviation over seeds; 95% intervals "

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from mllm_msr.evaluation.metrics import METRICS
 from mllm_msr.records.results import Agreement, AgreementFigures, Difference, Estimate, FullCatalogue, Results
 from mllm_msr.records.variants import OURS, VARIANTS, Variant
 
-METRIC_LABELS = {name: name.upper() for name in METRICS} | {"auc_user": "AUC per user"}
 COMPARED = ("auc", "hr@5", "ndcg@5")
-AMONG_ALL = ("hr@5", "hr@10", "ndcg@5")
+AMONG_ALL = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
+ORDERED_BY = ("ndcg@5", "ndcg@10", "hr@10")  # the first that was measured
 SLICED = "ndcg@5"
 DIVISIONS = {
     "history_length": "items in the history",
@@ -138,9 +137,27 @@ def in_order(names: Iterable[str]) -> list[Variant]:
     return [variant_of(name) for name in sorted(names, key=lambda name: places.get(name, (False, len(places))))]
 
 
+def metric_label(name: str) -> str:
+    """
+    >>> metric_label("ndcg@10"), metric_label("auc_user")
+    ('NDCG@10', 'AUC per user')
+    """
+    return "AUC per user" if name == "auc_user" else name.upper()
+
+
 def metrics_of(results: Results) -> list[str]:
-    """The metrics that at least one variant has, in reading order."""
-    return [name for name in METRICS if any(name in metrics for metrics in results.variants.values())]
+    """The metrics that at least one variant has, in the order in which they were asked for."""
+    return list(dict.fromkeys(name for metrics in results.variants.values() for name in metrics))
+
+
+def measured(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """Those of the ``wanted`` metrics that are among ``names``; if none is, the first of ``names``.
+
+    >>> measured(["hr@3", "auc"], ("auc", "hr@5")), measured(["hr@3"], ("auc",))
+    (['auc'], ['hr@3'])
+    """
+    names = list(names)
+    return [name for name in wanted if name in names] or names[:1]
 
 
 def percent(value: float) -> str:
@@ -186,36 +203,39 @@ def results_table(results: Results) -> TableView:
         return estimate_cell(estimate, best)
 
     rows = [Row.of(variant, [cell(variant, name) for name in names]) for variant in in_order(results.variants)]
-    return TableView(("", *(METRIC_LABELS[name] for name in names)), tuple(rows))
+    return TableView(("", *(metric_label(name) for name in names)), tuple(rows))
 
 
-def differences_table(results: Results, metrics: Sequence[str] = COMPARED) -> TableView | None:
+def differences_table(results: Results, wanted: Sequence[str] = COMPARED) -> TableView | None:
     """Our variant less each other one, in points, with p; None if that was not computed."""
+    metrics = measured(metrics_of(results), wanted)
     rows = [
         Row.of(
             variant, [cell for name in metrics for cell in difference_cells(results.against[variant.name].get(name))]
         )
         for variant in in_order(results.against)
     ]
-    head = [label for name in metrics for label in (METRIC_LABELS[name], "p")]
+    head = [label for name in metrics for label in (metric_label(name), "p")]
     return TableView((f"{variant_of(OURS).label} less", *head), tuple(rows)) if rows else None
 
 
-def catalogue_table(catalogue: FullCatalogue, metrics: Sequence[str] = AMONG_ALL) -> TableView:
+def catalogue_table(catalogue: FullCatalogue, wanted: Sequence[str] = AMONG_ALL) -> TableView:
     """The same users' metrics among sampled candidates and among all items."""
+    metrics = measured(next(iter(catalogue.variants.values())).full, wanted)
     rows = []
     for variant in in_order(catalogue.variants):
         figures = catalogue.variants[variant.name]
         cells = [estimate_cell(part.get(name)) for name in metrics for part in (figures.sampled, figures.full)]
         rows.append(Row.of(variant, cells))
-    head = [f"{METRIC_LABELS[name]} {among}" for name in metrics for among in ("sampled", "all items")]
+    head = [f"{metric_label(name)} {among}" for name in metrics for among in ("sampled", "all items")]
     return TableView(("", *head), tuple(rows))
 
 
 def catalogue_words(results: Results, catalogue: FullCatalogue) -> str:
     """Whether variants keep their order when all items are ranked."""
+    metric = measured(next(iter(catalogue.variants.values())).full, ORDERED_BY)[0]
     figures = {
-        variant: (figures.sampled[SLICED].value, figures.full[SLICED].value)
+        variant: (figures.sampled[metric].value, figures.full[metric].value)
         for variant in in_order(catalogue.variants)
         for figures in [catalogue.variants[variant.name]]
     }
@@ -227,7 +247,7 @@ def catalogue_words(results: Results, catalogue: FullCatalogue) -> str:
                 f"{ahead.label} is ahead of {behind.label} among sampled candidates and behind among all items"
             )
     order = "; ".join(turned[:3]) + (f"; and {len(turned) - 3} pairs more" if turned[3:] else "")
-    words = f"By {METRIC_LABELS[SLICED]} of these users {order or 'both put the variants into one order'}."
+    words = f"By {metric_label(metric)} of these users {order or 'both put the variants into one order'}."
     if OURS in results.variants and OURS not in catalogue.variants:
         words += f" {variant_of(OURS).label} is not among them: so many pairs were too costly; fewer users may not be."
     return words
@@ -278,7 +298,7 @@ def sections(results: Results) -> list[Section]:
         parts.append(Section("Among all items", words, catalogue_table(catalogue), detail=False))
     for by, title in DIVISIONS.items():
         if table := slice_table(results, by):
-            parts.append(Section(f"{METRIC_LABELS[SLICED]} by {title}", "Percent.", table))
+            parts.append(Section(f"{metric_label(SLICED)} by {title}", "Percent.", table))
     if calibration := results.calibration:
         trained, corrected = calibration.as_trained.error, calibration.prior_corrected.error
         words = (

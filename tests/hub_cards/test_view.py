@@ -1,11 +1,13 @@
 """Results as tables and in words: the order of variants, who is best, and sentences that do not flatter."""
 
+from dataclasses import replace
+
 import pytest
 
-from mllm_msr.evaluation.metrics import METRICS
 from mllm_msr.hub_cards.findings import Finding, findings, headline
-from mllm_msr.hub_cards.view import METRIC_LABELS, TableView, in_order, results_table, variant_of
-from mllm_msr.records.results import Difference, Estimate, Metrics, Results
+from mllm_msr.hub_cards.results_page import console_page, results_page
+from mllm_msr.hub_cards.view import TableView, in_order, results_table, variant_of
+from mllm_msr.records.results import CatalogueFigures, Difference, Estimate, FullCatalogue, Metrics, Results
 
 
 def metrics(value: float) -> Metrics:
@@ -60,8 +62,20 @@ def test_variants_come_in_reading_order_with_the_oracle_last():
     assert variant_of("my_knn").label == "my knn"
 
 
-def test_every_metric_has_a_label():
-    assert list(METRIC_LABELS) == list(METRICS)
+def test_metrics_of_any_cut_off_are_shown_in_the_order_asked_for():
+    metrics = {"hr@3": Estimate(0.5, 0.4, 0.6), "auc_user": Estimate(0.7, 0.6, 0.8)}
+    difference = {name: Difference(0.1, 0.0, 0.2, 0.04) for name in metrics}
+    catalogue = FullCatalogue(4, 90.0, {"popularity": CatalogueFigures(metrics, metrics)})
+    asked = replace(
+        RESULTS,
+        variants={"mllm_msr": metrics, "popularity": metrics},
+        against={"popularity": difference},
+        full_catalogue=catalogue,
+    )
+    assert results_table(asked).head == ("", "HR@3", "AUC per user")
+    page, console = results_page(asked), console_page(asked)
+    assert "| popularity | +10.0 (+0.0 to +20.0) | 0.040 |" in page
+    assert "By HR@3 of these users both put the variants into one order" in page and "HR@3 all items" in console
 
 
 def test_markdown_has_a_cell_for_every_variant_and_metric_and_the_oracle_is_never_best():
