@@ -1,18 +1,29 @@
-"""Pictures from anywhere -> small RGB pictures that every backbone takes, or a reason why not."""
+"""Images from anywhere -> small RGB images that every backbone takes, without metadata; or a reason why not."""
 
 import io
-import warnings
-from functools import cache
+from collections import defaultdict
+from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-MAX_PIXELS = 50_000_000  # about what a full-frame camera makes; more is a mistake or an attack
-MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of this kind
+from mllm_msr.records.sections import MAX_EDGE, MAX_PIXELS
+
 MIN_EDGE = 32  # two patches of 14 or 16 pixels; some image processors fail below that
 MAX_ASPECT = 8  # wider than this is padded: processors that keep the aspect ratio reject or explode on ribbons
-THUMBNAIL = 96  # longer edge of the pictures in a report
-SMALL = 128  # pictures up to this edge are stored lossless
+THUMBNAIL = 96  # longer edge of the images in a report
+SMALL = 128  # images up to this edge are stored lossless
+FULL_SCALE = defaultdict(lambda: (255.0, 65535.0), F=(1.0, 255.0, 65535.0))  # white, in images of numbers, by mode
+ORIENTATION = 0x0112  # the EXIF tag
+TURNED = {  # its values -> what sets the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BrokenImage(ValueError):
@@ -20,14 +31,20 @@ class BrokenImage(ValueError):
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_edge: int = MAX_EDGE) -> Image.Image:
-    """Decode ``data`` into an RGB picture with edges of MIN_EDGE to ``max_edge`` pixels and aspect of at most 8:1.
+    """Decode ``data`` into an RGB image with edges of MIN_EDGE to ``max_edge`` pixels and an aspect of at most 8:1.
 
-    The format is read from the bytes, never from a name. EXIF rotation is applied, transparency is laid on white, an
-    animation gives its first frame, 16-bit grey is scaled, CMYK and palettes are converted, tiny or ribbon-shaped
-    pictures are padded with white. Raises :class:`BrokenImage` for what is no picture, is cut short, has more than
-    ``max_pixels`` pixels (before they are decoded), or is the one-pixel placeholder of a tracking link.
+    The format, any that Pillow decodes by itself, is read from the bytes, never from a name. EXIF rotation is applied,
+    transparency is laid on white, an animation gives its first frame, numbers beyond 8 bits are scaled, CMYK and
+    palettes are converted, tiny or ribbon-shaped images are padded with white. Metadata does not survive.
+
+    Raises:
+        BrokenImage: no image, one that is cut short, has more than ``max_pixels`` pixels (which are not decoded then),
+            is the one-pixel placeholder of a tracking link, or has only one colour once transparency or scale are
+            applied.
     """
-    return _fit(_to_rgb(_load(data, max_pixels, max_edge)), max_edge)
+    image = _fit(_rgb(data, max_pixels, max_edge), max_edge)
+    image.info = {}  # from where an encoder would take comments and profiles
+    return image
 
 
 def encode(image: Image.Image) -> bytes:
@@ -41,44 +58,36 @@ def encode(image: Image.Image) -> bytes:
 
 
 def normalise(data: bytes, max_pixels: int = MAX_PIXELS, max_edge: int = MAX_EDGE) -> bytes:
-    """Bytes to store for ``data``: unchanged if it is a plain RGB JPEG or PNG of a fitting size, else encoded anew."""
-    image = decode(data, max_pixels, max_edge)
-    with Image.open(io.BytesIO(data)) as original:
-        plain = original.format in ("JPEG", "PNG") and original.mode == "RGB" and not original.has_transparency_data
-        if plain and original.size == image.size and _orientation(original) == 1:
-            return data
-    return encode(image)
+    """Bytes to store for ``data``: always encoded anew, so that they hold pixels and nothing else (no place, no camera,
+    no comment, no earlier state of the image)."""
+    return encode(decode(data, max_pixels, max_edge))
 
 
 def thumbnail(data: bytes) -> bytes:
     """A small JPEG of an image for reports, transparency laid on white; :class:`BrokenImage` if it is none."""
-    small = _to_rgb(_load(data, MAX_PIXELS, 2 * THUMBNAIL))
+    small = _rgb(data, MAX_PIXELS, 2 * THUMBNAIL)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.info = {}
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
     return buffer.getvalue()
 
 
-@cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
-
-
-def _load(data: bytes, max_pixels: int, max_edge: int) -> Image.Image:
+def _rgb(data: bytes, max_pixels: int, max_edge: int) -> Image.Image:
     if not data:
         raise BrokenImage("empty file")
+    image: Any = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own pixel limit below is stricter than Pillow's warning
-            image = Image.open(io.BytesIO(data), formats=_formats())
-            if image.size == (1, 1):
-                raise BrokenImage("one-pixel placeholder")
-            if image.width * image.height > max_pixels:
-                raise BrokenImage(f"more than {max_pixels:,} pixels")
-            image.draft(None, (max_edge, max_edge))  # lets JPEG decode at half or quarter size
-            image.load()
-            return image
+        image = Image.open(io.BytesIO(data))
+        if image.size == (1, 1):
+            raise BrokenImage("one-pixel placeholder")
+        if image.width * image.height > max_pixels:
+            raise BrokenImage(f"more than {max_pixels:,} pixels")
+        if image.format in ("EPS", "WMF"):
+            raise BrokenImage(f"{image.format}, which takes another program to decode")
+        image.draft(None, (max_edge, max_edge))  # lets JPEG decode at half or quarter size
+        image.load()
+        return _upright(image, _opaque(image))
     except BrokenImage:
         raise
     except Image.DecompressionBombError as error:
@@ -90,23 +99,35 @@ def _load(data: bytes, max_pixels: int, max_edge: int) -> Image.Image:
         raise BrokenImage(reason) from error
 
 
-def _orientation(image: Image.Image) -> int:
+def _opaque(image: Image.Image) -> Image.Image:
+    """As RGB, whatever the mode."""
+    if image.mode == "F" or image.mode.startswith("I"):  # numbers, which convert() would clip to white or black
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        low, high = float(values.min()), float(values.max())
+        varied, low = low < high, min(0.0, low)
+        high = next((white for white in FULL_SCALE[image.mode] if high <= white), high)
+        made = Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        varied = not _one_colour(image)
+        made = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    else:
+        return image.convert("RGB")
+    if varied and _one_colour(made):
+        raise BrokenImage("one colour only, once its transparency or range is applied")
+    return made
+
+
+def _one_colour(image: Image.Image) -> bool:
+    return all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2)))
+
+
+def _upright(image: Image.Image, made: Image.Image) -> Image.Image:
     try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:  # unreadable EXIF: the picture itself was fine
-        return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if _orientation(image) in range(2, 9):
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-        return image.point(lambda value: value / 257, "F").convert("L").convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        turned = TURNED.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # unreadable EXIF: the image itself was fine
+        return made
+    return made if turned is None else made.transpose(turned)
 
 
 def _fit(image: Image.Image, max_edge: int) -> Image.Image:
