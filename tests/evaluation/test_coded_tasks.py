@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from mllm_msr.evaluation.coded_tasks import PADDING, CodedLists, CodedTasks, ndcg_at
-from mllm_msr.evaluation.metrics import per_user_metrics
+from mllm_msr.evaluation.metrics import user_columns
 
 ITEMS = pl.DataFrame({"item_id": ["c", "a", "b", "d"]})
 
@@ -53,7 +53,7 @@ def test_quality_is_the_metrics_ndcg_with_ties(per_task):
     tasks.candidates = lists(*[list(range(9 + per_task))] * 20)
     tasks.labels = np.concatenate(labels)
     values = rng.integers(0, 5, len(tasks.labels)).astype(float)
-    expected = per_user_metrics(tasks.candidates.owner, tasks.labels, values)["ndcg@5"].mean()
+    expected = user_columns(tasks.candidates.owner, tasks.labels, values)["ndcg@5"].mean()
     assert tasks.quality(values) == pytest.approx(expected)
 
 

@@ -48,12 +48,9 @@ def test_equals_the_mean_over_all_orders_of_equals(levels):
         labels[RNG.integers(size)] = 1
         scores = RNG.integers(0, levels, size).astype(float)
         expected = expectation(labels.tolist(), scores.tolist())
-        row = metrics.per_user_metrics(["x"] * size, labels, scores).row(0, named=True)
         for name, value in expected.items():
-            if np.isnan(value):
-                assert row[name] is None
-            else:
-                assert row[name] == pytest.approx(value, abs=1e-12), (name, labels, scores)
+            result = metrics.list_metric(name, labels, scores)
+            assert result == pytest.approx(value, abs=1e-12, nan_ok=True), (name, labels, scores)
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
@@ -132,16 +129,16 @@ def test_equals_trec_eval_on_lists_of_any_length_with_any_number_of_positives():
 
 def test_infinite_scores_are_ranked():
     inf = float("inf")
-    row = metrics.per_user_metrics(["x"] * 4, [0, 1, 0, 0], [-inf, inf, 0.0, inf]).row(0, named=True)
-    assert row["hr@1"] == 0.5 and row["map"] == pytest.approx(0.75) and row["auc_user"] == pytest.approx(2.5 / 3)
+    for name, value in (("hr@1", 0.5), ("map", 0.75), ("auc_user", 2.5 / 3)):
+        assert metrics.list_metric(name, [0, 1, 0, 0], [-inf, inf, 0.0, inf]) == pytest.approx(value)
     assert metrics.list_metric("auc_user", [1, 0], [0.0, -0.0]) == 0.5  # equal numbers, however written
 
 
 def test_single_list_functions_agree_with_the_table():
     labels, scores = [0, 1, 0, 1, 0, 0], [3.0, 2.0, 2.0, 1.0, 1.0, 0.0]
-    row = metrics.per_user_metrics(["x"] * 6, labels, scores).row(0, named=True)
+    columns = metrics.user_columns(["x"] * 6, labels, scores)
     for name in metrics.METRICS[1:]:
-        assert metrics.list_metric(name, labels, scores) == row[name]
+        assert [metrics.list_metric(name, labels, scores)] == columns[name].tolist()
     assert metrics.list_metric("hr@2", labels, scores) == 0.5
 
 
@@ -176,7 +173,7 @@ def test_any_cutoff_is_a_metric_and_an_unknown_one_is_refused():
 def test_user_ids_may_be_anything_hashable(ids):
     labels, scores = [1, 0, 0, 1], [0.9, 0.1, 0.4, 0.3]
     assert metrics.ranking_metrics(ids, labels, scores, n_bootstrap=2)["hr@1"]["value"] == 0.5
-    assert metrics.per_user_metrics(ids, labels, scores).height == 2
+    assert metrics.user_columns(ids, labels, scores)["hr@1"].tolist() in ([0.0, 1.0], [1.0, 0.0])
 
 
 def test_an_all_tied_model_gets_what_guessing_gets_wherever_the_positive_stands():
@@ -190,12 +187,11 @@ def test_an_all_tied_model_gets_what_guessing_gets_wherever_the_positive_stands(
         assert result["mrr@5"]["value"] == pytest.approx(sum(1 / r for r in range(1, 6)) / 21)
 
 
-def test_users_without_a_value_do_not_count_and_are_null():
+def test_users_without_a_value_do_not_count():
     users, labels, scores = ["a", "a", "b", "b", "c", "c"], [1, 0, 0, 0, 1, 1], [1.0, 0.0, 5.0, 4.0, 2.0, 1.0]
-    table = metrics.per_user_metrics(users, labels, scores)
-    assert table["user_id"].to_list() == ["a", "b", "c"]
-    assert table["auc_user"].to_list() == [1.0, None, None]  # b has no positive, c no negative
-    assert table["hr@1"].to_list() == [1.0, None, 1.0]
+    columns = metrics.user_columns(users, labels, scores)
+    assert columns["auc_user"] == pytest.approx([1.0, np.nan, np.nan], nan_ok=True)  # b: no positive, c: no negative
+    assert columns["hr@1"] == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
     result = metrics.ranking_metrics(users, labels, scores, n_bootstrap=50)
     assert result["hr@1"] == {"value": 1.0, "ci95": [1.0, 1.0]}
     with pytest.raises(ValueError, match="auc_user is undefined"):

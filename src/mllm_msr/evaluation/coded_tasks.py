@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.metrics import TieGroups, metric_column, per_user_metrics
+from mllm_msr.evaluation.metrics import TieGroups, metric_column, user_columns
 
 Array = np.ndarray
 PADDING = -1  # after the last code of a padded list
@@ -111,8 +111,7 @@ class CodedTasks:
             own = values[positives][owner]
             above, level = (np.bincount(owner[where], minlength=len(self)) for where in (values > own, values == own))
             return ndcg_at(5, above, level - 1)
-        metrics = per_user_metrics(owner, self.labels, values)
-        return float(metrics["ndcg@5"].drop_nulls().to_numpy().mean())
+        return float(np.nanmean(user_columns(owner, self.labels, values, ["ndcg@5"])["ndcg@5"]))
 
     def catalogue_places(
         self, scores: Callable[[CodedLists], Array], chosen: CodedLists | None = None, pairs: int = 10_000_000

@@ -91,6 +91,9 @@ def user_columns(
 
     The mean over resampled users is the resampled metric; for the pooled AUC to first order, see
     :func:`ranking_metrics`. So columns of several rankers of the same users may be subtracted or averaged first.
+
+    >>> user_columns(["b", "b", "a", "a"], [1, 0, 0, 1], [0.5, 0.5, 3.0, 1.0], ["hr@1"])["hr@1"].tolist()
+    [0.0, 0.5]
     """
     rows = Rows.read(user_ids, labels, logits)
     groups = TieGroups.of(rows)
@@ -131,23 +134,6 @@ def paired(ours: Columns, theirs: Columns, n_bootstrap: int = 2000, seed: int = 
         name: {"difference": float(observed[i]), "ci95": [float(low[i]), float(high[i])], "p": float(p[i])}
         for i, name in enumerate(ours)
     }
-
-
-def per_user_metrics(
-    user_ids: Values, labels: Values, logits: Values, metrics: Sequence[str] = METRICS[1:]
-) -> pl.DataFrame:
-    """One row per user (sorted by id): ``user_id`` and the metrics of the user's own list; null where undefined.
-
-    Undefined: all metrics of a user without positives; ``auc_user`` of a user without negatives. Arguments and errors
-    as for :func:`ranking_metrics`.
-
-    >>> per_user_metrics(["b", "b", "a", "a"], [1, 0, 0, 1], [0.5, 0.5, 3.0, 1.0]).select("user_id", "hr@1").rows()
-    [('a', 0.0), ('b', 0.5)]
-    """
-    rows = Rows.read(user_ids, labels, logits)
-    groups = TieGroups.of(rows)
-    columns = {name: metric_column(groups, name) for name in metrics}
-    return pl.DataFrame({"user_id": rows.users, **columns}).with_columns(pl.col(*metrics).fill_nan(None))
 
 
 def list_metric(name: str, labels: Values, scores: Values) -> float:
