@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
+from mllm_msr.records.schema import CUT_INTERACTIONS
 from mllm_msr.training.arguments import ExampleArguments
 from mllm_msr.training.negatives import EpochNegatives, NegativeOptions
 
@@ -24,6 +26,7 @@ class TrainingData:
         training: the rows trained on: ``examples``, or those with ``negatives``.
         validation: the rows evaluated during training, if any are.
         negatives: of the epoch at hand, where each has its own.
+        cut: ``user_id`` and ``item_id`` of what ``max_history`` has cut off the histories, where the data set has it.
     """
 
     items: Catalogue
@@ -31,6 +34,7 @@ class TrainingData:
     training: Dataset
     validation: Dataset | None
     negatives: EpochNegatives | None
+    cut: pl.DataFrame
 
     @classmethod
     def load(cls, arguments: ExampleArguments, training_args: TrainingArguments) -> "TrainingData":
@@ -38,6 +42,8 @@ class TrainingData:
         source = arguments.dataset_name or ""
         items = Catalogue(load_table(source, "items", "train"))
         examples = load_table(source, "sft", arguments.dataset_train_split)
+        cut_file = CUT_INTERACTIONS.path(Path(source))
+        cut = CUT_INTERACTIONS.read(cut_file) if cut_file.is_file() else CUT_INTERACTIONS.frame()
         negatives = validation = None
         if arguments.samples_negatives:
             options = NegativeOptions(
@@ -47,11 +53,11 @@ class TrainingData:
                 popular=arguments.popular_negatives,
                 seed=training_args.seed,
             )
-            negatives = EpochNegatives(examples, load_table(source, "tasks", "all"), items, options)
+            negatives = EpochNegatives(examples, load_table(source, "tasks", "all"), items, options, cut)
         if training_args.eval_strategy != "no":
             rows = load_table(source, "sft", arguments.dataset_test_split)
             validation = first_tasks(rows, arguments.max_eval_samples)
-        return cls(items, examples, negatives.dataset() if negatives else examples, validation, negatives)
+        return cls(items, examples, negatives.dataset() if negatives else examples, validation, negatives, cut)
 
     def task_ids(self) -> list[str]:
         """The task of each row of ``training``."""

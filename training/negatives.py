@@ -68,12 +68,20 @@ class EpochNegatives:
         tasks: ``split``, ``user_id``, ``history``, ``candidates``, ``labels`` of all splits.
         catalogue: the items.
         options: how many negatives, and where they come from.
+        cut: ``user_id``, ``item_id`` of interactions that are in no history, as ``max_history`` has cut them off.
 
     Raises:
         ValueError: a user has met so much that fewer items are left than are to be sampled.
     """
 
-    def __init__(self, examples: Dataset, tasks: Dataset, catalogue: Catalogue, options: NegativeOptions) -> None:
+    def __init__(
+        self,
+        examples: Dataset,
+        tasks: Dataset,
+        catalogue: Catalogue,
+        options: NegativeOptions,
+        cut: pl.DataFrame,
+    ) -> None:
         if options.hard > options.pool:
             raise ValueError(
                 f"{options.hard} hard negatives cannot be chosen from a pool of {options.pool}: raise the pool"
@@ -98,7 +106,7 @@ class EpochNegatives:
         counts = met.filter(pl.col("split") == "train").unique(["user_id", "item_id"]).select(place).to_series()
         self.counts = np.bincount(counts.to_numpy(), minlength=len(self.ids))  # (I,) of training interactions
         taken = facts if options.random is None else self.positives
-        seen = pl.concat([met.select("user_id", "item_id"), taken.select("user_id", "item_id")])
+        seen = pl.concat(part.select("user_id", "item_id") for part in (met, taken, cut))
         seen = seen.filter(pl.col("user_id").is_in(users.implode())).with_columns(place)
         codes = users.search_sorted(seen["user_id"]).to_numpy().astype(np.int64) * len(self.ids)
         self.sampler = NegativeSampler(codes + seen["item_id"].to_numpy(), len(users), len(self.ids))

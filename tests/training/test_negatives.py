@@ -10,14 +10,16 @@ from datasets import load_dataset
 
 from mllm_msr.hub_cards.publishing import build_hub
 from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import CUT_INTERACTIONS
 from mllm_msr.training import sft
 from mllm_msr.training.data import TrainingData
 from mllm_msr.training.negatives import EpochNegatives, NegativeOptions
 
 
-def negatives(run, **more) -> EpochNegatives:
+def negatives(run, cut=(), **more) -> EpochNegatives:
     options = NegativeOptions(**{"random": 3, "pool": 5, **more})
-    return EpochNegatives(run.table("sft", "train"), run.table("tasks", "all"), run.items, options)
+    tables = run.table("sft", "train"), run.table("tasks", "all")
+    return EpochNegatives(*tables, run.items, options, CUT_INTERACTIONS.frame(cut))
 
 
 def flags(run, output, **more):
@@ -42,6 +44,16 @@ def test_no_negative_was_ever_chosen_by_its_user(small_run, popular):
     assert len(pairs) == 3 * sum(rows["label"]) == 3 * sum(small_run.table("sft", "train")["label"])
     assert not chosen & {tuple(pair) for pair in pairs}
     assert all(len(set(row)) == 3 for row in sampled.items)
+
+
+def test_what_a_cut_history_no_longer_has_is_no_negative_either(small_run):
+    user = small_run.table("sft", "train")["user_id"][0]
+    unseen = negatives(small_run, random=5)
+    offered = {unseen.ids[item] for epoch in range(50) for item in unseen.sample(epoch, np.array([0])).flat}
+    cut = sorted(offered)[:5]
+    sampled = negatives(small_run, cut=[(user, item) for item in cut], random=5)
+    for epoch in range(50):
+        assert not set(cut) & {sampled.ids[item] for item in sampled.sample(epoch, np.array([0])).flat}
 
 
 def test_a_row_is_its_positives_with_another_item(small_run):
@@ -123,7 +135,7 @@ def test_a_killed_training_goes_on_with_the_same_negatives(small_run, tmp_path):
 
 def test_a_published_data_set_suffices(small_run, tmp_path):
     """Its tasks are in three files, its users may have other names."""
-    run = RunFolder.open(shutil.copytree(small_run.path, tmp_path / "run"))
+    run = RunFolder.open(shutil.copytree(small_run.folder, tmp_path / "run"))
     published = build_hub(run, parts=["dataset"])["dataset"]
     assert load_dataset(str(published), "tasks").keys() == {"train", "validation", "test"}
     ours = TrainingData.load(*sft.parse([], **flags(small_run, tmp_path))[:2])
