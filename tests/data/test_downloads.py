@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mllm_msr.data.downloads import Downloads
+from mllm_msr.data.images import normalise
 from mllm_msr.data.prepare import prepare
 from mllm_msr.data.raw import RawData
 from mllm_msr.evaluation.places import popularity_figures
@@ -94,7 +95,7 @@ def test_a_machine_that_is_offline_gives_up(site: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["keep", "drop"])
-def test_prepare_fetches_pictures(site: str, tmp_path: Path, missing: Any) -> None:
+def test_prepare_fetches_images(site: str, tmp_path: Path, missing: Any) -> None:
     rows = [(f"u{user}", f"i{(user + 3 * step) % 10}", step) for user in range(10) for step in range(5)]
     log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     names = ["gone" if n == 4 else f"p{n}" for n in range(10)]
@@ -106,7 +107,18 @@ def test_prepare_fetches_pictures(site: str, tmp_path: Path, missing: Any) -> No
     report = prepare(RawData(log, items), tmp_path / "run" / "data", options, "made up", popularity_figures)
     assert {"what": "not downloaded: HTTP 404", "count": 1, "examples": ["i4"]} in report["skipped"]
     images = dict(pl.read_parquet(tmp_path / "run" / "data" / "items.parquet").select("item_id", "image").iter_rows())
-    assert images["i0"]["bytes"] == PNG
+    assert images["i0"]["bytes"] == normalise(PNG)
     assert (images["i4"] is None) if missing == "keep" else ("i4" not in images)
     assert (tmp_path / "run" / "image_cache" / "manifest.jsonl").is_file()
     assert max(ASKED.values()) == 1
+
+
+def test_a_disk_that_takes_no_file_stops_and_an_odd_manifest_does_not(site: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").write_text('[1]\n{"url": 5}\nnull\n{"url": "u", "lasting": true}\n{"cut')
+    url = f"{site}/a"
+    (file,) = Downloads(tmp_path).fetch([url]).values()
+    assert isinstance(file, Path)
+    file.unlink()
+    file.with_suffix(".partial").mkdir()
+    with pytest.raises(OSError, match="partial"):
+        Downloads(tmp_path, tries=1).fetch([url])

@@ -1,4 +1,4 @@
-"""Pictures by URL, fetched once into a folder: at preparation, never in training."""
+"""Images by URL, fetched once into a folder: at preparation, never in training."""
 
 import hashlib
 import json
@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-GIVE_UP_AFTER = 32  # URLs, if not one picture has ever come
+GIVE_UP_AFTER = 32  # URLs, if not one image has ever come
 
 
 @dataclass
@@ -44,27 +45,27 @@ class Downloads:
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "manifest.jsonl"
         gone = _gone(manifest)
-        found: dict[str, Path | str] = {}
+        fetched: dict[str, Path | str] = {}
         missing = []
         for url in dict.fromkeys(urls):
             path = self.folder / hashlib.sha256(url.encode()).hexdigest()[:32]
             if path.is_file():
-                found[url] = path
+                fetched[url] = path
             elif url in gone:
-                found[url] = gone[url]
+                fetched[url] = gone[url]
             else:
                 missing.append((url, path))
         if not missing:
-            return found
-        answered = bool(found)
+            return fetched
+        answered = bool(fetched)
         with (
             manifest.open("a", encoding="utf-8") as log,
             ThreadPoolExecutor(self.workers) as pool,
             tqdm(total=len(missing), desc="downloads", unit="file") as bar,
         ):
             for part in (missing[:GIVE_UP_AFTER], missing[GIVE_UP_AFTER:]):
-                for (url, path), (error, lasting) in zip(part, pool.map(self._one, part), strict=True):
-                    found[url] = error or path
+                for (url, path), (error, lasting) in zip(part, pool.map(self._fetch, part), strict=True):
+                    fetched[url] = error or path
                     line = {"url": url, "file": None if error else path.name, "error": error, "lasting": lasting}
                     log.write(json.dumps(line) + "\n")
                     log.flush()
@@ -72,12 +73,12 @@ class Downloads:
                     answered = answered or error is None or lasting
                 if len(part) == GIVE_UP_AFTER and not answered:
                     raise ConnectionError(
-                        f"pictures: none of the first {len(part)} could be fetched ({error}, {url}); run the same "
-                        "command again where they can be reached, or leave the pictures out of the catalogue"
+                        f"images: none of the first {len(part)} could be fetched ({error}, {urlsplit(url).hostname}); run "
+                        "the same command again where they can be reached, or leave the images out of the catalogue"
                     )
-        return found
+        return fetched
 
-    def _one(self, task: tuple[str, Path]) -> tuple[str | None, bool]:
+    def _fetch(self, task: tuple[str, Path]) -> tuple[str | None, bool]:
         """Fetch one file; returns (error or None, whether asking again is no use)."""
         url, path = task
         error = ""
@@ -85,19 +86,13 @@ class Downloads:
             wait = self.pause * 2**attempt
             self._take_turn()
             try:
-                if not url.startswith(("http://", "https://")):
+                if not url.lower().startswith(("http://", "https://")):
                     return "no http(s) URL", True
                 with urlopen(Request(url, headers={"User-Agent": "mllm-msr"}), timeout=self.timeout) as reply:
                     data = reply.read(self.max_bytes + 1)
                     expected = reply.headers.get("Content-Length")
-                if len(data) > self.max_bytes:
-                    return f"more than {self.max_bytes:,} bytes", True
-                if expected is not None and len(data) < int(expected):
+                if expected is not None and len(data) < min(int(expected), self.max_bytes):
                     raise HTTPException("the reply was cut short")
-                partial = path.with_suffix(".partial")
-                partial.write_bytes(data)
-                partial.replace(path)
-                return None, False
             except HTTPError as reason:
                 error = f"HTTP {reason.code}"
                 if reason.code not in TRANSIENT:
@@ -106,8 +101,15 @@ class Downloads:
                 wait = min(float(asked), 60.0) if asked.isdigit() else wait
             except (OSError, HTTPException) as reason:
                 error = f"no connection ({type(reason).__name__})"
-            except ValueError as reason:  # an URL that is none, or a header that is no number
-                return f"bad URL or reply ({reason})", True
+            except ValueError:  # an URL that is none, or a header that is no number
+                return "bad URL or reply", True
+            else:
+                if len(data) > self.max_bytes:
+                    return f"more than {self.max_bytes:,} bytes", True
+                partial = path.with_suffix(".partial")
+                partial.write_bytes(data)
+                partial.replace(path)
+                return None, False
             if attempt + 1 < self.tries:
                 time.sleep(wait)
         return error, False
@@ -126,8 +128,8 @@ def _gone(manifest: Path) -> dict[str, str]:
         for line in manifest.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # the last line of an interrupted run
+                if row["lasting"]:
+                    gone[row["url"]] = row["error"]
+            except (ValueError, TypeError, KeyError):  # the last line of an interrupted run
                 continue
-            if row["lasting"]:
-                gone[row["url"]] = row["error"]
     return gone
