@@ -135,12 +135,16 @@ class SequenceHead(nn.Module):
         self.deviation.copy_(content.float().std(dim=0, correction=0).clamp(min=1e-6))
         self.content.copy_(content)
 
-    def item_vectors(self, codes: Tensor | None = None) -> Tensor:
+    def item_vectors(self, codes: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """(N, D): v of the items with these (N,) codes, of the whole catalogue for None.
 
         In training a random share of them goes without its identity, see ``identity_dropout``.
+
+        Args:
+            hidden: (I,) bool, items to be taken as if nobody had ever chosen them.
         """
-        counts = self.counts if codes is None else self.counts[codes]
+        counts = self.counts if hidden is None else self.counts * ~hidden
+        counts = counts if codes is None else counts[codes]
         whole = counts > 0
         if self.training and self.config.content_size and self.config.identity_dropout:
             whole = whole & (torch.rand(len(counts), device=counts.device) >= self.config.identity_dropout)

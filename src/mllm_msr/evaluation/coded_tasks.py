@@ -65,6 +65,13 @@ class CodedLists:
         bounds = self.bounds[begin : end + 1]
         return CodedLists(self.codes[bounds[0] : bounds[-1]], bounds - bounds[0])
 
+    def pick(self, lists: Array) -> "CodedLists":
+        """The lists with these numbers, in their order."""
+        lengths = self.lengths[lists]
+        bounds = np.concatenate([[0], lengths.cumsum()])
+        place = np.arange(bounds[-1]) + np.repeat(self.bounds[:-1][lists] - bounds[:-1], lengths)
+        return CodedLists(self.codes[place], bounds)
+
     def padded(self, starts: Array, lengths: Array) -> Array:
         """(B, L): parts of ``codes``, ``PADDING`` after their ends; L is the longest, at least 1."""
         place = np.arange(max(int(lengths.max(initial=0)), 1))

@@ -276,8 +276,9 @@ def score_candidates(head: SequenceHead, histories: CodedLists, candidates: Code
 
 
 @torch.inference_mode()
-def score_catalogue(head: SequenceHead, histories: CodedLists) -> Array:
-    """(U, I): the score of every item."""
+def score_catalogue(head: SequenceHead, histories: CodedLists, hidden: torch.Tensor | None = None) -> Array:
+    """(U, I): the score of every item; of those in ``hidden`` (I,) as if nobody had ever chosen them."""
     head.eval()
     vectors = head.item_vectors()
-    return (user_states(head, histories, vectors) @ vectors.T).numpy()
+    states = user_states(head, histories, vectors)
+    return (states @ (vectors if hidden is None else head.item_vectors(hidden=hidden)).T).numpy()

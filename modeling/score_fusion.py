@@ -1,0 +1,62 @@
+"""One score from several: a weighted sum whose weights depend on how often an item was chosen in training.
+
+Letters: M members, K buckets of training frequency, N any shape of items.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOWER_BOUNDS = (1, 5, 20)  # training interactions from which on an item is in the next bucket
+BUCKETS = ("0", "1-4", "5-19", "20+")
+
+
+def frequency_buckets(counts: Tensor) -> Tensor:
+    """(N,) places in ``BUCKETS`` of items with (N,) training interactions.
+
+    >>> frequency_buckets(torch.tensor([0, 1, 4, 5, 19, 20, 900])).tolist()
+    [0, 1, 1, 2, 2, 3, 3]
+    """
+    return torch.bucketize(counts, torch.tensor(LOWER_BOUNDS), right=True)
+
+
+@dataclass(frozen=True)
+class ScoreFusion:
+    """``sum over m of weights[k, m] (score_m - mean_m) / deviation_m + bias[k]`` for an item of bucket k.
+
+    Args:
+        members: names of the scores, M of them.
+        mean, deviation: (M,), of each member's scores on the validation tasks.
+        weights: (K, M), a row for each of ``BUCKETS``; bias: (K,).
+    """
+
+    members: tuple[str, ...]
+    mean: Tensor
+    deviation: Tensor
+    weights: Tensor
+    bias: Tensor
+
+    def __call__(self, scores: Tensor, buckets: Tensor) -> Tensor:
+        """(N,): the fused scores of (N, M) members' scores of items in (N,) buckets."""
+        standard = (scores - self.mean) / self.deviation
+        return (standard * self.weights[buckets]).sum(dim=-1) + self.bias[buckets]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: each member's weights and the bias by bucket."""
+        return {
+            "members": list(self.members),
+            "mean": self.mean.tolist(),
+            "deviation": self.deviation.tolist(),
+            "weights": dict(zip(BUCKETS, self.weights.tolist(), strict=True)),
+            "bias": dict(zip(BUCKETS, self.bias.tolist(), strict=True)),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "ScoreFusion":
+        """From :meth:`to_dict`; KeyError if something is missing."""
+        weights, bias = ([content[name][bucket] for bucket in BUCKETS] for name in ("weights", "bias"))
+        mean, deviation = content["mean"], content["deviation"]
+        return cls(tuple(content["members"]), *(torch.tensor(part) for part in (mean, deviation, weights, bias)))

@@ -1,0 +1,226 @@
+"""Weights of a fused score, fitted on validation tasks by a listwise softmax.
+
+Items have weights by their bucket of training frequency. Few validation targets are of a rare bucket, so its weights
+are drawn towards those that all buckets share, and a fusion under which any bucket's targets do worse than under the
+best single member is not taken. For the bucket of items that nobody chose in training, some others are taken as such.
+Letters: T tasks, C candidates, M members, K buckets, I items.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
+from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_buckets
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+FOLDS = 4
+
+
+class Member(Protocol):
+    """What gives a score to every item from a history."""
+
+    def score_catalogue(self, histories: CodedLists, hidden: Tensor | None = None) -> Array:
+        """(U, I); ``hidden`` (I,) items are taken as if nobody had ever chosen them."""
+
+
+@dataclass(frozen=True)
+class FusionTasks:
+    """Lists of candidates with each member's scores; the positive comes first.
+
+    Args:
+        scores: (T, C, M).
+        buckets: (T, C), of the candidates' training frequency.
+        log_q: (T, C), log of the chance that a candidate is in the list, 0 if it surely is; inf for what is none.
+    """
+
+    scores: Tensor
+    buckets: Tensor
+    log_q: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def part(self, tasks: Tensor) -> "FusionTasks":
+        """Some of the tasks, by place or mask."""
+        return FusionTasks(self.scores[tasks], self.buckets[tasks], self.log_q[tasks])
+
+    def joined(self, other: "FusionTasks") -> "FusionTasks":
+        """The tasks of both, whose lists are equally long."""
+        pairs = zip((self.scores, self.buckets, self.log_q), (other.scores, other.buckets, other.log_q), strict=True)
+        return FusionTasks(*(torch.cat(pair) for pair in pairs))
+
+    def ndcg(self, fusion: ScoreFusion, k: int = 10) -> Tensor:
+        """(T,): NDCG@k of the positive, ties against it."""
+        scores = fusion(self.scores, self.buckets)
+        rank = ((scores[:, 1:] >= scores[:, :1]) & (self.log_q[:, 1:] < torch.inf)).sum(dim=1)
+        return torch.where(rank < k, 1 / torch.log2(rank + 2.0), 0.0)
+
+
+def catalogue_lists(
+    members: Sequence[Member],
+    tasks: CodedTasks,
+    counts: Array,
+    n_tasks: int = 4000,
+    top: int = 50,
+    drawn: int = 150,
+    hidden_share: float = 0.1,
+    seed: int = 0,
+) -> FusionTasks:
+    """Lists that stand for the whole catalogue: each task's positive, what any member has at the top, and others drawn.
+
+    Args:
+        members: their scores, in the order of the fusion's members.
+        tasks: of one positive each; items of the history are no candidates.
+        counts: (I,), training interactions of each item.
+        n_tasks: so many of the tasks, drawn by ``seed``.
+        top: items from the top of each member, which are all in the list.
+        drawn: further items, uniformly.
+        hidden_share: of the items that training has, taken as if nobody had chosen them; tasks whose target is one of
+            them are added to the list once more, so that there are targets of that kind.
+    """
+    rng = np.random.default_rng(seed)
+    counts = torch.from_numpy(np.asarray(counts))
+    hidden = (counts > 0) & torch.from_numpy(rng.random(len(counts)) < hidden_share)
+    targets = tasks.candidates.codes[np.flatnonzero(tasks.labels)]
+    order = rng.permutation(len(tasks))
+    shape = (top, drawn)
+    whole = _lists(members, tasks, targets, np.sort(order[:n_tasks]), counts, None, shape, rng)
+    of_hidden = np.sort(order[hidden.numpy()[targets[order]]][: round(n_tasks * hidden_share)])
+    if not len(of_hidden):
+        return whole
+    return whole.joined(_lists(members, tasks, targets, of_hidden, counts, hidden, shape, rng))
+
+
+def _lists(
+    members: Sequence[Member],
+    tasks: CodedTasks,
+    targets: Array,
+    chosen: Array,
+    counts: Tensor,
+    hidden: Tensor | None,
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+) -> FusionTasks:
+    (top, drawn), n_items = shape, len(counts)
+    length = 1 + top * len(members) + drawn
+    buckets = frequency_buckets(counts if hidden is None else counts * ~hidden)
+    parts = []
+    for begin in range(0, len(chosen), 256):
+        some = chosen[begin : begin + 256]
+        histories = tasks.histories.pick(some)
+        scores = torch.from_numpy(np.stack([member.score_catalogue(histories, hidden) for member in members], axis=-1))
+        rows = torch.arange(len(some))
+        allowed = torch.ones(len(some), n_items, dtype=torch.bool)
+        allowed[histories.owner, histories.codes] = False
+        target = torch.from_numpy(targets[some])
+        allowed[rows, target] = False
+        sure = torch.zeros_like(allowed)
+        for member in range(len(members)):
+            values = scores[..., member].masked_fill(~allowed, -torch.inf)
+            sure.scatter_(1, values.topk(min(top, n_items), dim=1).indices, True)
+        sure &= allowed
+        rest = allowed & ~sure
+        order = torch.from_numpy(rng.random((len(some), n_items), dtype=np.float32)) * rest + 2.0 * sure
+        codes = torch.cat([target[:, None], order.topk(min(length - 1, n_items), dim=1).indices], dim=1)
+        n_sure, n_rest = sure.sum(dim=1, keepdim=True), rest.sum(dim=1, keepdim=True)
+        share = ((codes.shape[1] - 1 - n_sure) / n_rest.clamp(min=1)).clamp(max=1.0)
+        listed = torch.where(sure.gather(1, codes), torch.ones(1), share)
+        listed[~allowed.gather(1, codes)] = torch.inf  # filled up with what may not be a candidate: counts for nothing
+        listed[:, 0] = 1.0
+        parts.append(FusionTasks(scores[rows[:, None], codes], buckets[codes], listed.log()))
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined.joined(part)
+    return joined
+
+
+def fit_fusion(data: FusionTasks, names: Sequence[str]) -> ScoreFusion:
+    """The best fusion by cross-validated NDCG@10 of those that serve no bucket's targets worse than the best member.
+
+    Tried are the best member alone, weights that all buckets share, and weights and biases of each bucket drawn towards
+    these more or less. A bucket is served worse if the mean log probability of its targets is lower.
+
+    >>> scores = torch.randn(400, 20, 2, generator=torch.Generator().manual_seed(0))
+    >>> scores[:, 0] += 1.0  # both members find the positive, each with noise of its own
+    >>> data = FusionTasks(scores, torch.full((400, 20), 3), torch.zeros(400, 20))
+    >>> fusion = fit_fusion(data, ["one", "other"])
+    >>> bool((fusion.weights[3] > 0.5).all())
+    True
+    """
+    flat, n_members = data.scores.reshape(-1, len(names)), len(names)
+    weights, bias = torch.zeros(len(BUCKETS), n_members), torch.zeros(len(BUCKETS))
+    blank = ScoreFusion(tuple(names), flat.mean(dim=0), flat.std(dim=0).clamp(min=1e-6), weights, bias)
+    alone = [fit_shared(data, blank, [member]) for member in range(n_members)]
+    best = max(range(n_members), key=lambda member: float(data.ndcg(alone[member]).mean()))
+    target = data.buckets[:, 0]
+    least = bucket_means(-listwise_loss(alone[best], data), target)
+
+    fits: list[Callable[[FusionTasks], ScoreFusion]] = [lambda part: fit_shared(part, blank, range(n_members))]
+    fits += [partial(fit_buckets, blank=blank, penalty=penalty) for penalty in PENALTIES]
+    chosen, value = alone[best], float(data.ndcg(alone[best]).mean())
+    fold = torch.arange(len(data)) % FOLDS
+    for fit in fits:
+        ndcg, log_probability = torch.zeros(len(data)), torch.zeros(len(data))
+        for number in range(min(FOLDS, len(data))):
+            fusion, rest = fit(data.part(fold != number)), data.part(fold == number)
+            ndcg[fold == number], log_probability[fold == number] = rest.ndcg(fusion), -listwise_loss(fusion, rest)
+        if float(ndcg.mean()) > value and bool((bucket_means(log_probability, target) >= least).all()):
+            chosen, value = fit(data), float(ndcg.mean())
+    return chosen
+
+
+def bucket_means(values: Tensor, buckets: Tensor) -> Tensor:
+    """(K,): means of (T,) values by bucket, 0 for one without any."""
+    sums = torch.zeros(len(BUCKETS)).index_add(0, buckets, values)
+    return sums / torch.bincount(buckets, minlength=len(BUCKETS)).clamp(min=1)
+
+
+def fit_shared(data: FusionTasks, blank: ScoreFusion, members: Sequence[int]) -> ScoreFusion:
+    """Weights of some members that all buckets share, without biases."""
+    shared = torch.ones(len(members), requires_grad=True)
+
+    def fusion() -> ScoreFusion:
+        weights = torch.zeros(len(blank.members)).index_add(0, torch.tensor(members), shared)
+        return replace(blank, weights=weights.expand(len(BUCKETS), -1))
+
+    minimise(lambda: listwise_loss(fusion(), data).mean(), [shared])
+    return replace(blank, weights=fusion().weights.detach().clone())
+
+
+def fit_buckets(data: FusionTasks, blank: ScoreFusion, penalty: float) -> ScoreFusion:
+    """Weights and biases by bucket, of least loss plus ``penalty`` times their squared distance from shared ones."""
+    towards = fit_shared(data, blank, range(len(blank.members)))
+    weights, bias = towards.weights.clone().requires_grad_(), towards.bias.clone().requires_grad_()
+
+    def loss() -> Tensor:
+        away = (weights - towards.weights).square().sum() + (bias - towards.bias).square().sum()
+        return listwise_loss(replace(towards, weights=weights, bias=bias), data).mean() + penalty * away
+
+    minimise(loss, [weights, bias])
+    return replace(towards, weights=weights.detach(), bias=bias.detach())
+
+
+def listwise_loss(fusion: ScoreFusion, data: FusionTasks) -> Tensor:
+    """(T,): cross-entropy of the positives, each other candidate over its chance to be in the list."""
+    logits = fusion(data.scores, data.buckets) - data.log_q
+    return F.cross_entropy(logits, torch.zeros(len(data), dtype=torch.int64), reduction="none")
+
+
+def minimise(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int = 50) -> None:
+    """LBFGS until nothing moves."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
