@@ -4,210 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
+
+from mllm_msr.parser import build_parser
 
 if TYPE_CHECKING:
     from mllm_msr.records.run import RunFolder
-
-EXAMPLES = """\
-examples:
-  mllm-msr demo --output demo_output                       the whole method on an embedded data set, in minutes
-  mllm-msr run recipes/movielens_100k.yaml --data DIR      the same on MovieLens-100k
-  mllm-msr prepare --interactions log.csv --items items.csv --column user_id=reviewer   own tables, no recipe
-  mllm-msr rank demo_output --user u0003 --top-k 10        rank the catalogue for one user
-  mllm-msr rank RUN --users all --output rankings          for all users; `accelerate launch -m mllm_msr.cli rank ...`
-                                                           shares them among processes
-  mllm-msr show user u0003 demo_output                     what was read and written of one user, step by step
-  mllm-msr show page RUN                                   try a run's model in the browser
-  mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
-stages, each alone on a run; what is finished is skipped, what was interrupted goes on:
-  mllm-msr prepare recipes/movielens_100k.yaml --data DIR --output RUN
-  mllm-msr summarize items RUN
-  mllm-msr summarize users RUN
-  mllm-msr train RUN
-  mllm-msr evaluate RUN
-  mllm-msr report RUN
-evidence:
-  mllm-msr evaluate RUN --baselines knn,tfidf,svd,sasrec,gru4rec   further variants on exactly the same candidates
-  mllm-msr evaluate RUN --full-catalogue 100 --agreement 50        among all items; whether number formats agree
-  mllm-msr evaluate RUN --model OTHER --fine-tune 100              cross-domain; without --fine-tune as it is
-  mllm-msr study recipes/studies/ablations_demo.yaml               what each part of the method is worth, on the demo
-  mllm-msr compare RUN RUN                                 runs side by side
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from")
-    parser = argparse.ArgumentParser(
-        prog="mllm-msr",
-        description="Recommendation with multimodal LLMs: summarise items and users, fine-tune, rank, report, publish.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[debug],
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, text: str, into: Any = commands) -> argparse.ArgumentParser:
-        return into.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[debug])
-
-    demo = command("demo", "run the whole method on the embedded data set")
-    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="its run (default: demo_output)")
-    demo.add_argument("--serve", action="store_true", help="then show it in the browser (needs the extra [demo])")
-    demo.add_argument("--port", type=port, default=7860, help="of --serve (default: 7860)")
-
-    for name, text in (
-        ("run", "do every stage of a recipe, from raw data to report and Hub folder"),
-        ("prepare", "read, clean and split raw data into ranking tasks"),
-    ):
-        sub = command(name, text)
-        sub.add_argument("recipe", type=Path, nargs="?", help="recipe file, see recipes/; not needed for own tables")
-        sub.add_argument("--data", metavar="DIR", help="folder of the raw data, or hf://datasets/OWNER/NAME")
-        sub.add_argument("--output", type=Path, help="folder of the run (default: runs/<recipe's name>)")
-        sub.add_argument("--limit-users", type=positive, help="keep a seeded sample of users, to be done sooner")
-        sub.add_argument("--backbone", type=text_of, help="model to fine-tune (Hub id, folder, or demo)")
-        add_data_options(sub)
-
-    summarize = command("summarize", "write item summaries or user preferences")
-    parts = summarize.add_subparsers(dest="part", required=True, metavar="items|users")
-    stages = [
-        command("items", "summarise each item's image and words", parts),
-        command("users", "write preferences by history blocks", parts),
-        command("train", "fine-tune the recommender on the run's examples"),
-        evaluate := command("evaluate", "score the frozen tasks with every variant of the table, compute the metrics"),
-        report := command("report", "write report.html and results.md"),
-    ]
-    for sub in stages:
-        sub.add_argument("run", type=Path, help="folder of the run")
-        if sub is not report:
-            add_setting(sub, "a value of the run's recipe from now on, of the sections that the stage reads")
-    known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
-    further = f"further variants on the same tasks, of {known}"
-    evaluate.add_argument("--baselines", metavar="A,B", type=names, default=[], help=further)
-    evaluate.add_argument("--model", metavar="RUN|REPO", help="rank with the model of another run, or of the Hub")
-    tasks = "fine-tune it on so many of this run's training tasks first; without --model, the recipe's backbone"
-    evaluate.add_argument("--fine-tune", metavar="N", type=positive, help=tasks)
-    whole = "also rank the choices of N users (or all) among the whole catalogue"
-    evaluate.add_argument("--full-catalogue", metavar="N|all", type=positive_or_all, help=whole)
-    ways = "also score N tasks in other number formats and ways of computing, to see whether they agree"
-    evaluate.add_argument("--agreement", metavar="N", type=positive, help=ways)
-
-    study = command("study", "run one recipe under many settings; one table and plot of them all")
-    study.add_argument("study", type=Path, help="study file, see recipes/studies/ablations_demo.yaml")
-    study.add_argument("--output", type=Path, help="folder of the study (default: runs/<study's name>)")
-    study.add_argument("--data", metavar="DIR", help="folder of the raw data of every cell")
-    study.add_argument("--only", metavar="CELL", action="append", default=[], help="run this cell; may be repeated")
-
-    compare = command("compare", "put the results of several runs side by side")
-    compare.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
-
-    rank = command("rank", "rank the catalogue, or some of it, for users of a run")
-    rank.add_argument("run", type=Path, help="folder of a run with a trained model")
-    who = rank.add_mutually_exclusive_group(required=True)
-    who.add_argument("--user", type=text_of, help="user id: the last preference, all unseen items as candidates")
-    who.add_argument("--preference", type=text_of, help="a preference in words instead of a user")
-    many = "many users, into files (resumable; several processes share)"
-    who.add_argument("--users", metavar="all|A,B", type=names, help=many)
-    rank.add_argument("--items", type=names, metavar="A,B", help="candidate item ids (default: the catalogue)")
-    rank.add_argument("--top-k", type=positive, default=10, help="how many to show (default: 10)")
-    rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")
-    index = command("index", "compute ahead what a model with interaction=late keeps of every item, for rank")
-    index.add_argument("run", type=Path, help="folder of a run with a trained model")
-    for sub in (rank, index):
-        sub.add_argument("--memory-gb", type=float, help="kept of users and items (default: half of what is free)")
-
-    publish = command("publish", "release a run on the Hub: model, data set, metric, demo Space")
-    publish.add_argument("run", type=Path, help="folder of a run with a report")
-    publish.add_argument("--namespace", required=True, type=text_of, help="user or organisation on the Hub")
-    for flag, text in (
-        ("model", "model, processor, code and card"),
-        ("datasets", "the derived data set"),
-        ("metric", "the metric Space, for evaluate.load"),
-        ("space", "the demo Space"),
-    ):
-        publish.add_argument(f"--{flag}", action="store_true", help=f"only what is named: {text}")
-    publish.add_argument("--collection", action="store_true", help="also gather them in a collection")
-    publish.add_argument("--public", action="store_true", help="for everyone to see, once all is there")
-    publish.add_argument("--create-pr", action="store_true", help="propose pull requests instead of committing")
-    publish.add_argument("--tag", type=text_of, help="of the release (default: v and the version of mllm-msr)")
-    publish.add_argument("--dry-run", action="store_true", help="show the files and cards; nothing leaves this machine")
-    publish.add_argument("--without-images", action="store_true", help="embed no images in the data set")
-    publish.add_argument("--anonymise", action="store_true", help="hash the demo's users too; real ones always are")
-
-    show = command("show", "print one user's history, or open a run's model in the browser")
-    what = show.add_subparsers(dest="part", required=True, metavar="user|page")
-    user = command("user", "print a user's history with the preference after each history block", what)
-    user.add_argument("id", type=text_of, help="user id")
-    page = command("page", "try a run's model in the browser (needs the extra [demo])", what)
-    page.add_argument("--port", type=port, default=7860, help="where to serve it (default: 7860)")
-    for sub in (user, page):
-        sub.add_argument("run", type=Path, nargs="?", default=Path("demo_output"), help="its folder (demo_output)")
-    return parser
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Own tables, and the data protocol; each overrides the recipe."""
-    own = parser.add_argument_group(
-        "own tables (CSV, TSV, JSON lines, Parquet, or a data set hf://datasets/OWNER/NAME)"
-    )
-    own.add_argument("--interactions", metavar="FILE", type=text_of, help="log: user_id, item_id, timestamp")
-    own.add_argument("--items", metavar="FILE", type=text_of, help="catalogue: item_id, title, text, image")
-    own.add_argument("--images", metavar="DIR", type=text_of, help="folder of the image files")
-    own.add_argument(
-        "--column", metavar="OURS=YOURS", action="append", type=mapping, default=[], help="e.g. user_id=reviewer"
-    )
-    data = parser.add_argument_group("data protocol (docs/data.md)")
-    data.add_argument("--protocol", choices=("strict", "paper", "global-cutoff"))
-    data.add_argument("--negatives", metavar="N|all", type=positive_or_all, help="a target; all: rank among all items")
-    data.add_argument("--negative-sampling", choices=("uniform", "popularity"))
-    data.add_argument("--folds", type=int, metavar="K", help="protocol paper: test 1/K of the users, K runs test all")
-    data.add_argument("--fold", type=int, metavar="k", help="which fold, 0 ... K-1")
-    data.add_argument("--on-bad-rows", choices=("error", "skip"), help="stop at the first, or count and leave out")
-    data.add_argument("--seed", type=int, help="of candidates, samples, training and evaluation")
-    add_setting(data, "any other value of the recipe, e.g. data.k_core_users=7")
-
-
-def add_setting(parser: Any, text: str) -> None:
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", type=mapping, default=[], help=text)
-
-
-# ---- types of arguments: what they refuse is wrong usage, and ends with status 2 -----------------------------------
-
-
-def mapping(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    return name, value
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def positive_or_all(text: str) -> int | Literal["all"]:
-    return "all" if text == "all" else positive(text)
-
-
-def port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 (any that is free) to 65535")
-    return int(text)
-
-
-def text_of(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def names(text: str) -> list[str]:
-    return [text_of(name).strip() for name in text.split(",")]
-
-
-# ---- commands: from options to typed arguments; what is heavy is imported by the command that needs it -------------
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -269,10 +71,10 @@ def recipe_run(options: argparse.Namespace) -> "RunFolder":
 
 def demo(options: argparse.Namespace) -> None:
     from mllm_msr.demo.main import demo
-    from mllm_msr.stages import check_port, serve
+    from mllm_msr.stages import check_serving, serve
 
     if options.serve:
-        check_port(options.port)
+        check_serving(options.port)
     run = demo(options.output)
     if options.serve:
         serve(run, options.port)
@@ -363,12 +165,11 @@ def publish(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace) -> None:
     from mllm_msr.show import show_user
-    from mllm_msr.stages import check_port, serve
+    from mllm_msr.stages import serve
 
     if options.part == "user":
         show_user(existing_run(options), options.id)
     else:
-        check_port(options.port)
         serve(existing_run(options), options.port)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
-from jinja2 import meta
+from jinja2 import TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mllm_msr.data.leakage import (
@@ -34,6 +34,7 @@ from mllm_msr.records.schema import (
     PREFERENCES,
     TASKS,
 )
+from mllm_msr.records.typed import check_names
 
 
 def prove(run: RunFolder, examples: Path | None = None) -> None:
@@ -80,12 +81,15 @@ def check_templates(prompts: Mapping[str, str]) -> None:
     def variables(template: str) -> set[str]:
         return meta.find_undeclared_variables(ImmutableSandboxedEnvironment().parse(template))
 
+    check_names(prompts, PROMPTS, "prompts")
     for name, template in prompts.items():
-        if name not in PROMPTS:
-            raise ValueError(f"prompts: unknown {name!r}; there are {sorted(PROMPTS)}")
-        known = variables(PROMPTS[name]) | {"noun"}
-        if unknown := variables(template) - known:
-            raise ValueError(f"prompts.{name}: unknown variable {min(unknown)!r}; it may print {sorted(known)}")
+        allowed = variables(PROMPTS[name]) | {"noun"}
+        try:
+            unknown = variables(template) - allowed
+        except TemplateSyntaxError as error:
+            raise ValueError(f"prompts.{name}, line {error.lineno}: {error.message}") from error
+        if unknown:
+            raise ValueError(f"prompts.{name}: unknown variable {min(unknown)!r}; it may print {sorted(allowed)}")
 
 
 def check_prompts(

@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,22 @@ from mllm_msr.proof import prove
 from mllm_msr.records.lock import is_first_process
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import STAGES, RunFolder
-from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
+from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, TASKS
 from mllm_msr.records.storage import folder_digest, whole_folder, write_text
 
 if TYPE_CHECKING:
     from mllm_msr.hub_cards.release import PublishOptions
 from mllm_msr.records.variants import Variant
 
+MORE_TASKS = "lower data.min_history, raise data.max_train_targets or bring more data, and prepare it again"
+
 
 def run_all(run: RunFolder) -> None:
     """Every stage in order; what training would refuse stops the run before it begins."""
     from mllm_msr.training.arguments import check_flags
 
+    if not run.recipe.training.get("model_name_or_path"):
+        raise ValueError("training.model_name_or_path: name the model to fine-tune in the recipe, or by --backbone")
     check_flags(run.recipe.training_flags())
     with run.lock(f"mllm-msr run, in {run.path}"):
         for name in STAGES:
@@ -139,6 +144,8 @@ def train(run: RunFolder) -> None:
     from mllm_msr.training.saving import end_processes, save_recommender
 
     def work(key: str) -> None:
+        if run.scan(EXAMPLES, split="train").head(1).collect().is_empty():
+            raise ValueError(f"{run.path} has no training task: {MORE_TASKS}")
         checkpoints = run.checkpoints / key  # other settings never resume from these
         flags = {**run.recipe.training_flags(), "dataset_name": str(run.path), "output_dir": str(checkpoints)}
         script_args, training_args, model_args = sft.parse([], **flags)
@@ -163,6 +170,9 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> None:
     from mllm_msr.evaluation.evaluate import evaluate as score_and_measure
     from mllm_msr.hub_cards.results_page import console_page
 
+    split = run.recipe.evaluation.split
+    if run.has(TASKS) and run.tasks(split).is_empty():
+        raise ValueError(f"{run.path} has no {split} task: {MORE_TASKS}")
     print(console_page(score_and_measure(run, variants)))
 
 
@@ -188,8 +198,10 @@ def publish(run: RunFolder, options: "PublishOptions") -> None:
     release.publish(run, options)
 
 
-def check_port(port: int) -> None:
-    """Raise ValueError if a port of this machine is taken; 0 is any that is free."""
+def check_serving(port: int) -> None:
+    """Raise ValueError, before anything is computed, if nothing can be served on a port; 0 is any that is free."""
+    if find_spec("gradio") is None:
+        raise ValueError("gradio is not installed: `pip install 'mllm-msr[demo]'`")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -200,13 +212,11 @@ def check_port(port: int) -> None:
 
 def serve(run: RunFolder, port: int) -> None:
     """The demo Space on this machine, with the model and the data set of a run."""
+    run.require("train")
+    check_serving(port)
+    from mllm_msr.hub_cards import space_app
     from mllm_msr.hub_cards.publishing import build_hub
 
-    try:
-        from mllm_msr.hub_cards import space_app
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error.name} is not installed: `pip install 'mllm-msr[demo]'`") from error
-    run.require("train")
     folders = build_hub(run)
     space_app.serve(
         str(folders["model"]), str(folders["dataset"]), None, run.recipe.item_noun, run.block_size, server_port=port

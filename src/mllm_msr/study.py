@@ -3,20 +3,20 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import product, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-import yaml
 
-from mllm_msr.opening import check_recipe
+from mllm_msr.opening import absolute, check_recipe
 from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, with_settings
 from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import SCORES
+from mllm_msr.records.typed import build, check_types
 
 if TYPE_CHECKING:
     from mllm_msr.hub_cards.study_page import StudyEntry
@@ -38,79 +38,105 @@ class Study:
     """
 
     recipe: str
-    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cells: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    folds: tuple[int, ...] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
+    folds: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "study")
+        if not self.cells and not self.grid:
+            raise ValueError("cells: name at least one, or lists of values under `grid`")
+        if not self.seeds:
+            raise ValueError("seeds: name at least one")
 
     @classmethod
     def load(cls, path: Path) -> "Study":
-        """Read a study file; unknown keys, or no cell, are an error."""
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = [one.name for one in fields(cls)]
-        if not isinstance(content, dict) or "recipe" not in content or content.keys() - set(known):
-            raise ValueError(f"{path}: a study is a mapping with `recipe` and any of {', '.join(known[1:])}")
-        if not content.get("cells") and not content.get("grid"):
-            raise ValueError(f"{path}: name at least one cell under `cells`, or lists of values under `grid`")
-        cells = {str(name): settings or {} for name, settings in (content.pop("cells", None) or {}).items()}
-        for name in ("seeds", "folds"):
-            if name in content:
-                content[name] = tuple(content[name])
-        return cls(cells=cells, **content)
+        """Read a study file; ValueError for an unknown key, a wrong type, or no cell."""
+        content = load_content(path)
+        cells = {str(name): settings for name, settings in (content.get("cells") or {}).items()}
+        try:
+            return build(cls, {**content, "cells": cells}, "study")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """The settings of every cell by its name, those of the grid after the named ones."""
-        found = dict(self.cells)
+        cells = {name: settings or {} for name, settings in self.cells.items()}
         for values in product(*self.grid.values()) if self.grid else ():
-            chosen = dict(zip(self.grid, values, strict=True))
-            found[", ".join(f"{key.split('.')[1]} {value}" for key, value in chosen.items())] = chosen
-        return found
+            settings = dict(zip(self.grid, values, strict=True))
+            cells[", ".join(f"{key.partition('.')[2] or key} {value}" for key, value in settings.items())] = settings
+        return cells
+
+    def plan(self, only: Sequence[str] = ()) -> "list[PlannedRun]":
+        """The runs of all cells, or of some; ValueError names a cell that the study has not."""
+        cells = self.settings()
+        if unknown := [name for name in only if name not in cells]:
+            raise ValueError(f"there is no cell {unknown[0]!r}; the cells are {', '.join(cells)}")
+        return [
+            PlannedRun(
+                name,
+                f"{name} seed{seed}" + ("" if fold is None else f" fold{fold}"),
+                {**self.base, **cells[name], "training.seed": seed} | ({} if fold is None else {"data.fold": fold}),
+            )
+            for name in only or cells
+            for seed, fold in product(self.seeds, self.folds or (None,))
+        ]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study: the name of its cell, its own with seed and fold, and its settings over the recipe."""
+
+    cell: str
+    label: str
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return "".join(letter if letter.isalnum() else "-" for letter in self.label)
 
 
 def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | None = None) -> Path:
     """Run every cell of a study that is not finished yet, then write ``study.json``, ``study.md`` and ``study.svg``.
 
-    Each cell is a run directory ``output/cells/<name>-seed<s>``; what is finished there is skipped, what was killed
-    goes on. A new cell starts from the data, summaries or model of an earlier one as far as their recipes agree; all
-    share one store of texts. A cell that fails is reported and keeps no other from running; RuntimeError at the end.
-    ``only``: names of the cells to run; ``data``: the folder of the raw data.
+    Each cell is a run ``output/cells/<name>-seed<s>``; what is finished there is skipped, what was killed goes on. A
+    new cell starts from the data, summaries or model of an earlier one as far as their recipes agree; all share one
+    store of texts. A cell that fails is reported and keeps no other from running; RuntimeError at the end.
+
+    Args:
+        only: names of the cells to run.
+        data: the folder of the raw data.
     """
     study = Study.load(path)
-    settings = study.settings()
-    if unknown := [name for name in only if name not in settings]:
-        raise ValueError(f"{path} has no cell {unknown[0]!r}; it has {', '.join(settings)}")
+    plan = study.plan(only)
     content = load_content(demo_recipe() if study.recipe == "demo" else path.parent / study.recipe)
+    under = {"summaries.cache": str((output / "texts").resolve())}
+    over = {"source.folder": absolute(data)} if data else {}
     cells: dict[str, list[RunFolder]] = defaultdict(list)
-    donors: list[RunFolder] = []
     failures = []
-    for name in only or settings:
-        for seed, fold in product(study.seeds, study.folds or (None,)):
-            full = {**study.base, **settings[name], "training.seed": seed}
-            full |= {} if fold is None else {"data.fold": fold}
-            if data:
-                full["source.folder"] = data if data.startswith("hf:") else str(Path(data).resolve())
-            full.setdefault("summaries.cache", str((output / "texts").resolve()))
-            label = f"{name} seed{seed}" + ("" if fold is None else f" fold{fold}")
-            folder = output / "cells" / "".join(c if c.isalnum() else "-" for c in label)
-            print(f"\n== {label}", flush=True)
-            start = time.monotonic()
-            try:
-                run = start_cell(folder, check_recipe(with_settings(content, full)), donors)
-                finish_cell(run)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                failures.append(f"{label}: {error}")
-                print(f"   failed: {error}", flush=True)
-                continue
-            cells[name].append(run)
-            donors.append(run)
-            print(f"   {time.monotonic() - start:.0f} s", flush=True)
+    for planned in plan:
+        print(f"\n== {planned.label}", flush=True)
+        start = time.monotonic()
+        try:
+            recipe = check_recipe(with_settings(content, {**under, **planned.settings, **over}))
+            run = start_cell(
+                output / "cells" / planned.folder, recipe, [run for runs in cells.values() for run in runs]
+            )
+            finish_cell(run)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            failures.append(f"{planned.label}: {error}")
+            print(f"   failed: {error}", flush=True)
+            continue
+        cells[planned.cell].append(run)
+        print(f"   {time.monotonic() - start:.0f} s", flush=True)
     if cells:
         from mllm_msr.hub_cards.study_page import StudyResults, write_study
 
         print("\n" + write_study(output, StudyResults(path.stem, tuple(collect(cells)), tuple(failures))))
     if failures:
-        raise RuntimeError(f"{len(failures)} of {len(only or settings)} cells failed: " + "; ".join(failures))
+        raise RuntimeError(f"{len(failures)} of {len(plan)} runs failed: " + "; ".join(failures))
     return output
 
 
@@ -150,36 +176,35 @@ def collect(cells: dict[str, list[RunFolder]]) -> "list[StudyEntry]":
     from mllm_msr.hub_cards.study_page import StudyEntry, StudyFigure
 
     entries: list[StudyEntry] = []
-    first: CellValues | None = None
+    first: tuple[list[int], UserValues] | None = None
     for cell, runs in cells.items():
         candidates = sorted(_candidates(run) for run in runs)
         seconds = [run.provenance()["stages"].get("train", {}).get("seconds") for run in runs]
         for variant in runs[0].results().variants:
-            values = user_values(runs, variant)
-            differences = {}
+            values = UserValues.of(runs, variant)
+            deviations, differences = values.seed_deviations(), {}
             if first is None:
-                first, first_candidates = values, candidates
-            elif first.users.equals(values.users):
-                differences = paired(values.columns, first.columns)
+                first = candidates, values
+            elif first[1].users.equals(values.users):
+                differences = paired(values.means, first[1].means)
             figures = {
                 name: StudyFigure(
-                    Estimate.from_json(content),
-                    values.seed_deviation.get(name),
+                    Estimate.from_json(estimate),
+                    deviations.get(name),
                     Difference.from_json(differences[name]) if differences else None,
                 )
-                for name, content in estimates(values.columns, n_bootstrap=2000).items()
+                for name, estimate in estimates(values.means, n_bootstrap=2000).items()
             }
-            entries.append(
-                StudyEntry(
-                    cell,
-                    variant,
-                    runs=len(runs),
-                    users=len(values.users),
-                    same_candidates=candidates == first_candidates,
-                    metrics=figures,
-                    train_seconds=tuple(one for one in seconds if one is not None),
-                )
+            entry = StudyEntry(
+                cell,
+                variant,
+                runs=len(runs),
+                users=len(values.users),
+                same_candidates=candidates == first[0],
+                metrics=figures,
+                train_seconds=tuple(each for each in seconds if each is not None),
             )
+            entries.append(entry)
     return entries
 
 
@@ -190,29 +215,39 @@ def _candidates(run: RunFolder) -> int:
 
 
 @dataclass(frozen=True)
-class CellValues:
-    """A variant of a cell, user by user: ``columns`` by metric, averaged over seeds; the metrics' standard deviation
-    over seeds, where there are several."""
+class UserValues:
+    """A variant's metrics user by user.
+
+    Args:
+        users: U ids, sorted.
+        by_seed: for each seed of training ``{metric: (U,)}``, see :func:`~mllm_msr.evaluation.metrics.user_columns`.
+    """
 
     users: pl.Series
-    columns: dict[str, np.ndarray]
-    seed_deviation: dict[str, float]
+    by_seed: list[dict[str, np.ndarray]]
 
+    @classmethod
+    def of(cls, runs: Sequence[RunFolder], variant: str) -> "UserValues":
+        """Of a variant in some runs, the folds of each seed put together."""
+        from mllm_msr.evaluation.metrics import user_columns
 
-def user_values(runs: Sequence[RunFolder], variant: str) -> CellValues:
-    """The values of one variant in the runs of a cell."""
-    from mllm_msr.evaluation.metrics import METRICS, user_columns
+        frames: dict[Any, list[pl.DataFrame]] = defaultdict(list)
+        for run in runs:
+            frames[run.recipe.training["seed"]].append(run.scan(SCORES).filter(variant=variant).collect())
+        scores = [pl.concat(parts) for parts in frames.values()]
+        columns = [user_columns(frame["user_id"], frame["label"], frame["logit"]) for frame in scores]
+        return cls(scores[0]["user_id"].unique().sort(), columns)
 
-    by_seed = defaultdict(list)
-    for run in runs:
-        by_seed[run.recipe.training["seed"]].append(run.scan(SCORES).filter(variant=variant).collect())
-    columns, users = [], pl.Series(dtype=pl.String)
-    for frames in by_seed.values():
-        scores = pl.concat(frames)
-        columns.append(user_columns(scores["user_id"], scores["label"], scores["logit"]))
-        users = scores["user_id"].unique().sort()
-    values = {name: np.stack([one[name] for one in columns]) for name in METRICS}  # (seeds, U) each
-    deviation = {name: float(np.nanmean(value, axis=1).std(ddof=1)) for name, value in values.items()}
-    return CellValues(
-        users, {name: value.mean(axis=0) for name, value in values.items()}, deviation if len(columns) > 1 else {}
-    )
+    @property
+    def means(self) -> dict[str, np.ndarray]:
+        """``{metric: (U,)}``, averaged over seeds."""
+        return {name: np.mean([columns[name] for columns in self.by_seed], axis=0) for name in self.by_seed[0]}
+
+    def seed_deviations(self) -> dict[str, float]:
+        """The standard deviation of each metric over seeds; empty for one seed."""
+        if len(self.by_seed) < 2:
+            return {}
+        return {
+            name: float(np.std([np.nanmean(columns[name]) for columns in self.by_seed], ddof=1))
+            for name in self.by_seed[0]
+        }

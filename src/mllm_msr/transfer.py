@@ -1,5 +1,6 @@
 """Cross-domain: the tasks of one data set, ranked by the model of another, as it is or fine-tuned a little."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,13 @@ TEXTS = ("prepare", "summarize items", "summarize users")  # the stages that ano
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A model that is not the run's own: its folder, its name, and a hash of the folder or the commit on the Hub."""
+    """A model that is not the run's own: its folder, its name, a hash of the folder or the commit on the Hub, and
+    whether it is one of ours and not a backbone."""
 
     folder: Path
     name: str
     revision: str
+    is_recommender: bool
 
 
 def with_model_of(run: RunFolder, place: str | None, fine_tune: int | None = None) -> RunFolder:
@@ -39,6 +42,8 @@ def with_model_of(run: RunFolder, place: str | None, fine_tune: int | None = Non
     if fine_tune:
         return _fine_tuned(run, find_model(place) if place else None, fine_tune)
     model = find_model(place or "")
+    if not model.is_recommender:
+        raise ValueError(f"--model {place}: is a backbone and no recommender yet; say by --fine-tune N how to train it")
     variants = [variant for variant in run.recipe.evaluation.rows if variant != "no_sft"]
     training = {"model_name_or_path": model.name, "model_revision": model.revision}
     other = _beside(run, model.name, variants, f"trained on {model.name}", training)
@@ -93,19 +98,31 @@ def _link(link: Path, target: Path) -> None:
 
 
 def find_model(place: str) -> OtherModel:
-    """The model of a run, of a folder, or of a repository of the Hub."""
-    folder = Path(place)
+    """The model of a run, of a folder, or of a repository of the Hub; ValueError for what is none of these."""
+    folder, name = Path(place), Path(place).resolve().name
     if (folder / "config.yaml").is_file():
         run = RunFolder.open(folder)
         run.require("train")
-        return OtherModel(run.model, run.recipe.name, folder_digest(run.model))
-    if folder.is_dir():
-        return OtherModel(folder, folder.resolve().name, folder_digest(folder))
-    from huggingface_hub import snapshot_download
+        folder, name, revision = run.model, run.recipe.name, folder_digest(run.model)
+    elif folder.is_dir():
+        revision = folder_digest(folder)
+    else:
+        from huggingface_hub import snapshot_download
 
-    name, _, revision = place.partition("@")
-    copy = Path(snapshot_download(name, revision=revision or None))  # names what is neither a folder nor a repository
-    return OtherModel(copy, name, copy.name)
+        name, _, commit = place.partition("@")
+        try:
+            folder = Path(snapshot_download(name, revision=commit or None))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--model {place}: there is no such folder here, and it cannot be fetched from the Hub: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        revision = folder.name
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"--model {place}: is no folder of a model, as it has no config.json")
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    return OtherModel(folder, name, revision, is_recommender=kind == "mllm_msr")
 
 
 def examples_of(examples: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:

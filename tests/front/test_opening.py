@@ -10,7 +10,7 @@ from mllm_msr.cli import main
 from mllm_msr.opening import Overrides, open_recipe, open_run
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.sections import TablesSource
-from mllm_msr.stages import check_port
+from mllm_msr.stages import check_serving
 
 
 def test_nothing_is_overridden_unless_it_is_given() -> None:
@@ -56,8 +56,11 @@ def test_a_number_of_negatives_ends_the_full_catalogue() -> None:
         ("evaluation.rows=[mllm_msr, populrity]", "unknown variant 'populrity'; did you mean 'popularity'?"),
         ("evaluation.splitt=validation", "evaluation: unknown key 'splitt'; did you mean 'split'?"),
         ("data.kcore=3", "data: unknown key 'kcore'; did you mean 'k_core_users'?"),
-        ("prompts.recomendation=x", "prompts: unknown 'recomendation'"),
+        ("prompts.recomendation=x", "prompts: unknown key 'recomendation'; did you mean 'recommendation'?"),
         ("prompts.recommendation='{{ titel }}'", "prompts.recommendation: unknown variable 'titel'"),
+        ("prompts.recommendation='{{ title'", r"prompts\.recommendation, line 1: unexpected end of template"),
+        ("training.lerning_rate=1", "training: unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
+        ("training.learning_rate=fast", "training.learning_rate='fast'"),
         ("source.type=dmo", "source.type='dmo' is unknown; did you mean 'demo'?"),
         ("traning.seed=1", "'traning.seed' is not a section and a name.*did you mean 'training'?"),
     ],
@@ -170,8 +173,8 @@ def test_a_taken_port_is_one_sentence() -> None:
         taken.listen()
         number = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"port {number} cannot be used .*: name another by --port"):
-            check_port(number)
-    check_port(0)
+            check_serving(number)
+    check_serving(0)
 
 
 def test_tables_without_a_recipe_make_one(shop: Shop) -> None:

@@ -101,7 +101,7 @@ def test_templates_print_no_ids(shop: Shop) -> None:
     for prompt, message in (
         ("recommendation='User {{ user_id }}: {{ title }}?'", "unknown variable 'user_id'"),
         ("recommendation='{{ title }} {{ label }}'", "unknown variable 'label'"),
-        ("advice='{{ title }}'", "unknown 'advice'"),
+        ("advice='{{ title }}'", "prompts: unknown key 'advice'"),
         ("recommendation=User: {{ title }}: ?", "not valid YAML; put a text in"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -143,7 +143,7 @@ def test_a_user_is_told_by_the_last_preference_and_what_came_since(finished: Run
     [
         (["--user", "nobody"], "'nobody' is no user of .*; ids look like 'u0000'"),
         (["--users", "u0000,nobody,noone", "--output", "x"], "'nobody', 'noone' are no user of"),
-        (["--user", "u0000", "--items", "i0001,i9999"], r"'i9999' is no item of the catalogue \(40 items, such as 'i"),
+        (["--user", "u0000", "--items", "i0001,i9999"], r"'i9999' is no item of the catalogue \(39 items, such as 'i"),
         (["--preference", "red", "--items", "a,b,c,d,e"], "'a', 'b', 'c' and 2 more are no item of the catalogue"),
     ],
 )

@@ -48,9 +48,12 @@ def test_the_grid_is_every_combination_after_the_named_cells(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"cells": {"a": {}}}, "a study is a mapping with `recipe`"),
-        ({"recipe": "demo", "cels": {}}, "a study is a mapping with `recipe`"),
-        ({"recipe": "demo"}, "name at least one cell"),
+        ({"cells": {"a": {}}}, "study: .*'recipe'"),
+        ({"recipe": "demo", "cels": {}}, "study: unknown key 'cels'; did you mean 'cells'?"),
+        ({"recipe": "demo"}, "study.cells: name at least one"),
+        ({"recipe": "demo", "cells": {"a": ["x"]}}, "study.cells=.*: must be a mapping"),
+        ({"recipe": "demo", "cells": {"a": {}}, "seeds": 3}, "study.seeds=3: must be a list of whole numbers"),
+        ({"recipe": "demo", "grid": {"data.seed": 5}}, "study.grid=.*: must be a mapping"),
     ],
 )
 def test_a_wrong_study_says_what_it_lacks(tmp_path, content, message):
@@ -74,7 +77,7 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
         "broken": {"data.protocol": "nonsense"},
     }
     path = write(tmp_path / "s.yaml", recipe="demo", base=SMALL, cells=cells)
-    with pytest.raises(RuntimeError, match="1 of 4 cells failed: broken seed0"):
+    with pytest.raises(RuntimeError, match="1 of 4 runs failed: broken seed0"):
         run_study(path, tmp_path / "out")
     assert "train: up to date" in capsys.readouterr().out
     full, same = (tmp_path / f"out/cells/{name}-seed0" for name in ("full", "same-model"))
@@ -82,7 +85,7 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
     scores = [RunFolder.open(cell).read(SCORES).filter(variant="mllm_msr") for cell in (full, same)]
     assert scores[0].equals(scores[1])
     study = json.loads((tmp_path / "out/study.json").read_text(encoding="utf-8"))
-    assert [(one["cell"], one["row"]) for one in study["cells"]] == [
+    assert [(entry["cell"], entry["variant"]) for entry in study["entries"]] == [
         ("full", "mllm_msr"),
         ("full", "other_user"),
         ("full", "shuffled_images"),
@@ -90,10 +93,10 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
         ("same model", "mllm_msr"),
         ("TALLRec", "mllm_msr"),
     ]
-    figures = json.loads((full / "metrics.json").read_text(encoding="utf-8"))["rows"]["mllm_msr"]
-    for name, result in study["cells"][0]["metrics"].items():
-        assert result["value"] == pytest.approx(figures[name]["value"])
-    assert study["cells"][-2]["metrics"]["auc"]["difference"] == 0.0
+    figures = RunFolder.open(full).results().variants["mllm_msr"]
+    for name, figure in study["entries"][0]["metrics"].items():
+        assert figure["value"] == pytest.approx(figures[name].value)
+    assert study["entries"][-2]["metrics"]["auc"]["against_first"]["difference"] == 0.0
     assert "broken" in (tmp_path / "out/study.md").read_text(encoding="utf-8")
     assert (tmp_path / "out/study.svg").read_text(encoding="utf-8").startswith("<svg")
     tallrec = RunFolder.open(tmp_path / "out/cells/TALLRec-seed0")
@@ -128,12 +131,12 @@ def test_seeds_are_averaged_and_folds_put_together(tmp_path):
         whole = pl.concat(frames)
         by_seed.append(ranking_metrics(whole["user_id"], whole["label"], whole["logit"], n_bootstrap=2))
     (entry,) = collect({"full": runs})
-    assert entry["runs"] == 6 and entry["users"] == 12
-    for name, result in entry["metrics"].items():
+    assert entry.runs == 6 and entry.users == 12
+    for name, figure in entry.metrics.items():
         values = [metrics[name]["value"] for metrics in by_seed]
-        assert result["value"] == pytest.approx(np.mean(values))
-        assert result["seed_std"] == pytest.approx(np.std(values, ddof=1))
-        assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+        assert figure.estimate.value == pytest.approx(np.mean(values))
+        assert figure.seed_deviation == pytest.approx(np.std(values, ddof=1))
+        assert figure.estimate.low <= figure.estimate.value <= figure.estimate.high
 
 
 def test_baselines_are_variants_of_a_run_even_before_it_has_a_model(tmp_path, capsys):

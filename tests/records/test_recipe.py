@@ -31,7 +31,19 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"data.n_negatives": 0}, "data.n_negatives=0: must be at least 1"),
         ({"summaries.engin": "titles"}, "summaries: unknown key 'engin'; did you mean 'engine'?"),
         ({"summaries.engine": "transformers"}, "summaries.model: name the model of the transformers engine"),
-        ({"summaries.max_new_tokens": {"items": 5}}, r"summaries.max_new_tokens: unknown \['items'\]"),
+        ({"summaries.max_new_tokens": {"items": 5}}, "summaries.max_new_tokens: unknown 'items'; did you mean 'item_"),
+        ({"summaries.max_new_tokens": {"fusion": 0}}, "summaries.max_new_tokens: fusion=0 must be at least 1"),
+        ({"summaries.max_new_tokens": 96}, "summaries.max_new_tokens=96: must be a mapping of names to whole numbers"),
+        ({"summaries.temperature": float("nan")}, "summaries.temperature=nan: must be at least 0"),
+        ({"summaries.top_p": 1.5}, "summaries.top_p=1.5: must be above 0 and at most 1"),
+        ({"summaries.timeout": 0}, "summaries.timeout=0.0: must be at least 0.001"),
+        ({"data.seed": -1}, "data.seed=-1: must be at least 0"),
+        ({"data.n_negatives": True}, "data.n_negatives=True: must be a whole number"),
+        ({"data.limit_users": "5"}, "data.limit_users='5': must be a whole number or null"),
+        ({"evaluation.rows": "popularity"}, "evaluation.rows='popularity': must be a list of texts"),
+        ({"evaluation.full_catalogue": "some"}, "full_catalogue='some': must be a whole number or 'all' or null"),
+        ({"evaluation.full_catalogue": 0}, "evaluation.full_catalogue=0: must be at least 1"),
+        ({"prompts.fusion": 3}, "prompts.fusion=3: must be a text"),
         ({"evaluation.splitt": "test"}, "evaluation: unknown key 'splitt'; did you mean 'split'?"),
         (
             {"evaluation.rows": ["populrity"]},
@@ -55,6 +67,11 @@ def test_a_mistake_names_section_key_and_what_is_meant(settings: dict[str, Any],
         ({"name": "x"}, "a recipe is a mapping with at least `name` and `source`"),
         ({**TINY, "protokol": "strict"}, "recipe: unknown key 'protokol'"),
         ({**TINY, "name": 7}, "name=7: must be a text"),
+        ({**TINY, "name": " "}, "name: is empty"),
+        (
+            {**TINY, "source": {"type": "movielens"}, "evaluation": {"rows": ["popularity", "oracle"]}},
+            "'oracle' knows the true taste, which only the source 'demo' has",
+        ),
         ({**TINY, "source": "demo"}, "section 'source' is a mapping with a `type`, not 'demo'"),
         ({**TINY, "data": ["strict"]}, r"section 'data' is a mapping of names to values, not \['strict'\]"),
         ({**TINY, "training": "fast"}, "section 'training' is a mapping of names to values, not 'fast'"),
@@ -70,7 +87,9 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     for text, message in (
         ("a: [", r"broken\.yaml is not valid YAML"),
-        ("- a", r"broken\.yaml: a recipe is a mapping"),
+        ("- a", r"broken\.yaml: is no mapping of names to values"),
+        ("name: x\ndata: {seed: 1}\ndata: {seed: 2}", r"broken\.yaml is not valid YAML: the key 'data' stands twice"),
+        ("name: x\nsource: {type: demo, seed: 1, seed: 2}", "the key 'seed' stands twice .*line 2"),
         ("name: x\nsource: {type: dmo}", r"broken\.yaml: source\.type='dmo' is unknown; did you mean 'demo'"),
     ):
         path.write_text(text, encoding="utf-8")

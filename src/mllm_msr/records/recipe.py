@@ -9,7 +9,15 @@ from typing import Any
 
 import yaml
 
-from mllm_msr.records.sections import SOURCES, EvaluationOptions, PrepareOptions, Source, SummaryOptions, source_type
+from mllm_msr.records.sections import (
+    SOURCES,
+    DemoSource,
+    EvaluationOptions,
+    PrepareOptions,
+    Source,
+    SummaryOptions,
+    source_type,
+)
 from mllm_msr.records.typed import build, check_names, did_you_mean
 
 FORMAT = 2  # of a run's folder, noted in its recipe; a run of another one is refused
@@ -73,20 +81,28 @@ def parse_recipe(content: Any, check_training: CheckFlags = dict) -> Recipe:
         raise ValueError("a recipe is a mapping with at least `name` and `source`")
     if content.get("format", FORMAT) != FORMAT:
         raise ValueError(f"a run of format {content['format']}, and this version of mllm-msr reads format {FORMAT}")
-    check_names(content, ["format", *(entry.name for entry in fields(Recipe))], "recipe")
+    check_names(content, ["format", *(each.name for each in fields(Recipe))], "recipe")
     given = {name: value for name, value in content.items() if value is not None and name != "format"}
     for name in ("name", "item_noun"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(f"{name}={given[name]!r}: must be a text")
     given["source"] = _source(given["source"])
+    if not given["name"].strip():
+        raise ValueError("name: is empty")
     for name, kind in SECTIONS.items():
         if name in given:
             given[name] = build(kind, given[name], name)
     for name in ("prompts", "training"):
         if not isinstance(given.get(name, {}), Mapping):
             raise ValueError(f"section {name!r} is a mapping of names to values, not {given[name]!r}")
+    for name, template in given.get("prompts", {}).items():
+        if not isinstance(template, str):
+            raise ValueError(f"prompts.{name}={template!r}: must be a text")
     given["training"] = check_training(given.get("training", {}))
-    return Recipe(**given)
+    recipe = Recipe(**given)
+    if "oracle" in recipe.evaluation.rows and not isinstance(recipe.source, DemoSource):
+        raise ValueError("evaluation.rows: 'oracle' knows the true taste, which only the source 'demo' has")
+    return recipe
 
 
 def _source(content: Any) -> Source:
@@ -98,14 +114,24 @@ def _source(content: Any) -> Source:
     return build(SOURCES[kind], {name: value for name, value in content.items() if name != "type"}, "source")
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which no key of a mapping stands twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_content(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file, not checked yet; ValueError if it is not valid YAML."""
+    """The mapping in a YAML file, not checked yet; ValueError if it is not valid YAML or has a key twice."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a recipe is a mapping with at least `name` and `source`")
+        raise ValueError(f"{path}: is no mapping of names to values")
     return content
 
 

@@ -25,11 +25,11 @@ MAX_PIXELS = 50_000_000  # about what a full-frame camera makes; more is a mista
 MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of this kind
 
 
-def at_least(section: Any, **least: int) -> None:
-    """Raise ValueError for a number below its least; None passes."""
+def at_least(section: Any, **least: float) -> None:
+    """Raise ValueError for a number below its least, or one that is none; what is no number (None, "all") passes."""
     for name, smallest in least.items():
         value = getattr(section, name)
-        if value is not None and value < smallest:
+        if isinstance(value, int | float) and not value >= smallest:
             raise ValueError(f"{name}={value}: must be at least {smallest}")
 
 
@@ -119,13 +119,18 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        at_least(self, min_history=0, k_core_users=0, k_core_items=0, fold=0, folds=3)
+        at_least(self, seed=0, min_history=0, k_core_users=0, k_core_items=0, fold=0, folds=3)
         at_least(self, limit_users=1, max_history=1, n_negatives=1, n_train_negatives=1, max_train_targets=1)
         at_least(self, max_image_pixels=1, max_image_edge=1)
         if self.fold >= self.folds:
             raise ValueError(f"fold={self.fold}: there are {self.folds} folds, counted from 0")
         if (self.folds, self.fold) != (10, 0) and self.protocol != "paper":
             raise ValueError(f"folds={self.folds}, fold={self.fold}: only protocol='paper' splits by user")
+
+
+# Fields of SummaryOptions by means of which texts are written, and on which none depends.
+MEANS = {"batch_size", "token_budget", "device_map", "attn_implementation", "cache"}
+MEANS |= {"base_url", "concurrency", "requests_per_minute", "timeout", "tries"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class SummaryOptions:
     seed: int = 0
     dtype: str = "auto"
     quantization_config: dict[str, Any] | None = None
-    # the means: no text depends on these
+    # the means
     batch_size: int = 16  # inputs at a time, and texts saved at a time
     token_budget: int | None = None  # tokens of a batch, padding and answers included: larger ones are divided
     device_map: Any = None
@@ -164,14 +169,19 @@ class SummaryOptions:
         check_types(self, "summaries")
         if not self.model and self.engine not in ("extractive", "titles"):
             raise ValueError(f"model: name the model of the {self.engine} engine")
-        at_least(self, block_size=1, batch_size=1, concurrency=1, tries=1)
-        if unknown := self.max_new_tokens.keys() - MAX_NEW_TOKENS.keys():
-            raise ValueError(f"max_new_tokens: unknown {sorted(unknown)}; known are {sorted(MAX_NEW_TOKENS)}")
+        at_least(self, block_size=1, batch_size=1, concurrency=1, tries=1, max_length=1, token_budget=1)
+        at_least(self, seed=0, temperature=0, timeout=0.001, requests_per_minute=0.001)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        for name, tokens in self.max_new_tokens.items():
+            if name not in MAX_NEW_TOKENS:
+                raise ValueError(f"max_new_tokens: unknown {name!r}{did_you_mean(name, MAX_NEW_TOKENS)}")
+            if tokens < 1:
+                raise ValueError(f"max_new_tokens: {name}={tokens} must be at least 1")
 
     def facts(self) -> dict[str, Any]:
         """All that a text depends on."""
-        names = [one.name for one in fields(self)]
-        return {name: getattr(self, name) for name in names[: names.index("batch_size")]}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in MEANS}
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         check_types(self, "evaluation")
-        at_least(self, token_budget=1, full_catalogue_pairs=1, agreement=1)
+        at_least(self, seed=0, token_budget=1, full_catalogue=1, full_catalogue_pairs=1, agreement=1)
         if not self.metrics or not self.rows:
             raise ValueError("metrics and rows: name at least one of each")
         for name in self.metrics:

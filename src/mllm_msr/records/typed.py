@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
@@ -18,9 +19,8 @@ def build(kind: type[Section], content: Any, section: str) -> Section:
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"section {section!r} is a mapping of names to values, not {content!r}")
-    known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
-    check_names(content, known, section)
     hints = get_type_hints(kind)
+    check_names(content, hints, section)
     values = {name: as_number(value, hints[name]) for name, value in content.items()}
     try:
         return kind(**values)
@@ -49,9 +49,8 @@ def check_type(value: Any, hint: Any, where: str) -> None:
     try:
         type_validator(where, value, hint)
     except (TypeError, ValueError) as error:
-        choices = [repr(choice) for choice in get_args(hint) if isinstance(choice, str)]
-        wanted = f"must be one of {', '.join(choices)}" if choices else f"must be {_in_words(hint)}"
-        raise ValueError(f"{where}={value!r}: {wanted}") from error
+        one_of = "one of " if get_origin(hint) is Literal else ""
+        raise ValueError(f"{where}={value!r}: must be {one_of}{_in_words(hint)}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -73,7 +72,10 @@ def as_number(value: Any, hint: Any) -> Any:
 
 def _in_words(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    parts = get_args(hint) if not isinstance(hint, type) else ()
-    if parts and all(part in words for part in parts):
-        return " or ".join(words[part] for part in parts)
-    return words.get(hint, str(hint).replace("typing.", ""))
+    words |= {list[str]: "a list of texts", list[int]: "a list of whole numbers", dict: "a mapping"}
+    words |= {dict[str, int]: "a mapping of names to whole numbers", dict[str, str]: "a mapping of names to texts"}
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return ", ".join(map(repr, get_args(hint)))
+    return words.get(hint, words.get(get_origin(hint), str(hint)))
