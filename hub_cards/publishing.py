@@ -15,6 +15,7 @@ from typing import Literal
 import polars as pl
 import yaml
 
+from mllm_msr.hub_cards.bare_images import bare_images
 from mllm_msr.hub_cards.cards import dataset_card, model_card
 from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.hub_cards.facts import Release
@@ -135,7 +136,7 @@ def fill_dataset(run: RunFolder, folder: Path, release: Release | None, contents
                     write_chat_table(frame, images, target)
                 else:
                     frame.drop("prompt", "completion", strict=False).write_parquet(target)  # they quote the texts
-            if (info := shard(target, folder / table.name, split)) is not None:
+            if (info := shard(target, folder / table.name, split, change=bare_images)) is not None:
                 splits[split] = info
             target.unlink()
         if splits:
