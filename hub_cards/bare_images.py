@@ -8,7 +8,10 @@ from PIL import Image
 from mllm_msr.data.images import normalise
 
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-PLAIN = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "adobe", "adobe_transform", "transparency"}
+PLAIN = {  # what Pillow says of the coding, not of the image
+    *("jfif", "jfif_version", "jfif_unit", "jfif_density", "progressive", "progression"),
+    *("adobe", "adobe_transform", "transparency"),
+}
 JFIF_BYTES = 14  # of a header without a thumbnail
 
 
