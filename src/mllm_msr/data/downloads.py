@@ -73,8 +73,8 @@ class Downloads:
                     answered = answered or error is None or lasting
                 if len(part) == GIVE_UP_AFTER and not answered:
                     raise ConnectionError(
-                        f"images: none of the first {len(part)} could be fetched ({error}, {urlsplit(url).hostname}); run "
-                        "the same command again where they can be reached, or leave the images out of the catalogue"
+                        f"images: none of the first {len(part)} could be fetched ({error}, {urlsplit(url).hostname}); "
+                        "run the same command again where they can be reached, or leave the images out of the catalogue"
                     )
         return fetched
 

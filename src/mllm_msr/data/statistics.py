@@ -45,10 +45,13 @@ def statistics_table(report: dict[str, Any]) -> str:
     lines = [f"{'step':<14}{'interactions':>13}{'users':>10}{'items':>10}  why"]
     lines += [f"{step:<14}{n:>13,}{users:>10,}{items:>10,}  {why}" for step, n, users, items, why in steps]
     lines.append("")
-    shares = ("sparsity", "share_tied_times", "share_without_image", "share_without_text")
     for name, value in report["statistics"].items():
-        shown = f"{value:.2%}" if name in shares else str(value) if "timestamp" in name else f"{value:,}"
-        lines.append(f"{name.replace('_', ' '):<22}{shown:>16}")
+        text = f"{value:,}"
+        if name.startswith(("sparsity", "share")):
+            text = f"{value:.2%}"
+        elif name.endswith("timestamp"):
+            text = str(np.datetime64(value, "s")).replace("T", " ")
+        lines.append(f"{name.replace('_', ' '):<22}{text:>20}")
     protocol = report["protocol"]
     lines += ["", f"protocol {protocol['name']}, candidates {protocol['candidate_hash']}"]
     for split in ("train", "validation", "test"):
