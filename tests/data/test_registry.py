@@ -55,21 +55,39 @@ def test_every_source_has_a_reader(tmp_path: Path) -> None:
             read_source(source)
 
 
+def test_fingerprint_sees_the_content_of_images_and_of_part_files(tmp_path: Path) -> None:
+    movies = tmp_path / "movies"
+    (movies / "posters").mkdir(parents=True)
+    for name in ("ratings.csv", "posters/1.jpg", "posters/2.jpg", "log.parquet/part-0.parquet", ".hidden"):
+        (movies / name).parent.mkdir(exist_ok=True)
+        (movies / name).write_text("a")
+    before = source_fingerprint(MovieLensSource(str(movies)))
+    assert [fact[0] for fact in before[1:]] == ["log.parquet/part-0.parquet", "ratings.csv", "2 images"]
+    for name in ("posters/2.jpg", "log.parquet/part-0.parquet"):
+        (movies / name).write_text("b")
+        assert source_fingerprint(MovieLensSource(str(movies))) != before
+        (movies / name).write_text("a")
+
+
 def test_fingerprint_sees_contents_and_not_places(tmp_path: Path) -> None:
     def source(folder: Path, columns: dict[str, str] | None = None) -> TablesSource:
         return TablesSource("log.csv", "goods.csv", columns=columns or {}, folder=str(folder))
 
-    for name in ("log.csv", "goods.csv"):
-        (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,1,1\n")
+    (tmp_path / "goods.csv").write_text("item_id,image\n1,mug\n")
+    (tmp_path / "mug").write_bytes(b"1")
     before = source_fingerprint(source(tmp_path))
     moved = tmp_path / "moved"
     moved.mkdir()
-    for name in ("log.csv", "goods.csv"):
+    for name in ("log.csv", "goods.csv", "mug"):
         (tmp_path / name).rename(moved / name)
     assert source_fingerprint(source(moved)) == before
-    with (moved / "log.csv").open("a") as file:
-        file.write("1,2,3\n")
-    assert source_fingerprint(source(moved)) != before
+    for name, content in (("log.csv", "user_id,item_id,timestamp\n1,1,2\n"), ("mug", "2")):
+        kept = (moved / name).read_text()
+        (moved / name).write_text(content)
+        assert source_fingerprint(source(moved)) != before, name
+        (moved / name).write_text(kept)
+    assert source_fingerprint(source(moved)) == before
     assert source_fingerprint(source(moved, {"user_id": "who"})) != before
     with pytest.raises(FileNotFoundError, match=r"log\.csv does not exist"):
         source_fingerprint(source(tmp_path))

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,15 @@ class ImageColumn:
             return None
         if re.match(URL, text):
             return text
-        if path := self._file(text):
+        if path := self.file(text):
             return path
         if (data := _base64(text)) is not None:
             return self._store(data)
         (self.missing if isinstance(value, str | int) else self.unknown).add(0, value)
         return None
 
-    def _file(self, name: str) -> str | None:
+    def file(self, name: str) -> str | None:
+        """The file that a path means, if it is there and may be read."""
         path = Path(os.path.normpath(self.root / name))
         try:
             allowed = self.inside is None or path.is_relative_to(os.path.normpath(self.inside))
@@ -122,14 +124,18 @@ def _base64(text: str) -> bytes | None:
         return None
 
 
+@cache
+def image_suffixes() -> frozenset[str]:
+    """How the names of images end that can be read."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
 def image_files(folder: Path | None) -> dict[str, str]:
     """Name without suffix -> path, for the images of a folder (searched one level deep); {} when there is none."""
     if folder is None or not folder.is_dir():
         return {}
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = (path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))
-    return {path.stem: str(path) for path in paths if path.suffix.lower() in suffixes and path.is_file()}
+    return {path.stem: str(path) for path in paths if path.suffix.lower() in image_suffixes() and path.is_file()}
 
 
 def images_by_id(ids: pl.Series, folder: Path | None) -> pl.Series:

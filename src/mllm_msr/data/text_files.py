@@ -45,9 +45,9 @@ def reading(path: Path | str) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise OSError(f"{path}: the packed file is cut short or damaged ({error}); fetch it anew") from error
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException) as error:
-        if str(path) in str(error):  # one of ours, or one that names the file
-            raise ValueError(str(error)) from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.filename or str(path) in str(error)):
+            raise  # it names the file
         raise ValueError(f"{path}: cannot be read, it is damaged or of another kind ({short(error)})") from error
 
 

@@ -15,7 +15,7 @@ from mllm_msr.records.sections import (
     TablesSource,
     source_type,
 )
-from mllm_msr.records.storage import file_digest
+from mllm_msr.records.storage import digest, file_digest
 
 PLACES = ("folder", "interactions", "items", "images")
 REQUIRED = {
@@ -81,18 +81,28 @@ def source_places(source: Source) -> list[Path | str]:
 
 
 def source_fingerprint(source: Source) -> list[Any]:
-    """The source's options and, of its files, names and sizes; of the tables among them the content as well."""
+    """The source's options and its files: ``[name, hash of the content]`` a table, and one entry for all images.
+
+    What is on the Hub counts by its address, which may have a revision.
+    """
+    from mllm_msr.data.image_places import image_suffixes
+
     check_source(source)
-    options = {name: value for name, value in asdict(source).items() if name not in PLACES and value is not None}
-    facts: list[Any] = [options]
+    facts: list[Any] = [{name: value for name, value in asdict(source).items() if name not in PLACES and value}]
+    images: set[Path] = set()
+    if isinstance(source, TablesSource):
+        from mllm_msr.data.sources.tables import named_images
+
+        images.update(named_images(source))
     for root in source_places(source):
         if isinstance(root, str):  # on the Hub
             facts.append(root)
             continue
-        files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-        for path in files:
-            if options.get("category", "") in path.name:
-                table = path.suffix in {".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".gz"}
-                content = file_digest(path) if table else path.stat().st_size
-                facts.append([path.name if path == root else path.relative_to(root).as_posix(), content])
+        for path in [root] if root.is_file() else sorted(path for path in root.rglob("[!.]*") if path.is_file()):
+            if path.suffix.lower() in image_suffixes():
+                images.add(path)
+            elif not isinstance(source, AmazonSource) or str(source.category) in path.name:
+                facts.append([path.name if path == root else path.relative_to(root).as_posix(), file_digest(path)])
+    if images:
+        facts.append([f"{len(images)} images", digest(*((path.name, file_digest(path)) for path in sorted(images)))])
     return facts

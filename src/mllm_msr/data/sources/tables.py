@@ -1,6 +1,7 @@
 """Own data: a log and a catalogue as CSV, TSV, Parquet, JSON lines or a data set of the Hub, with any column names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 import polars as pl
@@ -10,7 +11,7 @@ from mllm_msr.data.image_places import ImageColumn, images_by_id
 from mllm_msr.data.logs import interactions_from
 from mllm_msr.data.raw import ROW, BadRows, RawData, need_columns
 from mllm_msr.data.table_files import TableFile
-from mllm_msr.records.sections import OnBadRows
+from mllm_msr.records.sections import OnBadRows, TablesSource
 
 LOG_COLUMNS = ("user_id", "item_id", "timestamp")
 ITEM_COLUMNS = ("item_id", "title", "text", "image")
@@ -89,3 +90,15 @@ def _catalogue(place: str, columns: Mapping[str, str], folder: Path, images: Pat
     items = as_ids(pl.concat(batches, how="diagonal_relaxed").lazy(), ["item_id"], place, bad).collect()
     items = bad.drop(items, {"no item_id": pl.col("item_id").is_null()}, place)
     return bad.unique_items(items.drop(ROW, *([] if places.given else ["image_path"]), strict=False), place)
+
+
+def named_images(source: TablesSource) -> Iterator[Path]:
+    """The files of this machine that a catalogue's image column names as texts."""
+    table = TableFile.find(source.items, Path(source.folder)) if source.items else None
+    if table is None or table.inside:
+        return
+    places = ImageColumn(Path(source.folder) / source.images if source.images else table.root)
+    column = source.columns.get("image", "image")
+    batches = table.batches((), (column,), column, BadRows("skip"))
+    for batch in takewhile(lambda batch: batch.schema.get(column) == pl.String, batches):
+        yield from (Path(path) for value in batch[column].drop_nulls() if (path := places.file(value)))

@@ -1,0 +1,162 @@
+"""Tables wherever they are: damaged files, folders of part files, data sets of the Hub."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from mllm_msr.data.sources.tables import read_tables
+
+ROWS = [("u", "1", 5), ("v", "02", 6), ("w", "3", 7)]
+LOG = pl.DataFrame(ROWS, schema=["user_id", "item_id", "timestamp"], orient="row")
+WRITE = {
+    "csv": lambda table, path: table.write_csv(path),
+    "tsv": lambda table, path: table.write_csv(path, separator="\t"),
+    "jsonl": lambda table, path: table.write_ndjson(path),
+    "json": lambda table, path: table.write_ndjson(path),
+    "csv.gz": lambda table, path: path.write_bytes(gzip.compress(table.write_csv().encode())),
+    "parquet": lambda table, path: table.write_parquet(path),
+}
+
+
+def write(folder: Path, kind: str, parts: list[tuple[str, pl.DataFrame]]) -> None:
+    for name, table in parts:
+        path = folder / f"{name}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        WRITE[kind](table, path)
+        path.with_name(f".{path.name}.crc").write_bytes(b"checksum")
+    (folder / "_SUCCESS").touch()
+
+
+def rows(name: str, folder: Path, **options: Any) -> list[tuple]:
+    return read_tables(name, folder=folder, **options).interactions.collect().rows()
+
+
+@pytest.mark.parametrize("kind", WRITE)
+@pytest.mark.parametrize("name", ["log.{}", "log"])
+def test_a_folder_of_part_files_is_one_table(tmp_path: Path, kind: str, name: str) -> None:
+    name = name.format(kind.removesuffix(".gz"))
+    write(tmp_path / name, kind, [(f"part-{n:d}", LOG[n : n + 1]) for n in (0, 1)] + [("part-10", LOG[2:3])])
+    assert rows(name, tmp_path) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_folders_named_by_values_are_columns(tmp_path: Path, kind: str) -> None:
+    parts = [(f"item_id={item}/part-0", LOG.filter(item_id=item).drop("item_id")) for _, item, _ in ROWS]
+    write(tmp_path / f"log.{kind}", kind, parts)
+    assert sorted(rows(f"log.{kind}", tmp_path)) == sorted(ROWS)
+    parts = [("item_id=__HIVE_DEFAULT_PARTITION__/part-0", LOG[:1].drop("item_id"))]
+    write(tmp_path / f"log.{kind}", kind, parts)
+    with pytest.raises(ValueError, match=rf"log\.{kind}, row \d of part-0\.{kind}: no item_id"):
+        rows(f"log.{kind}", tmp_path)
+
+
+def test_a_bad_row_is_named_with_its_part(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", "csv", [("part-0", LOG), ("part-1", LOG.with_columns(timestamp=pl.lit("soon")))])
+    with pytest.raises(ValueError, match=r"log\.csv, row 2 of part-1\.csv: timestamp is no number"):
+        rows("log.csv", tmp_path)
+    assert rows("log.csv", tmp_path, on_bad_rows="skip") == ROWS
+
+
+def test_parts_of_different_columns_and_types(tmp_path: Path) -> None:
+    numbers = pl.DataFrame({"timestamp": [8], "item_id": [4], "user_id": [7], "more": [0.5]})
+    write(tmp_path / "log.parquet", "parquet", [("part-0", LOG), ("part-1", numbers)])
+    assert rows("log.parquet", tmp_path) == [*ROWS, ("7", "4", 8)]
+
+
+def test_folders_that_are_no_table_of_parts_are_named(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(ValueError, match=r"log\.csv: a folder without part files of the format csv"):
+        rows("log.csv", tmp_path)
+    write(tmp_path / "log.parquet", "parquet", [("part-0", LOG)])
+    (tmp_path / "log.parquet/_delta_log").mkdir()
+    with pytest.raises(ValueError, match=r"log\.parquet: a table with a log of changes \(_delta_log\)"):
+        rows("log.parquet", tmp_path)
+
+
+def test_a_catalogue_in_parts_with_images_beside_it(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    (tmp_path / "mug.png").write_bytes(b"image")
+    goods = pl.DataFrame({"item_id": ["1", "02", "3"], "title": ["A", "B", "C"], "image": ["mug.png", None, "gone"]})
+    write(tmp_path / "goods.parquet", "parquet", [("part-0", goods[:2]), ("part-1", goods[2:])])
+    raw = read_tables("log.csv", "goods.parquet", folder=tmp_path)
+    assert raw.items["image_path"].to_list() == [str(tmp_path / "mug.png"), None, None]
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "goods.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "middle"])
+def test_damaged_parquet_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    LOG.write_parquet(tmp_path / "log.parquet")
+    goods = pl.DataFrame({"item_id": ["1", "02", "3"], "title": ["x" * 1000] * 3, "image": [b"y" * 1000] * 3})
+    goods.write_parquet(tmp_path / "goods.parquet")
+    data = (tmp_path / name).read_bytes()
+    spoilt = {
+        "cut": data[: len(data) // 2],
+        "empty": b"",
+        "text": b"user_id,item_id\n",
+        "middle": data[:20] + bytes(60),
+    }
+    spoilt["middle"] += data[80:]
+    (tmp_path / name).write_bytes(spoilt[damage])
+    with pytest.raises((ValueError, OSError), match=name.replace(".", r"\.")) as error:
+        read_tables("log.parquet", "goods.parquet", folder=tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_ids_of_a_column_of_floats_meet_those_of_whole_numbers(tmp_path: Path) -> None:
+    pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "timestamp": [1, 2]}).write_parquet(tmp_path / "log.parquet")
+    pl.DataFrame({"item_id": [1.0, 2.0, None], "title": ["A", "NaN", "C"]}).write_parquet(tmp_path / "goods.parquet")
+    with pytest.raises(ValueError, match=r"goods\.parquet, row 3: no item_id"):
+        read_tables("log.parquet", "goods.parquet", folder=tmp_path)
+    raw = read_tables("log.parquet", "goods.parquet", folder=tmp_path, on_bad_rows="skip")
+    assert raw.items.select("item_id", "title").rows() == [("1", "A"), ("2", "")]
+
+
+def test_a_catalogue_of_other_ids_stops(tmp_path: Path) -> None:
+    LOG.write_csv(tmp_path / "log.csv")
+    for ids in (["01", "2", "03"], ["u", "v", "w"]):
+        pl.DataFrame({"item_id": ids, "title": ids}).write_csv(tmp_path / "goods.csv")
+        with pytest.raises(ValueError, match=r"goods\.csv: of the 3 items in the log, this catalogue has only 0"):
+            read_tables("log.csv", "goods.csv", folder=tmp_path)
+
+
+def test_a_data_set_of_the_hub_names_no_file_of_this_machine(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub/datasets--stranger--shop/snapshots" / ("0" * 40)
+    (snapshot / "images").mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0" * 40)
+    for file in (tmp_path / "passport.png", snapshot / "images/1.png"):
+        file.write_bytes(b"image")
+    private = str(tmp_path / "passport.png")
+    images = ["images/1.png", private, os.path.relpath(private, snapshot)]
+    goods = pl.DataFrame({"item_id": ["1", "02", "3"], "title": list("ABC"), "image": images})
+    goods.write_csv(snapshot / "goods.csv")
+    goods.with_columns(image=pl.struct(bytes=pl.lit(None, pl.Binary), path="image")).write_parquet(
+        snapshot / "goods.parquet"
+    )
+    LOG.write_csv(tmp_path / "log.csv")
+    code = (
+        "import sys; from mllm_msr.data.sources.tables import read_tables\n"
+        "for kind in ('csv', 'parquet'):\n"
+        "    raw = read_tables('log.csv', f'hf://datasets/stranger/shop/goods.{kind}', folder=sys.argv[1])\n"
+        "    print(raw.items['image_path'].to_list()[1:], raw.items['image_path'][0][-12:], raw.skipped[0]['count'])\n"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.stdout == "[None, None] images/1.png 2\n" * 2, done.stderr
+
+
+def test_a_data_set_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shop").mkdir()
+    with pytest.raises(ValueError, match=r"shop: cannot be read as a data set"):
+        rows("shop", tmp_path)
+    (tmp_path / "shop/data.csv").write_text('a,b\n1,2\n1,2,3,4\n"')
+    with pytest.raises(ValueError, match=r"shop: cannot be read as a data set"):
+        rows("shop", tmp_path)
+    with pytest.raises(OSError, match=r"hf://datasets/no/such/log\.csv: cannot be fetched"):
+        rows("hf://datasets/no/such/log.csv", tmp_path)
