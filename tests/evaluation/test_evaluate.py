@@ -12,7 +12,6 @@ from mllm_msr.evaluation import scorers
 from mllm_msr.evaluation.evaluate import evaluate, scorable, scores_folder, with_evaluation
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs
 from mllm_msr.evaluation.metrics import METRICS, paired_differences, ranking_metrics
-from mllm_msr.evaluation.scoring import pairs
 from mllm_msr.records.recipe import parse_recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
@@ -36,18 +35,18 @@ class Model:
     run: RunFolder
     pairs_scored: int = 0
 
-    def scorer(self, noise: float) -> scorers.Scorer:
-        truth = scorers.oracle(self.run)
 
-        def score(contexts: pl.DataFrame) -> pl.DataFrame:
-            assert {"preference", "recent"} <= set(contexts.columns)
-            self.pairs_scored += pairs(contexts).height
-            values = truth(contexts)["logit"].to_numpy() + noise * np.random.default_rng(0).normal(
-                size=pairs(contexts).height
-            )
-            return scorers.score_with_values(contexts, values)
+class NoisyOracle(scorers.Oracle):
+    def __init__(self, model: Model, noise: float) -> None:
+        super().__init__(model.run)
+        self.model, self.noise = model, noise
 
-        return score
+    def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        assert {"preference", "recent"} <= set(tasks.columns)
+        frame = super().score(tasks)
+        self.model.pairs_scored += frame.height
+        noise = self.noise * np.random.default_rng(0).normal(size=frame.height)
+        return frame.with_columns((pl.col("logit") + pl.Series(noise)).cast(pl.Float32))
 
 
 @pytest.fixture
@@ -70,8 +69,8 @@ def trained(prepared: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Model:
     prepared.take_over("summarize users", "texts", [prepared.file(PREFERENCES)])
     prepared.take_over("train", "model", [prepared.model])
     model = Model(prepared)
-    monkeypatch.setitem(scorers.SCORERS, OURS, lambda run: model.scorer(0.1))
-    monkeypatch.setitem(scorers.SCORERS, "text_only", lambda run: model.scorer(5.0))
+    monkeypatch.setitem(scorers.SCORERS, OURS, lambda run: NoisyOracle(model, 0.1))
+    monkeypatch.setitem(scorers.SCORERS, "text_only", lambda run: NoisyOracle(model, 5.0))
     return model
 
 

@@ -1,6 +1,5 @@
 """What the model is shown under each view, and which tasks are drawn."""
 
-import numpy as np
 import polars as pl
 import pytest
 from datasets import Dataset, Features, Image, Value
@@ -8,10 +7,6 @@ from PIL import Image as Images
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.evaluation import scoring
-from mllm_msr.evaluation.full_catalogue import over_the_catalogue, places_by_ranker
-from mllm_msr.evaluation.metrics import METRICS, user_columns
-from mllm_msr.evaluation.places import place_columns, rank_of_choice
-from mllm_msr.evaluation.scorers import Popularity
 
 COLOURS = ["red", "green", "blue", None, "white"]
 
@@ -54,43 +49,6 @@ def test_other_views_change_the_image_alone(catalogue, view):
         else:
             assert candidate.image.size == (4, 6)
             assert pixel(candidate.image) == (pixel(own.image) if view is scoring.as_it_is else scoring.GREY)
-
-
-def test_over_the_catalogue_stands_all_that_was_never_chosen_and_places_count_it():
-    rng = np.random.default_rng(0)
-    catalogue = pl.Series([f"i{item}" for item in range(9)])
-    chosen = {f"u{user}": rng.permutation(catalogue)[: 3 + user % 3].tolist() for user in range(7)}
-    tasks = pl.DataFrame(
-        [
-            (user, items[:-1], [items[-1], *rng.choice(sorted(set(catalogue) - set(items)), 2)], [1, 0, 0])
-            for user, items in chosen.items()
-        ],
-        schema=["user_id", "history", "candidates", "labels"],
-        orient="row",
-    )
-    log = pl.DataFrame(
-        [(user, item) for user, items in chosen.items() for item in items], ["user_id", "item_id"], orient="row"
-    )
-    parts = list(over_the_catalogue(tasks, catalogue, log, pairs=20))
-    assert len(parts) > 1
-    whole = pl.concat(parts)
-    assert whole.select("user_id", "history").equals(tasks.select("user_id", "history"))
-    for user, candidates, labels in whole.select("user_id", "candidates", "labels").iter_rows():
-        assert set(candidates) == set(catalogue) - set(chosen[user][:-1])
-        assert [item for item, label in zip(candidates, labels, strict=True) if label] == chosen[user][-1:]
-    values = {item: place // 2 for place, item in enumerate(catalogue)}  # equals in twos
-    pairs = scoring.pairs(whole)
-    scores = scoring.score_with_values(whole, np.array([values[item] for item in pairs["item_id"]]))
-    columns = place_columns(rank_of_choice(scores))
-    again = user_columns(scores["user_id"], scores["label"], scores["logit"])
-    assert set(METRICS) - set(columns) == {"auc"}
-    for name, column in columns.items():
-        assert column == pytest.approx(again[name])
-    by_item = Popularity(pl.DataFrame({"item_id": catalogue, "count": [values[item] for item in catalogue]}))
-    at_once = places_by_ranker(by_item, tasks, log)  # the same without a pair written out
-    assert at_once.sort("user_id").equals(rank_of_choice(scores))
-    with pytest.raises(ValueError, match="missing or NaN"):
-        rank_of_choice(scores.with_columns(pl.lit(float("nan")).alias("logit")))
 
 
 def test_random_tasks_are_drawn_by_seed_and_stay_in_order():

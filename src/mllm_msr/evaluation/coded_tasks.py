@@ -141,17 +141,27 @@ class CodedTasks:
         begin, step = 0, 1
         while begin < len(self):
             end = min(begin + step, len(self))
-            values, left_out = scores(self.histories.slice(begin, end)), chosen.slice(begin, end)
-            if np.isnan(values).any():
-                raise ValueError("a score of the catalogue is NaN")
-            rows, wanted = np.arange(end - begin), targets[begin:end]
-            own = values[rows, wanted][:, None]
-            values[left_out.owner, left_out.codes] = -np.inf
-            values[rows, wanted] = own[:, 0]
-            above[begin:end] = (values > own).sum(axis=1)
-            equal[begin:end] = (values == own).sum(axis=1) - 1
+            values = scores(self.histories.slice(begin, end))
+            above[begin:end], equal[begin:end] = count_above(values, targets[begin:end], chosen.slice(begin, end))
             begin, step = end, max(1, pairs // values.shape[1])
         return above, equal
+
+
+def count_above(values: Array, targets: Array, left_out: CodedLists) -> tuple[Array, Array]:
+    """How many items have a higher value than the target (B,), and how many others have the same (B,).
+
+    Args:
+        values: (B, I), of every item; overwritten.
+        targets: (B,) item codes.
+        left_out: B lists of items that do not count; the target counts all the same.
+    """
+    if np.isnan(values).any():
+        raise ValueError("a score of the catalogue is NaN")
+    rows = np.arange(len(targets))
+    own = values[rows, targets][:, None]
+    values[left_out.owner, left_out.codes] = -np.inf
+    values[rows, targets] = own[:, 0]
+    return (values > own).sum(axis=1), (values == own).sum(axis=1) - 1
 
 
 def ndcg_at(k: int, above: Array, equal: Array) -> float:

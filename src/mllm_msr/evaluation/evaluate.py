@@ -106,6 +106,7 @@ class ScoredVariant:
 
     @cached_property
     def scorer(self) -> Scorer:
+        print(f"  {self.variant.label} ...", flush=True)
         return SCORERS[self.variant.name](self.run)
 
     @cached_property
@@ -115,7 +116,7 @@ class ScoredVariant:
 
     def scores(self) -> pl.DataFrame:
         def score() -> pl.DataFrame:
-            return self.scorer(self.tasks).select(pl.lit(self.variant.name).alias("variant"), pl.all())
+            return self.scorer.score(self.tasks).select(pl.lit(self.variant.name).alias("variant"), pl.all())
 
         return kept(SCORES, self.folder / f"{self.variant.name}.parquet", score)
 

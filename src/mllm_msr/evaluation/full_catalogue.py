@@ -1,17 +1,16 @@
 """Ranking of a user's choice among all items that the user has never chosen, not among a sample of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.baselines import Ranker
-from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
+from mllm_msr.evaluation.coded_tasks import CodedLists, count_above, item_codes
 from mllm_msr.evaluation.diagnostics import measured
 from mllm_msr.evaluation.metrics import user_columns
-from mllm_msr.evaluation.places import place_columns, rank_of_choice
-from mllm_msr.evaluation.scorers import RankerScorer, Scorer
+from mllm_msr.evaluation.places import place_columns
+from mllm_msr.evaluation.scorers import Scorer
 from mllm_msr.records.results import CatalogueFigures, FullCatalogue
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS
@@ -24,62 +23,41 @@ def catalogue_pairs(run: RunFolder, users: int | Literal["all"]) -> int:
 
 
 def rank_in_catalogue(run: RunFolder, tasks: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
-    """``records.schema.PLACES`` of the targets of ``tasks`` among all items, by user."""
+    """``records.schema.PLACES`` of the targets of ``tasks`` among all items that their users have never chosen."""
     pairs = ["user_id", "item_id"]
     logs = [run.read(INTERACTIONS, pairs)]
     if run.recipe.data.max_history is not None:  # what it has cut was chosen, too
         logs.append(run.read(CUT_INTERACTIONS, pairs))
-    items = run.read(ITEMS, ["item_id"])
-    chosen = pl.concat(logs).unique().join(items, on="item_id", how="semi")
-    if isinstance(scorer, RankerScorer):
-        places = places_by_ranker(scorer.ranker, tasks, chosen)
-    else:
-        parts = over_the_catalogue(tasks, items["item_id"], chosen)
-        places = pl.concat([rank_of_choice(scorer(part)) for part in parts])
-    return places.sort("user_id")
+    return places_in_catalogue(tasks, run.read(ITEMS, ["item_id"]), pl.concat(logs), scorer)
 
 
-def places_by_ranker(ranker: Ranker, tasks: pl.DataFrame, chosen: pl.DataFrame) -> pl.DataFrame:
-    """``records.schema.PLACES`` by a ranker of the whole catalogue, a block of users at a time; no pair is written out.
+def places_in_catalogue(
+    tasks: pl.DataFrame, items: pl.DataFrame, chosen: pl.DataFrame, scorer: Scorer, pairs: int = 10_000_000
+) -> pl.DataFrame:
+    """``records.schema.PLACES`` by user, a block of users at a time; no pair is written out.
 
     Args:
-        tasks: ``user_id``, ``history``, ``candidates``, ``labels`` with one positive each.
-        chosen: distinct ``user_id``, ``item_id``: all that users have chosen, before the target and after it.
+        tasks: ``user_id``, ``candidates``, ``labels`` with one positive each, and whatever else the scorer reads.
+        items: ``item_id`` of the whole catalogue.
+        chosen: ``user_id``, ``item_id``: all that users have chosen, before the target and after it.
+        pairs: about how many scores are in memory at a time.
     """
     target = pl.col("candidates").list.get(pl.col("labels").list.arg_max()).alias("item_id")
-    chosen = pl.concat([chosen, tasks.select("user_id", target)]).unique()
+    targets = tasks.select("user_id", target)
+    chosen = pl.concat([chosen.join(items, on="item_id", how="semi"), targets]).unique()
     lists = tasks.select("user_id").join(
         chosen.group_by("user_id").agg("item_id"), on="user_id", how="left", maintain_order="left"
     )
-    left_out = CodedLists.of(lists["item_id"], ranker.items)
-    above, equal = CodedTasks(tasks, ranker.items).catalogue_places(ranker.score_catalogue, left_out)
-    candidates = len(ranker.items) - left_out.lengths + 1
-    frame = {"user_id": tasks["user_id"], "first": above + 1, "last": above + equal + 1, "candidates": candidates}
-    return pl.DataFrame(frame)
-
-
-def over_the_catalogue(
-    tasks: pl.DataFrame, catalogue: pl.Series, chosen: pl.DataFrame, pairs: int = 500_000
-) -> Iterator[pl.DataFrame]:
-    """``tasks``, some at a time, with their target among all items that their user has never chosen.
-
-    Args:
-        tasks: ``user_id``, ``candidates``, ``labels`` with one positive each, and whatever else a variant reads.
-        catalogue: the ids of all items.
-        chosen: ``user_id``, ``item_id``: all that users have chosen, before the target and after it.
-        pairs: about how many candidates at a time.
-    """
-    ids, place = catalogue.to_numpy(), {item: place for place, item in enumerate(catalogue)}
-    items_of = dict(chosen.group_by("user_id").agg("item_id").iter_rows())
-    for part in tasks.iter_slices(max(1, pairs // len(ids))):
-        candidates, labels = [], []
-        for user, sampled, marks in part.select("user_id", "candidates", "labels").iter_rows():
-            target, wanted = place[sampled[marks.index(1)]], np.ones(len(ids), dtype=bool)
-            wanted[[place[item] for item in items_of.get(user, ())]] = False
-            wanted[target] = True
-            candidates.append(ids[wanted].tolist())
-            labels.append((np.flatnonzero(wanted) == target).astype(np.int64).tolist())
-        yield part.with_columns(pl.Series("candidates", candidates), pl.Series("labels", labels))
+    codes, left_out = item_codes(targets["item_id"], items), CodedLists.of(lists["item_id"], items)
+    ids, step, counts = items["item_id"].sort().to_list(), max(1, pairs // len(items)), []
+    for begin in range(0, len(tasks), step):
+        end = min(begin + step, len(tasks))
+        values = scorer.score_catalogue(tasks[begin:end], ids)
+        counts.append(count_above(values, codes[begin:end], left_out.slice(begin, end)))
+    above, equal = (np.concatenate(parts).astype(np.int64) for parts in zip(*counts, strict=True))
+    sizes = len(items) - left_out.lengths + 1
+    places = {"user_id": tasks["user_id"], "first": above + 1, "last": above + equal + 1, "candidates": sizes}
+    return pl.DataFrame(places).sort("user_id")
 
 
 def measure_catalogue(

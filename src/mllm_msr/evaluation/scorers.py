@@ -1,6 +1,7 @@
 """What scores each variant of the results table: one table from its name to what makes its scorer."""
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from mllm_msr.evaluation.scoring import (
 )
 from mllm_msr.evaluation.sequential_baselines import gru4rec, sasrec
 from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.processing.examples import users_of
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
 from mllm_msr.records.sections import DemoSource
@@ -35,7 +37,17 @@ from mllm_msr.records.variants import OURS
 if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
 
-Scorer = Callable[[pl.DataFrame], pl.DataFrame]  # tasks to ``user_id``, ``item_id``, ``label``, ``logit``, ``score``
+
+class Scorer(ABC):
+    """What gives a value to every candidate of a task, and to every item of the catalogue."""
+
+    @abstractmethod
+    def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        """``user_id``, ``item_id``, ``label``, ``logit``, ``score`` of every candidate, task after task."""
+
+    @abstractmethod
+    def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
+        """(U, I): the logit of every item for each task's user; ``items`` are all ids, sorted."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +59,48 @@ class ModelView:
     load: Callable[[RunFolder], "Recommender"] = load_recommender
 
 
-def model_scorer(name: str, view: ModelView, run: RunFolder) -> Scorer:
-    """Our model; its tasks are contexts, see ``records.schema.CONTEXTS``."""
-    seed = run.recipe.evaluation.seed
-    recommender, catalogue = view.load(run), view.items(load_catalogue(run), seed)
-    return lambda contexts: score_with_model(recommender, view.users(contexts, seed), catalogue, name)
+class ModelScorer(Scorer):
+    """Our model under one view; its tasks are contexts, see ``records.schema.CONTEXTS``."""
+
+    def __init__(self, name: str, view: ModelView, run: RunFolder) -> None:
+        self.name, self.view, self.seed = name, view, run.recipe.evaluation.seed
+        self.recommender, self.catalogue = view.load(run), view.items(load_catalogue(run), self.seed)
+
+    def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        return score_with_model(self.recommender, self.view.users(tasks, self.seed), self.catalogue, self.name)
+
+    def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
+        users = users_of(self.view.users(tasks, self.seed))
+        return np.stack(self.recommender.score(users, [items] * len(users), self.catalogue, progress=self.name))
 
 
-@dataclass(frozen=True)
-class RankerScorer:
-    """A ranker of histories, which can also rank the whole catalogue at once."""
+class RankerScorer(Scorer):
+    """A ranker of histories, which is trained if it has to be."""
 
-    ranker: Ranker
+    def __init__(self, make: Callable[[RunFolder], Ranker], run: RunFolder) -> None:
+        self.ranker = make(run)
 
-    def __call__(self, tasks: pl.DataFrame) -> pl.DataFrame:
+    def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
         return score_with_values(tasks, self.ranker(tasks))
 
+    def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
+        return self.ranker.score_catalogue(CodedLists.of(tasks["history"], self.ranker.items))
 
-def ranker_scorer(make: Callable[[RunFolder], Ranker], run: RunFolder) -> RankerScorer:
-    return RankerScorer(make(run))
 
-
-def oracle(run: RunFolder) -> Scorer:
+class Oracle(Scorer):
     """The true taste, which only the demo's drawn world has."""
-    source = run.recipe.source
-    if not isinstance(source, DemoSource):
-        raise ValueError("the variant 'oracle' needs a drawn world: only the demo has one")
-    return lambda tasks: score_with_values(tasks, true_utilities(source, pairs(tasks)))
+
+    def __init__(self, run: RunFolder) -> None:
+        if not isinstance(run.recipe.source, DemoSource):
+            raise ValueError("the variant 'oracle' needs a drawn world: only the demo has one")
+        self.source = run.recipe.source
+
+    def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        return score_with_values(tasks, true_utilities(self.source, pairs(tasks)))
+
+    def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
+        every = tasks.select("user_id").join(pl.DataFrame({"item_id": items}), how="cross", maintain_order="left_right")
+        return true_utilities(self.source, every).reshape(len(tasks), len(items))
 
 
 class Popularity(Ranker):
@@ -141,7 +168,7 @@ RANKERS: dict[str, Callable[[RunFolder], Ranker]] = {
     "gru4rec": partial(sequential, gru4rec),
 }
 SCORERS: dict[str, Callable[[RunFolder], Scorer]] = {
-    **{name: partial(model_scorer, name, view) for name, view in MODELS.items()},
-    **{name: partial(ranker_scorer, make) for name, make in RANKERS.items()},
-    "oracle": oracle,
+    **{name: partial(ModelScorer, name, view) for name, view in MODELS.items()},
+    **{name: partial(RankerScorer, make) for name, make in RANKERS.items()},
+    "oracle": Oracle,
 }
