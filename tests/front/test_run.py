@@ -245,11 +245,11 @@ def test_ways_of_computing_and_the_whole_catalogue_are_evaluated_beside_the_tabl
     assert 41 - chosen.max() <= full["n_candidates"] <= 41 - chosen.min()
     for row, found in full["rows"].items():  # more candidates put nobody higher
         assert row == "random" or found["full"]["map"]["value"] <= found["sampled"]["map"]["value"] + 1e-9
-    assert "sampled candidates | all items" in out
+    assert "5 users, sampled candidates and all " in out
     before = (whole / "metrics.json").read_bytes()
     (whole / "metrics.json").unlink()
     again = run("evaluate", str(whole))
-    assert "knn:" not in again  # nothing is fitted to score what is scored
+    assert "item-kNN ..." in out and "item-kNN ..." not in again  # nothing is fitted to score what is scored
     assert (whole / "metrics.json").read_bytes() == before
     run("report", str(whole))
     page, results = ((whole / name).read_text(encoding="utf-8") for name in ("report.html", "results.md"))

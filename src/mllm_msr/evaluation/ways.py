@@ -26,8 +26,8 @@ def score_in_all_ways(run: RunFolder, contexts: pl.DataFrame) -> pl.DataFrame:
             continue  # a late model has no other way
         recommender = load_recommender(run, how)
         late = recommender.late
-        config = recommender.model.model.config
-        name = way or f"{str(recommender.model.dtype).removeprefix('torch.')}, {config._attn_implementation} attention"
+        model = recommender.model
+        name = way or f"{str(model.dtype).removeprefix('torch.')}, {model.config._attn_implementation} attention"
         scores = score_with_model(recommender, contexts, catalogue, progress=way or "as evaluated")
         frames.append(scores.select(pl.lit(name).alias("way"), "user_id", "item_id", "logit"))
     frame = pl.concat(frames)
