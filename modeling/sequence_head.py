@@ -11,24 +11,27 @@ ranks by content alone. Letters: B histories, L places, D hidden, I items of the
 C candidates, N any number of items.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 PADDING = -1  # in histories and candidates, after the last item
+NAME = "sequence_head"  # of the two files that hold a head
 
 
 @dataclass(frozen=True)
-class SequenceHeadConfig:
-    """Everything that decides what the head's weights mean.
+class SequenceHeadOptions:
+    """What a head is like, whatever the catalogue.
 
     Args:
-        n_items: I, items with a code 0 ... I - 1.
-        content_size: F; 0 for a head without content.
         identity: whether items have a learnt vector of their own.
         encoder: the network over a history.
         hidden: D; layers, heads: of the transformer. A GRU has one layer, twice as wide, and a projection.
@@ -39,8 +42,6 @@ class SequenceHeadConfig:
         max_length: places of a history that are read, from its end.
     """
 
-    n_items: int
-    content_size: int = 0
     identity: bool = True
     encoder: Literal["transformer", "gru"] = "transformer"
     hidden: int = 64
@@ -52,12 +53,28 @@ class SequenceHeadConfig:
     max_length: int = 100
 
     def __post_init__(self) -> None:
-        if not self.identity and not self.content_size:
-            raise ValueError("an item needs an identity, content, or both: give content_size or identity=True")
         if self.encoder not in ("transformer", "gru"):
             raise ValueError(f"encoder={self.encoder!r} is not known; there are 'transformer' and 'gru'")
         if self.hidden % self.heads:
             raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
+
+
+@dataclass(frozen=True)
+class SequenceHeadConfig(SequenceHeadOptions):
+    """Everything that decides what a head's weights mean.
+
+    Args:
+        n_items: I, items with a code 0 ... I - 1.
+        content_size: F; 0 for a head without content.
+    """
+
+    n_items: int = 0
+    content_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.identity and not self.content_size:
+            raise ValueError("an item needs an identity, content, or both: give content_size or identity=True")
 
 
 @dataclass
@@ -199,6 +216,22 @@ class SequenceHead(nn.Module):
         """(B, N): the score of every item, as one product; items chosen before are the caller's to leave out."""
         vectors = self.item_vectors() if vectors is None else vectors
         return self(histories, vectors).last @ vectors.T
+
+
+def save_head(head: SequenceHead, item_ids: Sequence[str], folder: Path) -> None:
+    """Write a head's weights, its configuration, and the ids of its items in the order of their codes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, folder / f"{NAME}.safetensors")
+    content = {"config": asdict(head.config), "items": list(item_ids)}
+    (folder / f"{NAME}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def load_head(folder: Path) -> tuple[SequenceHead, dict[str, int]]:
+    """The head that :func:`save_head` has written, ready to score, and the code of each item id."""
+    content = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
+    head = SequenceHead(SequenceHeadConfig(**content["config"]))
+    head.load_state_dict(load_file(folder / f"{NAME}.safetensors"))
+    return head.eval(), {item_id: code for code, item_id in enumerate(content["items"])}
 
 
 GATES = 12  # 0, 1, 2-3, 4-7, ... interactions, and 1,024 or more

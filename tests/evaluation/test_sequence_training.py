@@ -41,7 +41,9 @@ def circle(n_users: int = 80, length: int = 8, never: tuple[int, ...] = ()) -> T
 
 
 def config(**settings) -> SequenceHeadConfig:
-    return SequenceHeadConfig(N_ITEMS, **{"hidden": 16, "layers": 1, "max_length": 8, "dropout": 0.1, **settings})
+    return SequenceHeadConfig(
+        n_items=N_ITEMS, **{"hidden": 16, "layers": 1, "max_length": 8, "dropout": 0.1, **settings}
+    )
 
 
 @pytest.mark.parametrize("stop_by", ["candidates", "catalogue"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig, last_places
+from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig, last_places, load_head, save_head
 
 N_ITEMS, SIZE = 20, 6
 COUNTS = torch.arange(N_ITEMS)  # item 0 was never chosen
@@ -11,7 +11,9 @@ COUNTS = torch.arange(N_ITEMS)  # item 0 was never chosen
 
 def head(content: bool = True, **settings) -> SequenceHead:
     torch.manual_seed(0)
-    config = SequenceHeadConfig(N_ITEMS, SIZE if content else 0, hidden=16, layers=1, max_length=8, **settings)
+    config = SequenceHeadConfig(
+        n_items=N_ITEMS, content_size=SIZE if content else 0, hidden=16, layers=1, max_length=8, **settings
+    )
     made = SequenceHead(config).eval()
     made.set_items(COUNTS, torch.randn(N_ITEMS, SIZE) if content else None)
     return made
@@ -88,20 +90,21 @@ def test_candidates_and_catalogue_have_the_same_scores_and_new_items_are_ranked_
     assert more.shape == (1, N_ITEMS + 1)
 
 
-def test_the_state_holds_all_that_is_known_of_the_items():
+def test_a_saved_head_comes_back_with_all_that_is_known_of_its_items(tmp_path):
     model = head(gate=True)
-    other = SequenceHead(model.config)
-    other.load_state_dict(model.state_dict())
+    save_head(model, [f"i{code}" for code in range(N_ITEMS)], tmp_path)
+    other, codes = load_head(tmp_path)
+    assert codes["i3"] == 3 and len(codes) == N_ITEMS
     history = torch.tensor([[1, 2]])
-    assert torch.equal(other.eval().score_catalogue(history), model.score_catalogue(history))
+    assert torch.equal(other.score_catalogue(history), model.score_catalogue(history))
 
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="an identity, content, or both"):
-        SequenceHeadConfig(3, identity=False)
+        SequenceHeadConfig(identity=False)
     with pytest.raises(ValueError, match="no multiple of heads"):
-        SequenceHeadConfig(3, hidden=15)
+        SequenceHeadConfig(hidden=15)
     with pytest.raises(ValueError, match="'lstm' is not known"):
-        SequenceHeadConfig(3, encoder="lstm")
+        SequenceHeadConfig(encoder="lstm")
     with pytest.raises(ValueError, match=r"is \(20, 6\), not \(3, 6\)"):
         head().set_items(COUNTS, torch.zeros(3, SIZE))

@@ -34,7 +34,7 @@ def sasrec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame
 
     Arguments as for :func:`train_ranker`.
     """
-    return train_ranker("sasrec", SequenceHeadConfig(len(items)), validation, items, training, **settings)
+    return train_ranker("sasrec", SequenceHeadConfig(n_items=len(items)), validation, items, training, **settings)
 
 
 def gru4rec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, **settings) -> SequenceRanker:
@@ -42,7 +42,7 @@ def gru4rec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFram
 
     Arguments as for :func:`train_ranker`.
     """
-    config = SequenceHeadConfig(len(items), encoder="gru")
+    config = SequenceHeadConfig(n_items=len(items), encoder="gru")
     return train_ranker("gru4rec", config, validation, items, training, **settings)
 
 

@@ -1,0 +1,71 @@
+"""training/head.py as users start it: a run and vectors in, a head out that ranks by item ids."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from mllm_msr.modeling.sequence_head import load_head
+from mllm_msr.training import head as script
+
+
+@pytest.fixture
+def vectors(small_run, tmp_path) -> Path:
+    ids = small_run.items.items["item_id"][::-1]
+    rows = np.random.default_rng(0).random((len(ids), 5)).tolist()
+    path = tmp_path / "vectors.parquet"
+    pl.DataFrame({"item_id": ids, "vector": rows}).write_parquet(path)
+    return path
+
+
+def arguments(small_run, output: Path, *more: str) -> list[str]:
+    own = ["--dataset_name", str(small_run.folder), "--output_dir", str(output), "--max_epochs", "2", "--hidden", "16"]
+    return [sys.executable, str(Path(script.__file__)), *own, *more]
+
+
+def test_the_script_trains_a_head_whose_items_are_those_of_the_run(small_run, vectors, tmp_path):
+    command = arguments(small_run, tmp_path / "head", "--vectors", str(vectors))
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, codes = load_head(tmp_path / "head")
+    assert sorted(codes) == sorted(small_run.items.items["item_id"]) == list(codes)
+    given = pl.read_parquet(vectors).sort("item_id")["vector"].to_list()
+    assert torch.allclose(head.content.float(), torch.tensor(given), atol=1e-3)
+    assert head.score_catalogue(torch.tensor([[3, 1]])).shape == (1, len(codes))
+    assert not head.identity[head.counts == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frame: frame.rename({"vector": "embedding"}), "needs a column 'vector'"),
+        (lambda frame: frame.head(-1), "1 items have no vector, among them"),
+        (lambda frame: pl.concat([frame, frame.head(1)]), "more than one vector"),
+        (lambda frame: frame.with_columns(pl.col("vector").list.head(pl.int_range(pl.len()) + 1)), "is not as long"),
+        (lambda frame: frame.with_columns(pl.lit([1.0, float("nan")]).alias("vector")), "is not finite"),
+    ],
+)
+def test_vectors_that_do_not_fit_the_run_are_refused(small_run, vectors, tmp_path, change, message):
+    frame = pl.read_parquet(vectors)
+    change(frame).write_parquet(vectors)
+    with pytest.raises(ValueError, match=message):
+        script.main(
+            script.HeadArguments(str(small_run.folder), str(vectors), str(tmp_path / "head")),
+            script.SequenceHeadOptions(hidden=16),
+            script.FitOptions(max_epochs=1),
+        )
+
+
+def test_without_vectors_it_is_sasrec_and_a_missing_file_is_named(small_run, tmp_path):
+    settings = script.SequenceHeadOptions(hidden=16), script.FitOptions(max_epochs=1)
+    head = script.main(script.HeadArguments(str(small_run.folder), None, str(tmp_path / "head")), *settings)
+    assert not head.config.content_size
+    with pytest.raises(FileNotFoundError, match=r"nothing\.parquet is missing"):
+        script.main(script.HeadArguments(str(small_run.folder), "nothing.parquet", str(tmp_path / "head")), *settings)
+    with pytest.raises(ValueError, match="--dataset_name, a prepared run, and --output_dir"):
+        script.HeadArguments()

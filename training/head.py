@@ -1,0 +1,71 @@
+"""Train the sequence head on a prepared run: item vectors, identities that may be missing, a user as a history.
+
+    python training/head.py \\
+        --dataset_name runs/movielens-100k \\
+        --vectors runs/movielens-100k/vectors.parquet \\
+        --output_dir runs/head-movielens
+
+``--vectors`` is a Parquet file with ``item_id`` and ``vector``, a list of numbers, for every item of the run. Without
+it the head knows items by their identity alone, which is SASRec; with ``--no_identity``, by their vectors alone. Every
+epoch is saved: run again after an interruption with the same ``--output_dir``, it goes on to the same result.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+from trl import TrlParser
+
+from mllm_msr.evaluation.baselines import training_interactions
+from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
+from mllm_msr.evaluation.item_vectors import read_vectors
+from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
+from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions, save_head
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
+from mllm_msr.training.arguments import flag
+
+
+@dataclass
+class HeadArguments:
+    """What is learnt from, and where to."""
+
+    dataset_name: str = flag("", "A prepared run's folder.")
+    vectors: str | None = flag(None, "A Parquet file with item_id and vector for every item; none: identity alone.")
+    output_dir: str = flag("", "Folder of the trained head and of its epochs.")
+    seed: int = flag(0, "Of weights, batches and dropout.")
+
+    def __post_init__(self) -> None:
+        if not self.dataset_name or not self.output_dir:
+            raise ValueError("give --dataset_name, a prepared run, and --output_dir")
+
+
+def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: FitOptions) -> SequenceHead:
+    run = RunFolder.open(Path(arguments.dataset_name))
+    items, folder = run.read(ITEMS, ["item_id"]), Path(arguments.output_dir)
+
+    # Data
+    content = None if arguments.vectors is None else read_vectors(Path(arguments.vectors), items)
+    data = load_data(run, content)
+
+    # Training
+    content_size = 0 if content is None else content.shape[1]
+    config = SequenceHeadConfig(n_items=len(items), content_size=content_size, **asdict(options))
+    head = fit(config, data, fit_options, arguments.seed, folder / "epochs")
+    save_head(head, items["item_id"].sort().to_list(), folder)
+    return head
+
+
+def load_data(run: RunFolder, content: Tensor | None) -> TrainingData:
+    """The training histories and the validation tasks of a prepared run, and (I, F) content of its items."""
+    items = run.read(ITEMS, ["item_id"])
+    interactions, popularity = run.read(INTERACTIONS), run.read(POPULARITY)
+    training = training_interactions(interactions, run.tasks("train"), run.recipe.data.protocol, popularity)
+    validation = CodedTasks(run.tasks("validation"), items)
+    return TrainingData(len(items), CodedLists.of_log(training, items), validation, content)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((HeadArguments, SequenceHeadOptions, FitOptions))
+    main(*parser.parse_args_and_config(sys.argv[1:]))
