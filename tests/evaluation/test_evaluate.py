@@ -118,7 +118,9 @@ def test_nothing_is_scored_twice_and_a_new_model_leaves_baselines_alone(trained,
     (run.model / "model.safetensors").write_bytes(b"better weights")
     with pytest.raises(ValueError, match=r"model.safetensors has changed: run `mllm-msr train"):
         evaluate(further)
+    assert not any(variant.needs_model for variant in scorable(further))
     further.take_over("train", "model", [run.model])
+    assert scorable(further)[0].name == OURS
     evaluate(further)
     assert trained.pairs_scored == 2 * n_scored and not models.exists()
     assert (baselines / "knn.parquet").stat().st_mtime_ns == before
@@ -131,6 +133,7 @@ def test_baselines_need_no_model(prepared, capsys):
     assert [variant.name for variant in scorable(run)] == [
         "popularity", "random", "oracle", "knn", "svd", "tfidf", "sasrec", "gru4rec",
     ]  # fmt: skip
+    assert "without MLLM-MSR, text only: stage 'summarize items'" in capsys.readouterr().out
     results = evaluate(run, scorable(run))
     assert list(results.variants) == [variant.name for variant in scorable(run)]
     assert not results.against and results.calibration is None

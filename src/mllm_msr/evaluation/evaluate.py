@@ -60,10 +60,16 @@ def with_evaluation(
 
 
 def scorable(run: RunFolder) -> list[Variant]:
-    """The recipe's variants; while our model has not been trained, only those that do not need it."""
-    trained = "train" in run.provenance()["stages"]
+    """The recipe's variants; those that need our model are left out while it is not trained on the run's data."""
     variants = [VARIANTS[name] for name in run.recipe.evaluation.rows]
-    return [variant for variant in variants if trained or not variant.needs_model]
+    left_out = [variant.label for variant in variants if variant.needs_model]
+    if left_out:
+        try:
+            run.require("train")
+        except (FileNotFoundError, ValueError) as error:
+            print(f"without {', '.join(left_out)}: {error}", flush=True)
+            return [variant for variant in variants if not variant.needs_model]
+    return variants
 
 
 def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Results:
