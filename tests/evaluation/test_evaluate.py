@@ -133,7 +133,7 @@ def test_baselines_need_no_model(prepared, capsys):
     assert [variant.name for variant in scorable(run)] == [
         "popularity", "random", "oracle", "knn", "svd", "tfidf", "sasrec", "gru4rec",
     ]  # fmt: skip
-    assert "without MLLM-MSR, text only: stage 'summarize items'" in capsys.readouterr().out
+    assert "without MLLM-MSR, text only: stage 'train' of" in capsys.readouterr().out
     results = evaluate(run, scorable(run))
     assert list(results.variants) == [variant.name for variant in scorable(run)]
     assert not results.against and results.calibration is None
