@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from hub_run import change_recipe, finish
 from hub_server import Hub
 from hub_storage import WRITE
 
-from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.recipe import demo_recipe
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import ITEM_SUMMARIES, PREFERENCES
 
 COMMAND = str(Path(sys.executable).with_name("mllm-msr"))
 MODEL, DATA, METRIC, SPACE = (
@@ -33,7 +37,7 @@ def typed(home: Path, endpoint: str, *arguments: str, token: str | None = WRITE)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("typed")
-    recipe = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(demo_recipe().read_text(encoding="utf-8"))
     recipe["name"] = "small"
     recipe["source"].update(n_users=12, n_items=40)
     recipe["training"].update(max_steps=1, per_device_train_batch_size=4, eval_strategy="no", save_strategy="no")
@@ -97,48 +101,37 @@ def test_a_refusal_is_one_line(run, token, message):
     assert "Traceback" not in done.stderr and "z" * 34 not in done.stdout + done.stderr
 
 
-def test_the_licence_of_the_backbone_is_looked_up_at_its_pinned_revision(run):
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+def test_the_licence_of_the_backbone_is_looked_up_at_its_pinned_revision(run, tmp_path):
+    copy = RunFolder.open(shutil.copytree(run, tmp_path / "copy"))
     with Hub() as hub:
         hub.create("model", "org/base", private=False)
         pinned = hub.push("model", "org/base", "README.md", b"---\nlicense: gemma\n---\n")
         hub.push("model", "org/base", "README.md", b"---\nlicense: mit\n---\n")
-        training = {**recipe["training"], "model_name_or_path": "org/base", "model_revision": pinned}
-        try:
-            (run / "config.yaml").write_text(yaml.safe_dump({**recipe, "training": training}), encoding="utf-8")
-            said = publish(run, hub, "--model", "--dry-run")
-        finally:
-            (run / "config.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        backbone = {"model_name_or_path": "org/base", "model_revision": pinned}
+        change_recipe(copy, training=copy.recipe.training | backbone)
+        shown = publish(copy.path, hub, "--model", "--dry-run")
         assert f"/api/models/org/base/revision/{pinned}" in [path for _, path, _ in hub.log]
         assert set(hub.repos) == {("model", "org/base")}
     warning = "the backbone's licence is gemma, which apache-2.0 on this model cannot widen: state gemma"
-    assert f"warning: {warning}" in said
-    card = (run / "hub/model/README.md").read_text(encoding="utf-8")
+    assert f"warning: {warning}" in shown
+    card = (copy.hub / "model/README.md").read_text(encoding="utf-8")
     assert f"> **Conflict:** {warning}." in card and "The backbone's is `gemma`" in card
 
 
-def test_a_writer_in_a_folder_of_this_machine_is_named_without_it(run):
+def test_a_writer_in_a_folder_of_this_machine_is_named_without_it(run, tmp_path):
     """The summariser of this run is put where somebody's models lie."""
-    recipe = (run / "config.yaml").read_text(encoding="utf-8")
-    texts = {name: pl.read_parquet(run / f"summaries/{name}.parquet") for name in ("items", "preferences")}
+    copy = RunFolder.open(shutil.copytree(run, tmp_path / "copy"))
     there = pl.lit("/home/someone/models/writer").alias("generator")
-    try:
-        told = yaml.safe_load(recipe)
-        told["summaries"]["model"] = "/home/someone/models/writer"
-        (run / "config.yaml").write_text(yaml.safe_dump(told), encoding="utf-8")
-        for name, frame in texts.items():
-            frame.with_columns(there).write_parquet(run / f"summaries/{name}.parquet")
-        with Hub() as hub:
-            publish(run, hub)
-            files = {f"{one[1]}/{path}": content for one in hub.repos for path, content in hub.files(*one).items()}
-    finally:
-        (run / "config.yaml").write_text(recipe, encoding="utf-8")
-        for name, frame in texts.items():
-            frame.write_parquet(run / f"summaries/{name}.parquet")
+    for table in (ITEM_SUMMARIES, PREFERENCES):
+        copy.write(table, copy.read(table).with_columns(there))
+    finish(change_recipe(copy, summaries=copy.recipe.to_dict()["summaries"] | {"model": "/home/someone/models/writer"}))
+    with Hub() as hub:
+        publish(copy.path, hub)
+        files = {f"{one[1]}/{path}": content for one in hub.repos for path, content in hub.files(*one).items()}
     tables = {path: pl.read_parquet(content) for path, content in files.items() if path.endswith(".parquet")}
     plain = {path: content.decode(errors="replace") for path, content in files.items() if path not in tables}
-    said = plain | {path: str(frame.rows()) for path, frame in tables.items()}
-    assert not [path for path, text in said.items() if "/home/someone" in text or str(run) in text]
+    texts = plain | {path: str(frame.rows()) for path, frame in tables.items()}
+    assert not [path for path, text in texts.items() if "/home/someone" in text or str(copy.path) in text]
     written = [frame["generator"].unique().to_list() for frame in tables.values() if "generator" in frame.columns]
     assert written == [["writer"], ["writer"]]
     assert json.loads(plain[f"{SPACE[1]}/space.json"])["revision"] == "v0.1.0"

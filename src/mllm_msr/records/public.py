@@ -17,11 +17,19 @@ PLACES = {
 SECRET_NAMES = re.compile(
     r"(^|_)(token|key|secret|password|passwd|passphrase|credentials?|auth|cookie|webhook|endpoint|ur[li]|proxy)$"
 )
-ADDRESS = re.compile(r"\b(?!hf:)([a-z][a-z0-9+.-]*)://[^\s\"'<>]+", re.IGNORECASE)
+ADDRESSES = re.compile(
+    r"""(?:
+        \b(?!hf:)[a-z][a-z0-9+.-]*://[^\s"'<>]+  # of any kind but the Hub's
+        |(?:localhost|[\w-]+(?:\.[\w-]+)+):\d{2,5}\b[^\s"'<>]*  # a host and its port
+        |[^\s/@:"']+:[^\s/@"']+@[\w.-]+[^\s"'<>]*  # a user and a password
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
 SECRETS = re.compile(
     r"""\b(?:
         (?:hf_|sk[-_]|[pr]k_|gh[opsu]_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza|ya29\.|eyJ)[\w.-]{6,}  # by its prefix
-        |(?:bearer|basic)\s+[\w.+/=-]{8,}
+        |(?i:bearer|basic)\s+[\w.+/=-]{8,}
+        |\w*(?i:token|key|secret|password)\s*[=:]\s*\S+
         |[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
         |[0-9a-f]{32,}
         |(?=\w*[a-z])(?=\w*[A-Z])(?=\w*\d)[A-Za-z0-9_]{24,}
@@ -68,9 +76,9 @@ def hide_secrets(text: str) -> str:
     """``text`` with ``***`` in place of addresses, but for those of the Hub, and of what looks like a key.
 
     >>> hide_secrets("key sk-abcdef123456 refused by https://me:pass@inner.host/secret/v1")
-    'key *** refused by https://***'
+    'key *** refused by ***'
     """
-    return SECRETS.sub(MASK, ADDRESS.sub(rf"\1://{MASK}", text))
+    return SECRETS.sub(MASK, ADDRESSES.sub(MASK, text))
 
 
 def is_hub_id(name: str | None) -> bool:
