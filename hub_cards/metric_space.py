@@ -40,7 +40,7 @@ class RankingMetrics(evaluate.Metric):
     """`evaluate.load("org/ranking_metrics")`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        pair = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+        pair = {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,

@@ -32,3 +32,11 @@ def test_batches_and_single_pairs_are_gathered():
     for prediction, reference, user_id in zip(*PAIRS.values(), user_ids, strict=True):
         singles.add(predictions=prediction, references=reference, user_ids=user_id)
     assert batches.compute()["hr@1"] == singles.compute()["hr@1"] == 0.5
+
+
+@pytest.mark.parametrize("references", [[True, False, True, False], [1.0, 0.0, 1.0, 0.0], np.array([1, 0, 1, 0])])
+def test_references_are_zero_or_one_however_written(references):
+    found = RankingMetrics().compute(predictions=PAIRS["predictions"], references=references, user_ids=[1, 1, 2, 2])
+    assert found["hr@1"] == 0.5
+    with pytest.raises(ValueError, match=r"label in row 1 is 0\.5, expected 0 or 1"):
+        RankingMetrics().compute(predictions=PAIRS["predictions"], references=[1, 0.5, 1, 0], user_ids=[1, 1, 2, 2])
