@@ -189,8 +189,11 @@ def test_the_protocol_may_ask_for_a_ranking_among_all_items(trained, capsys):
     cheap = {"rows": [OURS, "text_only", "popularity"], "full_catalogue_pairs": 1}
     results = evaluate(RunFolder.create(run.path, parse_recipe({**among_all, "evaluation": cheap})))
     assert list(results.variants) == ["popularity"] and not results.against
-    cheap["rows"] = [OURS]
-    with pytest.raises(ValueError, match="no variant was ranked among all items, as the protocol asks"):
+    cheap |= {"rows": ["popularity"], "metrics": ["auc"]}
+    with pytest.raises(ValueError, match="another metric than auc, which places do not tell"):
+        evaluate(RunFolder.create(run.path, parse_recipe({**among_all, "evaluation": cheap})))
+    cheap = {"rows": [OURS], "full_catalogue_pairs": 1}
+    with pytest.raises(ValueError, match="nothing was ranked among all items, as the protocol asks"):
         evaluate(RunFolder.create(run.path, parse_recipe({**among_all, "evaluation": cheap})))
 
 
@@ -215,6 +218,8 @@ def test_the_recipe_says_which_metrics(prepared):
     for wrong in (["recall@5"], ["hr@0"], ["hr"], []):
         with pytest.raises(ValueError, match=r"evaluation\.metrics"):
             parse_recipe({**RECIPE, "evaluation": {"metrics": wrong}})
+    with pytest.raises(ValueError, match=r"evaluation\.full_catalogue=0: must be at least 1"):
+        parse_recipe({**RECIPE, "evaluation": {"full_catalogue": 0}})
 
 
 def test_an_unknown_baseline_is_named(prepared):

@@ -21,13 +21,7 @@ from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
 from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.results import Calibration, Results
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import (
-    PLACES,
-    POPULARITY,
-    SCORES,
-    WAYS_OF_COMPUTING,
-    Table,
-)
+from mllm_msr.records.schema import PLACES, POPULARITY, SCORES, WAYS_OF_COMPUTING, Table
 from mllm_msr.records.storage import digest
 from mllm_msr.records.variants import OURS, VARIANTS, Variant, baselines
 
@@ -193,8 +187,12 @@ def measure(
     for name, frame in scores.items():
         if not frame.select("user_id", "item_id").equals(first.select("user_id", "item_id")):
             raise ValueError(f"variant {name!r} was scored on other candidates: remove {run.scores} and evaluate again")
-    if places is not None and not places:
-        raise ValueError("no variant was ranked among all items, as the protocol asks: add a baseline to its rows")
+    names = [name for name in run.recipe.evaluation.metrics if places is None or name != "auc"]
+    if places is not None and not (places and names):
+        raise ValueError(
+            "nothing was ranked among all items, as the protocol asks: name a baseline, and another "
+            "metric than auc, which places do not tell"
+        )
     users, labels = first["user_id"], first["label"].to_numpy()
 
     def columns_of(metrics: Sequence[str]) -> dict[str, Columns]:
@@ -202,7 +200,7 @@ def measure(
             return {name: place_columns(frame, metrics) for name, frame in places.items()}
         return {name: user_columns(users, labels, frame["logit"], metrics) for name, frame in scores.items()}
 
-    columns = columns_of(run.recipe.evaluation.metrics)
+    columns = columns_of(names)
     against, calibration = {}, None
     if OURS in columns:
         against = {name: compared(columns[OURS], other) for name, other in columns.items() if name != OURS}

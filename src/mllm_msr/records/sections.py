@@ -202,6 +202,8 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_types(self, "evaluation")
         at_least(self, seed=0, token_budget=1, full_catalogue=1, full_catalogue_pairs=1, agreement=1)
+        if self.full_catalogue != "all":
+            at_least(self, full_catalogue=1)
         if not self.metrics or not self.rows:
             raise ValueError("metrics and rows: name at least one of each")
         for name in self.metrics:
