@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.modeling.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/modeling", "tests/processing/test_processor.py"]
 PAGE, BEGIN, END = ROOT / "docs" / "model.md", "<!-- families -->\n", "<!-- /families -->\n"
-COMPILED = "a forward with pictures compiles in one graph"
+COMPILED = "a forward with images compiles in one graph"
 
 
 class Measured:
@@ -50,7 +50,7 @@ def compiled(name: str, folder: Path) -> list[str]:
     path = tiny.save_backbone(name, folder / name)
     processor = MllmMsrProcessor.from_backbone(str(path))
     model = MllmMsrForRecommendation.from_backbone(path, processor=processor)
-    batch = processor(["ships"], [{"title": "One", "image": tiny.picture(1)}])
+    batch = processor([User("ships")], [Candidate(title="One", image=tiny.picture(1))])
     torch.compiler.reset()
     with torch.no_grad():
         expected = model(**batch).logits
@@ -86,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
     write = parser.parse_args().write
-    spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "tests" / "tiny_models.py")
+    spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "tests" / "support" / "tiny_models.py")
     assert spec is not None and spec.loader is not None
     sys.modules["tiny_models"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["tiny_models"])

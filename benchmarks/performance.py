@@ -23,14 +23,16 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig, get_peft_model
-from PIL import Image as Pictures
+from PIL import Image as Images
 from random_llava import save_random_llava
 from transformers import LlavaProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.modeling.inputs import Candidate, User
 from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+from mllm_msr.modeling.packing import pack_joint, pack_late
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.training.collators import AnswerCollator
@@ -78,33 +80,29 @@ class Bench:
         def text(count: int) -> str:
             return " ".join(rng.choice(WORDS.split(), count))
 
-        self.users = [{"preference": text(words), "recent": []} for _ in range(16)]
+        self.users = [User(text(words)) for _ in range(16)]
         many = max(options.candidates)
         self.items = {
-            f"i{number}": {
-                "item_id": f"i{number}",
-                "title": text(4),
-                "text": "",
-                "image": Pictures.fromarray(rng.integers(0, 255, (edge, edge, 3), dtype=np.uint8)),
-            }
+            f"i{number}": Candidate(
+                f"i{number}", text(4), image=Images.fromarray(rng.integers(0, 255, (edge, edge, 3), dtype=np.uint8))
+            )
             for number in range(many)
         }
         self.names = list(self.items)
-        batch = self.processor([self.users[0]["preference"]], [self.items["i0"]])
+        batch = self.processor(self.users[:1], [self.items["i0"]])
         self.prompt_tokens = int(batch["attention_mask"].sum())
 
     def load(self, interaction: str = "joint") -> Any:
         model = MllmMsrForRecommendation.from_backbone(str(self.folder), processor=self.processor, dtype=self.dtype)
         model.config.interaction, (model.config.user_limit, model.config.item_limit) = interaction, LIMITS
+        model.use_block_attention()
         return model.eval().to(self.device)
 
     # ---- ranking ---------------------------------------------------------------------------------------------------
 
     def whole(self, count: int) -> Any:
         """A batch of whole prompts of one user, their pictures prepared anew."""
-        return self.processor(
-            [self.users[0]["preference"]] * count, [self.items[name] for name in self.names[:count]]
-        ).to(self.device)
+        return self.processor(self.users[:1] * count, [self.items[name] for name in self.names[:count]]).to(self.device)
 
     @torch.inference_mode()
     def usual(self, new_tokens: int) -> float:
@@ -154,15 +152,14 @@ class Bench:
             batch = {
                 name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch_of().items()
             }
-            labels = batch.pop("labels")
-            for name in ("log_q", "images"):
-                batch.pop(name, None)
-            if "group_ids" in batch:
-                batch["owners"] = batch.pop("group_ids")
-            if "pairs" in batch or "owners" in batch:
-                loss = answer_loss(peft(**batch).logits, labels, model.config.answer_token_ids)
+            if "pairs" in batch or "group_ids" in batch:
+                labels, group_ids = batch.pop("labels"), batch.pop("group_ids", None)
+                for name in ("log_q", "images"):
+                    batch.pop(name, None)
+                packed = pack_late(model, **batch) if "pairs" in batch else pack_joint(model, batch, group_ids)
+                loss = answer_loss(peft(**packed).logits[0], labels, model.config.answer_token_ids)
             else:
-                loss = peft(**batch, labels=labels).loss
+                loss = peft(**batch).loss
             loss.backward()
             return pairs
 
@@ -170,7 +167,7 @@ class Bench:
 
     def table(self, count: int) -> Catalogue:
         features = Features({name: Value("string") for name in ("item_id", "title", "text")} | {"image": Image()})
-        return Catalogue(Dataset.from_list([self.items[name] for name in self.names[:count]], features=features))
+        return Catalogue(Dataset.from_list([vars(self.items[name]) for name in self.names[:count]], features=features))
 
     def rows(self, tasks: int, negatives: int) -> list[dict[str, Any]]:
         """Tasks of one positive and some negatives, all items different."""
@@ -179,7 +176,7 @@ class Bench:
             {
                 "task_id": f"t{number}",
                 "user_id": f"u{number}",
-                "preference": self.users[number % 16]["preference"],
+                "preference": self.users[number % 16].preference,
                 "recent": [],
                 "item_id": self.names[number * size : (number + 1) * size],
                 "label": [1] + [0] * negatives,
@@ -196,10 +193,8 @@ class Bench:
         def rows() -> list[dict[str, Any]]:  # new ones each time, as the collator writes into them
             return [
                 {
-                    "images": [self.items[name]["image"]],
-                    "prompt": [
-                        {"role": "user", "content": f"{self.users[0]['preference']} {self.items[name]['title']}?"}
-                    ],
+                    "images": [self.items[name].image],
+                    "prompt": [{"role": "user", "content": f"{self.users[0].preference} {self.items[name].title}?"}],
                     "completion": [{"role": "assistant", "content": ("Yes", "No")[number % 2]}],
                 }
                 for number, name in enumerate(self.names[:size])

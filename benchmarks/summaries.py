@@ -28,6 +28,7 @@ from random_llava import save_random_llava
 
 from mllm_msr.data.sources.demo import read_demo
 from mllm_msr.demo.pretraining import PROMPTS
+from mllm_msr.modeling import image_features
 from mllm_msr.processing.engine_registry import build_engine
 from mllm_msr.processing.engine_transformers import TransformersEngine
 from mllm_msr.processing.engines import Failure
@@ -182,7 +183,7 @@ def items(bench: Bench) -> None:
 
     engine._encode = timed("prompts and pictures", engine._encode)
     engine._answer = timed("language model", engine._answer)
-    engine.memory._encode = timed("vision tower", engine.memory._encode)
+    image_features.encode_images = timed("vision tower", image_features.encode_images)
     some = bench.items.head(2 * bench.users)
     with tempfile.TemporaryDirectory() as folder:
         start = clock()
@@ -196,7 +197,7 @@ def items(bench: Bench) -> None:
         title = f"{some.height} items with pictures: {some.height / total:.2f} items/s"
         table(title, ["where", "seconds", "share"], rows)
         print(f"about {rate:.3f} TFLOP/s in the model{share}")
-        engine.memory.forget()
+        engine.images.evict(max_images=0)
         encoded, further = 0, pl.concat([some.with_columns(pl.col("title") + mark) for mark in ("!", "?")])
         summarize_items(further, engine, TextStore(Path(folder)))
     print(f"pictures encoded for {further.height} further items with {some.height} pictures: {encoded}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 from datasets import load_dataset
 from PIL import Image
 from transformers import pipeline
@@ -61,7 +60,7 @@ class Demo:
 
     def item(self, name: str) -> dict[str, Any]:
         row = self.items[self.place[name]]
-        return {"title": row["title"], "text": row["text"], "image": row["image"]}
+        return {"item_id": name, "title": row["title"], "text": row["text"], "image": row["image"]}
 
     def tiles(self, names: list[str]) -> list[tuple[Image.Image, str]]:
         """Pictures with titles; a grey one where the data set has none."""
@@ -71,19 +70,15 @@ class Demo:
     def written(self, user: str) -> tuple[list[str], list[str]]:
         """A user's history, and the preference after each block of it."""
         history = self.tasks[user]["history"]
-        return history, self.steps[user][: len(history) // self.block_size]
+        blocks, _ = self.pipe.split_history(history, self.block_size)
+        return history, self.steps[user][: len(blocks)]
 
     def write(self, history: list[str]) -> Iterator[list[str]]:
-        """The preferences of a new history, one block after the other, as they are being written."""
+        """The preferences of a new history, one history block after the other, as they are being written."""
         steps: list[str] = []
-        for start in range(0, len(history), self.block_size):
-            block = history[start : start + self.block_size]
-            described = [{"title": self.item(name)["title"], "summary": self.summary.get(name, "")} for name in block]
-            batch = self.pipe.processor.preference([described], [steps[-1] if steps else ""]).to(self.pipe.model.device)
-            with torch.inference_mode():
-                ids = self.pipe.model.generate(**batch, max_new_tokens=64, do_sample=False)
-            text = self.pipe.processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-            steps.append(text.strip())
+        chosen = [{"title": self.item(name)["title"], "summary": self.summary.get(name, "")} for name in history]
+        for text in self.pipe.preferences(chosen, block_size=self.block_size, max_new_tokens=64):
+            steps.append(text)
             yield steps
 
     def candidates(self, user: str | None, history: list[str]) -> tuple[list[str], set[str]]:
@@ -104,15 +99,15 @@ class Demo:
         for name in names:
             whole = self.item(name)
             words = {"title": whole["title"], "text": whole["text"]} if text else {"title": "", "text": ""}
-            shown.append({"name": name, **words, "image": whole["image"] if image else None})
-        rest = history[len(steps) * self.block_size :]
+            shown.append({"item_id": name, **words, "image": whole["image"] if image else None})
+        _, recent = self.pipe.split_history(history, self.block_size)
         request = {
             "preference": steps[-1] if steps else "",
-            "recent": [{"summary": self.summary.get(name, "")} for name in rest],
+            "recent": [{"summary": self.summary.get(name, "")} for name in recent],
             "candidates": shown,
         }
         ranked = self.pipe(request)
-        tiles = self.tiles([one["name"] for one in ranked])
+        tiles = self.tiles([one["item_id"] for one in ranked])
         return [
             (picture, f"{'★ ' if one['name'] in chosen else ''}{place}. {one['score']:.2f} {title}")
             for place, ((picture, title), one) in enumerate(zip(tiles, ranked, strict=True), 1)
@@ -166,9 +161,8 @@ def build_app(demo: Demo, noun: str, name: str) -> gr.Blocks:
             user: str | None, history: list[str], image: bool, text: bool, clicked: gr.SelectData
         ) -> Iterator[tuple]:
             history = [*([] if user else history), demo.shelf[clicked.index]]
-            whole = history[: len(history) // demo.block_size * demo.block_size]
             steps: list[str] = []
-            for steps in demo.write(whole):
+            for steps in demo.write(history):
                 titles = [demo.item(one)["title"] for one in history]
                 yield None, history, steps, demo.tiles(history), evolution(titles, steps, demo.block_size), gr.skip()
             yield page(None, history, steps, image, text)

@@ -1,71 +1,171 @@
-"""The candidates' pictures while ranking: each prepared and encoded once, when it is first needed."""
+"""Images that prompts show: each prepared once and encoded once, whatever the number of prompts."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import inspect
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import BatchFeature, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .families import FAMILIES
+from .inputs import Candidate
+from .interfaces import PreparedImage, RecommendationProcessor
 
 
-def as_mapping(candidate: Any) -> dict[str, Any]:
-    """The fields of a user or a candidate."""
-    if isinstance(candidate, Mapping):
-        return dict(candidate)
-    fields = dict(vars(candidate))
-    return fields | {"recent": [vars(item) for item in fields["recent"]]} if "recent" in fields else fields
+@dataclass
+class EncodedImages(ModelOutput):
+    """What backbones take for images that have been through the vision tower already."""
+
+    pooler_output: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    deepstack_features: list[tuple[torch.Tensor, ...]] | None = None
 
 
-class Shown:
-    """A catalogue whose pictures stand for themselves, prepared, in any batch of the processor.
+def takes_features(backbone: PreTrainedModel) -> bool:
+    """Whether it is known how a backbone is given encoded images in place of pixels."""
+    return backbone.config.model_type in FAMILIES
 
-    A backbone of a family not known to take picture features gets the pixels, prepared once.
+
+@torch.no_grad()
+def encode_images(backbone: Any, images: Sequence[PreparedImage]) -> list[torch.Tensor]:
+    """What the decoder of an image-text-to-text model sees of each image; those of equal shapes are one batch.
+
+    Returns:
+        For each image (tokens, F), where F is the decoder's width times one plus the number of its layers that see the
+        image again (Qwen3-VL).
+    """
+    encode = backbone.base_model.get_image_features
+    parameters = set(inspect.signature(encode).parameters) | {"pixel_values"}
+    groups: dict[Any, list[int]] = {}
+    for number, image in enumerate(images):
+        shapes = tuple((name, tensor.shape) for name, tensor in image.tensors.items())
+        groups.setdefault(shapes, []).append(number)
+    features: dict[int, torch.Tensor] = {}
+    for numbers in groups.values():
+        names = parameters.intersection(images[numbers[0]].tensors)
+        joined = {name: torch.cat([images[number].tensors[name] for number in numbers]) for name in names}
+        output = encode(**BatchFeature(joined).to(backbone.device, backbone.dtype), return_dict=True)
+        pooled = output.pooler_output
+        if isinstance(pooled, torch.Tensor):
+            pooled = pooled.reshape(-1, pooled.shape[-1]).split([images[number].num_image_tokens for number in numbers])
+        deep = getattr(output, "deepstack_features", None) or []
+        for number, *layers in zip(numbers, pooled, *deep, strict=True):
+            features[number] = torch.cat(layers, -1)
+    return [features[number] for number in range(len(images))]
+
+
+def encoder_outputs(backbone: PreTrainedModel, features: Sequence[torch.Tensor]) -> dict[str, EncodedImages]:
+    """The argument `mm_encoder_outputs` of a backbone for what :func:`encode_images` returned for a batch's images."""
+    if not takes_features(backbone):
+        raise ValueError(f"it is not known how {backbone.config.model_type} takes features; give pixel_values")
+    depth = features[0].shape[-1] // backbone.config.get_text_config().hidden_size
+    pooled, *deep = zip(*(image.chunk(depth, -1) for image in features), strict=True)
+    one_tensor = FAMILIES[backbone.config.model_type].one_tensor
+    return {"image": EncodedImages(torch.cat(pooled) if one_tensor else pooled, deep or None)}
+
+
+def content_key(image: Any) -> bytes:
+    """A key of an image's content: of a PIL image, or of one that was prepared."""
+    if hasattr(image, "tensors"):
+        parts = [f"{name} {tuple(tensor.shape)}".encode() for name, tensor in image.tensors.items()]
+        parts += [tensor.numpy().tobytes() for tensor in image.tensors.values()]
+    else:
+        parts = [f"{image.mode} {image.size}".encode(), image.tobytes()]
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+class ImageFeatureCache:
+    """Images by a key, an item's id or :func:`content_key`; the oldest can be dropped.
+
+    A prompt is given a stand-in for an image, which carries no pixels if the backbone takes features.
+
+    Args:
+        backbone: an image-text-to-text model.
+        processor: it prepares the images.
+        device: where features are kept; by default where they are computed.
     """
 
-    def __init__(self, model: Any, processor: Any, catalogue: Mapping[str, Mapping[str, Any]]) -> None:
-        self.model, self.processor, self.catalogue = model, processor, catalogue
-        self.takes_features = model.config.vlm_config.model_type in FAMILIES
-        self.shows = processor.prints_image("late_item" if model.config.interaction == "late" else "recommendation")
-        self.ready: dict[str, tuple[dict[str, Any], torch.Tensor | None]] = {}  # as candidate, and its features
+    def __init__(
+        self, backbone: PreTrainedModel, processor: RecommendationProcessor, device: torch.device | None = None
+    ) -> None:
+        self.backbone, self.processor, self.device = backbone, processor, device
+        self._stand_ins: dict[Hashable, PreparedImage] = {}  # the latest asked for is the last
+        self._pixels: dict[PreparedImage, PreparedImage] = {}  # of stand-ins that are not encoded yet
+        self._features: dict[PreparedImage, torch.Tensor] = {}
 
-    def forget(self) -> None:
-        self.ready.clear()
+    def __len__(self) -> int:
+        return len(self._stand_ins)
 
     @property
     def nbytes(self) -> int:
-        return sum(features.nbytes for _, features in self.ready.values() if features is not None)
+        return sum(map(self._size, self._stand_ins.values()))
 
-    def candidates(self, items: Sequence[str]) -> list[dict[str, Any]]:
-        """What the processor is given."""
-        new = {item: as_mapping(self.catalogue[item]) for item in dict.fromkeys(items) if item not in self.ready}
-        pictured = [item for item, one in new.items() if self.shows and one.get("image") is not None]
-        pictures = dict(zip(pictured, self.processor.pictures([new[i]["image"] for i in pictured]), strict=True))
-        features = self._encode(pictures) if self.takes_features else {}
-        for item, one in new.items():
-            if item in pictures:
-                one["image"] = pictures[item].light() if item in features else pictures[item]
-            self.ready[item] = one, features.get(item)
-        return [self.ready[item][0] for item in items]
+    def _size(self, stand_in: PreparedImage) -> int:
+        prepared = self._pixels.get(stand_in, stand_in)
+        held = [*prepared.tensors.values(), *([self._features[stand_in]] if stand_in in self._features else [])]
+        return sum(tensor.nbytes for tensor in held)
 
-    def features(self, items: Sequence[str]) -> dict[str, list[torch.Tensor]]:
-        """The pictures of a batch of these items as an argument of the model's forward, if there are any."""
-        some = [self.ready[item][1] for item in items]
-        known = [features for features in some if features is not None]
-        return {"image_features": known} if known else {}
+    def stand_in(self, key: Hashable, image: Any) -> PreparedImage:
+        """What to give to the processor in place of the image with this key."""
+        if key in self._stand_ins:
+            stand_in = self._stand_ins.pop(key)
+        else:
+            (prepared,) = self.processor.prepare_images([image])
+            stand_in = prepared
+            if takes_features(self.backbone):
+                stand_in = prepared.light()
+                self._pixels[stand_in] = prepared
+        self._stand_ins[key] = stand_in
+        return stand_in
 
-    def _encode(self, pictures: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the decoder sees of each picture; those whose tensors have the same shapes are encoded together."""
-        groups: dict[Any, list[str]] = {}
-        for item, picture in pictures.items():
-            shapes = tuple((name, tensor.shape) for name, tensor in picture.tensors.items())
-            groups.setdefault(shapes, []).append(item)
-        out: dict[str, torch.Tensor] = {}
-        for alike in groups.values():
-            first = pictures[alike[0]].tensors
-            tensors = {name: torch.cat([pictures[item].tensors[name] for item in alike]) for name in first}
-            features = self.model.image_features(
-                [pictures[item].num_image_tokens for item in alike],
-                **{name: tensor.to(self.model.device) for name, tensor in tensors.items()},
-            )
-            out.update(zip(alike, features, strict=True))
-        return out
+    def features(self, stand_ins: Sequence[PreparedImage]) -> list[torch.Tensor]:
+        """What the decoder sees of the images of a batch; empty if the stand-ins carry their pixels."""
+        if not takes_features(self.backbone):
+            return []
+        new = [image for image in dict.fromkeys(stand_ins) if image in self._pixels]
+        encoded = encode_images(self.backbone, [self._pixels[image] for image in new])
+        for stand_in, features in zip(new, encoded, strict=True):
+            self._features[stand_in] = features.to(self.device or features.device)
+            del self._pixels[stand_in]
+        return [self._features[image] for image in stand_ins]
+
+    def evict(self, max_images: int | None = None, max_bytes: int | None = None) -> None:
+        """Drop the oldest images until no more than these are left."""
+        count, size = len(self), self.nbytes
+        for key, stand_in in list(self._stand_ins.items()):
+            if (max_images is None or count <= max_images) and (max_bytes is None or size <= max_bytes):
+                break
+            count, size = count - 1, size - self._size(stand_in)
+            del self._stand_ins[key]
+            self._pixels.pop(stand_in, None)
+            self._features.pop(stand_in, None)
+
+
+class PreparedCatalogue:
+    """Candidates by id, as the processor takes them: each looked up once, its image replaced by its stand-in.
+
+    Args:
+        catalogue: candidates, or mappings that `Candidate.of` takes, by item id.
+        prompt: the template that is to show them; where it shows no image, none is prepared.
+    """
+
+    def __init__(self, images: ImageFeatureCache, catalogue: Mapping[str, Any], prompt: str) -> None:
+        self.images, self.catalogue = images, catalogue
+        self._shows_image = images.processor.prints_image(prompt)
+        self._candidates: dict[str, Candidate] = {}
+
+    def __getitem__(self, item_id: str) -> Candidate:
+        if item_id not in self._candidates:
+            candidate = Candidate.of(self.catalogue[item_id])
+            if candidate.image is not None:
+                image = self.images.stand_in(item_id, candidate.image) if self._shows_image else None
+                candidate = replace(candidate, image=image)
+            self._candidates[item_id] = candidate
+        return self._candidates[item_id]
+
+    def clear(self) -> None:
+        """Forget all candidates and their images."""
+        self._candidates.clear()
+        self.images.evict(max_images=0)

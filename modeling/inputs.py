@@ -94,16 +94,18 @@ def _several(values: Any, what: str) -> Sequence[Any]:
 
 
 def _from(kind: Any, value: Any, what: str) -> Any:
-    names = [one.name for one in fields(kind)]
+    names = [field.name for field in fields(kind)]
     if isinstance(value, kind):
         return value
+    if all(hasattr(value, name) for name in names):  # of the package, where this file came from a repository
+        value = {name: getattr(value, name) for name in names}
     if not isinstance(value, Mapping):
         raise TypeError(f"{what} is a mapping with any of {', '.join(names)}, or a {kind.__name__}, not {_kind(value)}")
     if unknown := [name for name in value if name not in names]:
         raise ValueError(f"{what} has the unknown key {unknown[0]!r}; known are {', '.join(names)}")
     if not any(value.get(name) is not None for name in names if name != "item_id"):
         raise ValueError(f"{what} needs at least one of {', '.join(name for name in names if name != 'item_id')}")
-    given = {name: one for name, one in value.items() if one is not None}
+    given = {name: part for name, part in value.items() if part is not None}
     for name in ("item_id", "title", "text", "summary", "preference"):
         if not isinstance(given.get(name, ""), str):
             raise TypeError(f"`{name}` of {what} is a text, not {_kind(given[name])}")

@@ -1,8 +1,8 @@
 """The recommender: any image-text-to-text backbone, asked whether a user will choose a candidate."""
 
 import copy
-import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,13 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from .block_attention import BLOCK_ATTENTION
 from .configuration_mllm_msr import MllmMsrConfig
-from .families import FAMILIES
+from .image_features import encoder_outputs
 from .lora import adapter_layers, merge_adapter, save_adapter
-from .packing import TYPES, pack_joint, pack_late
 
-TEXTUAL = ("input_ids", "attention_mask", *TYPES)
 ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
+OWN = ("revision", "subfolder", "code_revision", "adapter_kwargs")
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
 
 
@@ -34,14 +34,6 @@ class RecommendationOutput(ModelOutput):
 
     logits: torch.Tensor | None = None
     probabilities: torch.Tensor | None = None
-
-
-@dataclass
-class PictureFeatures(ModelOutput):
-    """What backbones take for pictures that have been through the vision tower already."""
-
-    pooler_output: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-    deepstack_features: list[tuple[torch.Tensor, ...]] | None = None
 
 
 class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
@@ -71,8 +63,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             )
         self.backbone = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.post_init()
-        there = {type(module).__name__ for module in self.modules()}  # CLIP also names layers of its text side
-        self._no_split_modules = there & set(self._no_split_modules or ())
+        layers = {type(module).__name__ for module in self.modules()}  # CLIP also names layers of its text side
+        self._no_split_modules = layers & set(self._no_split_modules or ())
 
     @classmethod
     def from_backbone(
@@ -147,102 +139,37 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """The backbone's own `generate`."""
         return self.backbone.generate(*args, **kwargs)
 
+    def use_block_attention(self) -> None:
+        """Let the decoder compute packed rows (`packing.py`) from now on; all other rows are computed by sdpa.
+
+        It stays so: layers that gradient checkpointing computes again look up their attention again.
+        """
+        self.get_decoder().set_attn_implementation(BLOCK_ATTENTION)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        image_features: list[torch.Tensor] | None = None,
-        owners: torch.LongTensor | None = None,
-        users: Any = None,
-        items: Any = None,
-        answer_ids: Any = None,
-        pairs: Any = None,
+        image_features: Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The backbone's forward pass and output.
 
         Args:
             input_ids, attention_mask, labels: (B, L); the loss is next-token cross-entropy where labels are not -100.
-            logits_to_keep: compute the logits of the last so many positions only (0: of all).
-            image_features: what `image_features` returned for the batch's pictures, in their order, in place of
+            logits_to_keep: compute the logits of the last so many positions only (0: of all), or of these positions.
+            image_features: what `encode_images` returned for the batch's images, in their order, in place of
                 `pixel_values` and its companions.
-            owners: (B,) rows with equal numbers begin alike, and what they share is computed once: see `blocks.py`.
-            users, items, answer_ids, pairs: in place of `input_ids`, what the processor's `blocks` returned, and
-                (2, P) which user and which item make a pair (`interaction="late"`).
-
-        Returns:
-            The backbone's output; with `owners` or `pairs` its `logits` are those of the answers, (B, V) or (P, V).
+            kwargs: the backbone's; `packing.py` makes all arguments for rows in which prompts share what they can.
         """
-        if users is not None:
-            kwargs.update({name: value for name, value in items.items() if name not in TEXTUAL})
-        if users is not None:
-            return self.answers(pack_late(self, users, items, answer_ids, pairs), image_features, **kwargs)
-        if owners is not None:
-            batch = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-            return self.answers(pack_joint(self, batch, owners), image_features, **kwargs)
+        if image_features:
+            kwargs.pop("pixel_values", None)
+            kwargs["mm_encoder_outputs"] = encoder_outputs(self.backbone, image_features)
         return self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **self._pictures(image_features, kwargs),
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, logits_to_keep=logits_to_keep, **kwargs
         )
-
-    def answers(
-        self, packed: dict[str, Any], image_features: list[torch.Tensor] | None = None, **pictures: Any
-    ) -> ModelOutput:
-        """The backbone's output for a row from `packing.py`, its logits (P, V): those of the last token of each leaf.
-
-        Args:
-            image_features, pictures: as in `forward`; what else a batch of the processor has is not looked at.
-        """
-        known = self._pictures(image_features, pictures)
-        output = self.backbone(**{name: value for name, value in known.items() if name not in TEXTUAL} | packed)
-        output.logits = output.logits[0]
-        return output
-
-    def _pictures(self, image_features: list[torch.Tensor] | None, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with features, if they are given, in place of pixels."""
-        if image_features is None:
-            return batch
-        kept = {name: value for name, value in batch.items() if name != "pixel_values"}
-        return {**kept, "mm_encoder_outputs": {"image": self._picture_features(image_features)}}
-
-    @torch.no_grad()
-    def image_features(self, num_image_tokens: list[int] | None = None, **batch: Any) -> list[torch.Tensor]:
-        """What the decoder sees of each picture, computed once to be used in any later batch.
-
-        Args:
-            num_image_tokens: how many tokens each picture has in a prompt; needed by families that do not say.
-            batch: the pictures' tensors; what else a batch from the processor has is not looked at.
-
-        Returns:
-            For each picture (tokens, F), where F is the decoder's width times one plus the number of its layers that
-            see the picture again (Qwen3-VL).
-        """
-        encode: Any = self.base_model.get_image_features
-        known = set(inspect.signature(encode).parameters) | {"pixel_values"}
-        output = encode(**{name: value for name, value in batch.items() if name in known}, return_dict=True)
-        pooled = output.pooler_output
-        if isinstance(pooled, torch.Tensor):
-            if num_image_tokens is None:
-                raise ValueError(f"{self.config.vlm_config.model_type} needs num_image_tokens to tell pictures apart")
-            pooled = pooled.reshape(-1, pooled.shape[-1]).split(num_image_tokens)
-        deep = getattr(output, "deepstack_features", None) or []
-        return [torch.cat(layers, -1) for layers in zip(pooled, *deep, strict=True)]
-
-    def _picture_features(self, image_features: list[torch.Tensor]) -> PictureFeatures:
-        """The backbone's form of what `image_features` returned."""
-        family = FAMILIES.get(self.config.vlm_config.model_type)
-        if family is None:
-            raise ValueError(
-                f"it is not known how {self.config.vlm_config.model_type} takes features; give pixel_values"
-            )
-        depth = image_features[0].shape[-1] // self.config.get_text_config().hidden_size
-        pooled, *deep = zip(*(features.chunk(depth, -1) for features in image_features), strict=True)
-        return PictureFeatures(torch.cat(pooled) if family.one_tensor else pooled, deep or None)
 
     def answer_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., V) logits at the answer's position to (...) float32: logsumexp over Yes less logsumexp over No."""
@@ -254,18 +181,22 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def score(self, **batch: Any) -> RecommendationOutput:
-        """Score the B pairs of a batch from the processor, padded on the left: all answers are due at the end.
+        """Score the B pairs of a batch from the processor, padded on the left, or of a packed row.
 
-        With `interaction="late"` the P pairs of what the processor's `blocks` returned.
+        Args:
+            batch: the arguments of `forward` that the processor or `packing.py` made, without labels.
+
+        Raises:
+            ValueError: the batch has labels, or whole prompts for a model with `interaction="late"`.
         """
         if "labels" in batch:
             raise ValueError("a batch with labels already has its answers; call the processor without labels to score")
-        if (self.config.interaction == "late") != ("users" in batch):
-            wanted = "blocks(...) and pairs" if self.config.interaction == "late" else "whole prompts"
-            raise ValueError(f"a model with interaction={self.config.interaction!r} scores {wanted} of the processor")
-        whole = "users" not in batch and "owners" not in batch
-        logits = self(**batch, logits_to_keep=1).logits[:, -1] if whole else self(**batch).logits
-        logits = self.answer_logits(logits)
+        if self.config.interaction == "late" and "block_layout" not in batch:
+            raise ValueError(
+                "a model with interaction='late' scores no whole prompts: give it what pack_late makes of the "
+                "processor's late_blocks, or use Recommender"
+            )
+        logits = self.answer_logits(self(**{"logits_to_keep": 1, **batch}).logits.flatten(0, 1))
         return RecommendationOutput(logits=logits, probabilities=logits.sigmoid())
 
     # ---- adapters, loading and saving ------------------------------------------------------------------------------
@@ -279,19 +210,19 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         `revision` is then the adapter's; the backbone's is in the configuration.
         """
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
-        known = (
+        saved = (
             config
             if isinstance(config, PreTrainedConfig)
             else cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         )
-        if known.adapter is None:
+        if saved.adapter is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        mine = ("revision", "subfolder", "code_revision", "adapter_kwargs")  # of this repository, not of the backbone's
-        own = {name: kwargs.pop(name) for name in mine if name in kwargs}
-        where = {"revision": known.backbone_revision} if known.backbone_revision else {}
-        loaded = super().from_pretrained(known.backbone_name_or_path, *model_args, config=known, **where, **kwargs)
+        # these are of this repository, not of the backbone's
+        own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
+        where = {"revision": saved.backbone_revision} if saved.backbone_revision else {}
+        loaded = super().from_pretrained(saved.backbone_name_or_path, *model_args, config=saved, **where, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub.update(subfolder="/".join(part for part in (own.get("subfolder"), known.adapter) if part))
+        hub.update(subfolder="/".join(part for part in (own.get("subfolder"), saved.adapter) if part))
         model.backbone.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub)
         return loaded
 

@@ -1,23 +1,28 @@
-"""From batches of whole prompts, or of users and candidates, to one packed row for the backbone (see `blocks.py`)."""
+"""Packed rows: forward arguments in which what several prompts share stands once (see `block_attention.py`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import DynamicCache
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .block_attention import NAME, Blocks, Past
+from .block_attention import BLOCK_ATTENTION, BlockLayout, KVCache, PrefixGroup, Segments
 from .families import FAMILIES
+from .interfaces import RecommendationModel
 
 SHIFTING_ROPE = frozenset({"dynamic", "longrope"})  # rotations that depend on the length of the whole prompt
-TYPES = ("token_type_ids", "mm_token_type_ids")
+TEXTUAL = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a batch; the rest is of images
+
+Batch = Mapping[str, torch.Tensor]
 
 
-def block_limits(vlm_config: Any) -> tuple[str | None, int | None]:
-    """Why a backbone cannot compute blocks, if so, and up to how many tokens together it can, if that is limited.
+def block_limits(vlm_config: PreTrainedConfig) -> tuple[str | None, int | None]:
+    """Why a backbone cannot compute packed rows, if so, and the most tokens that may see each other, if limited.
 
-    Sliding windows are left alone until blocks are too wide for them; up to there they are plain attention.
+    Sliding windows are left alone until rows are too wide for them; up to there they are plain attention.
     """
     if vlm_config.model_type not in FAMILIES:
         return f"it is not known how {vlm_config.model_type} counts positions", None
@@ -35,154 +40,214 @@ def block_limits(vlm_config: Any) -> tuple[str | None, int | None]:
     return None, min(windows, default=None)
 
 
-def positions(model: Any, batch: Any) -> torch.Tensor:
-    """The position of each token of a padded batch, as the backbone counts them: (B, L), or (3, B, L) with rows and
-    columns of pictures."""
-    mask = batch["attention_mask"]
-    if not FAMILIES[model.config.vlm_config.model_type].grid_positions:
-        return (mask.cumsum(-1) - 1).clamp(min=0)
-    return model.base_model.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], batch.get("image_grid_thw"), attention_mask=mask
-    )[0]
-
-
-class BlocksTooLong(ValueError):
+class RowTooWide(ValueError):
     """A sliding window would hide from a token what it must see."""
 
 
-@dataclass
-class _Part:
-    """Some tokens of padded rows, in reading order, and what the backbone is told of each."""
+def pack_joint(model: RecommendationModel, batch: Batch, group_ids: torch.Tensor) -> dict[str, Any]:
+    """Arguments of the model's forward for B whole prompts as one row, in which a group shares what it begins with.
 
-    ids: torch.Tensor  # (T,)
-    where: torch.Tensor  # (T,) or (3, T)
-    types: torch.Tensor | None  # (T,)
-    counts: torch.Tensor  # (N,) tokens of each row
+    Args:
+        batch: from the processor, padded on the left.
+        group_ids: (B,) equal numbers for prompts that may share.
+
+    Returns:
+        The arguments; the logits are then (1, B, V), of the last token of each prompt.
+    """
+    if model.config.interaction != "joint":
+        raise ValueError("whole prompts are packed for a model with interaction='joint'; this one takes pack_late")
+    mask = batch["attention_mask"].bool()
+    ids, group = group_ids.unique(return_inverse=True)
+    rows = torch.arange(len(group), device=group.device)
+    firsts = torch.full_like(ids, len(group)).scatter_reduce(0, group, rows, "amin")  # a row of each group
+    lengths = shared_lengths(batch["input_ids"], mask, firsts, group, model.config.vlm_config.image_token_id)
+    where = positions(model, batch)
+    begin = mask.shape[1] - mask.sum(1) + lengths  # (B,) the column at which a row's own part begins
+    own = torch.arange(mask.shape[1], device=mask.device) >= begin[:, None]
+    first_rows = {name: batch[name][firsts] for name in ("input_ids", "token_type_ids") if name in batch}
+    prefixes = _Tokens.of(first_rows, where[..., firsts, :], (mask & ~own)[firsts])
+    suffixes = _Tokens.of(batch, where, own)
+    return {**_images(batch), **_packed(model, [prefixes], suffixes, [group], [])}
+
+
+def pack_late(
+    model: RecommendationModel, users: Batch, items: Batch, answer_ids: torch.Tensor, pairs: torch.Tensor
+) -> dict[str, Any]:
+    """Arguments of the model's forward for P pairs of users and candidates (`interaction="late"`).
+
+    Args:
+        users, items, answer_ids: from the processor's `late_blocks`.
+        pairs: (2, P) the user and the candidate of each pair.
+
+    Returns:
+        The arguments; the logits are then (1, P, V), of the last token of each pair.
+    """
+    prefixes = [_late_tokens(model, users, "user"), _late_tokens(model, items, "item")]
+    return {**_images(items), **_packed(model, prefixes, _late_answers(model, answer_ids, pairs), [*pairs], [])}
+
+
+def pack_late_prefixes(model: RecommendationModel, batch: Batch, side: Literal["user", "item"]) -> dict[str, Any]:
+    """Arguments of the model's forward for users alone or candidates alone; `past_key_values` of its output has their
+    keys and values, which `KVCache.of` takes."""
+    packed = _packed(model, [_late_tokens(model, batch, side)], None, [], [])
+    return {**_images(batch), **packed, "past_key_values": DynamicCache(), "use_cache": True}
+
+
+def pack_late_answers(
+    model: RecommendationModel, users: KVCache, items: KVCache, answer_ids: torch.Tensor, pairs: torch.Tensor
+) -> dict[str, Any]:
+    """As :func:`pack_late`, of users and candidates that were computed before."""
+    return _packed(model, [], _late_answers(model, answer_ids, pairs), [*pairs], [users, items])
+
+
+def positions(model: RecommendationModel, batch: Batch) -> torch.Tensor:
+    """The position of each token of a padded batch, as the backbone counts them: (B, L), or (3, B, L) with rows and
+    columns of images."""
+    mask = batch["attention_mask"]
+    if not FAMILIES[model.config.vlm_config.model_type].grid_positions:
+        return (mask.cumsum(-1) - 1).clamp(min=0)
+    count: Any = model.base_model.get_rope_index
+    grid = batch.get("image_grid_thw")
+    return count(batch["input_ids"], batch["mm_token_type_ids"], grid, attention_mask=mask)[0]
+
+
+def shared_lengths(
+    ids: torch.Tensor, mask: torch.Tensor, firsts: torch.Tensor, group: torch.Tensor, image_token_id: int
+) -> torch.Tensor:
+    """(B,) how many leading tokens each prompt shares with the others of its group.
+
+    They end before the first image and before the last token, at which the answer is read.
+
+    Args:
+        ids, mask: (B, L), padded on the left.
+        firsts: (G,) a row of each group. group: (B,) the group of each row.
+    """
+    lengths = mask.sum(1)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    begun = ids.gather(
+        1, (columns + ids.shape[1] - lengths[:, None]).clamp(max=ids.shape[1] - 1)
+    )  # padded on the right
+    same = (begun == begun[firsts][group]) & (begun != image_token_id) & (columns < lengths[:, None] - 1)
+    shared = same.long().cumprod(1).sum(1)
+    return torch.full_like(firsts, ids.shape[1]).scatter_reduce(0, group, shared, "amin")[group]
+
+
+@dataclass
+class _Tokens:
+    """T tokens of N rows, in reading order.
+
+    ids: (T,). where: (T,) or (3, T) positions. types: (T,), of families that have them. counts: (N,) tokens of a row.
+    """
+
+    ids: torch.Tensor
+    where: torch.Tensor
+    types: torch.Tensor | None
+    counts: torch.Tensor
 
     @classmethod
-    def of(cls, batch: Any, where: torch.Tensor, chosen: torch.Tensor) -> "_Part":
+    def of(cls, batch: Batch, where: torch.Tensor, chosen: torch.Tensor) -> "_Tokens":
+        """Those of a batch (B, L) that are ``chosen``, (B, L)."""
         types = batch["token_type_ids"][chosen] if "token_type_ids" in batch else None
         return cls(batch["input_ids"][chosen], where[..., chosen], types, chosen.sum(1))
 
 
-def _packed(model: Any, parts: list[_Part], leaves: bool, **blocks: Any) -> dict[str, Any]:
-    """Arguments of the backbone for the parts one after another, the last of which are leaves if ``leaves``."""
-    config = model.get_decoder().config
-    if config._attn_implementation != NAME:  # for good: layers computed again for their gradients look it up again
-        config._attn_implementation_internal = NAME
-    places, start = [], 0
-    for part in parts:
-        columns = torch.arange(int(part.counts.max()), device=part.ids.device)
-        first = part.counts.cumsum(0) - part.counts + start
-        places.append(torch.where(columns < part.counts[:, None], first[:, None] + columns, -1))
-        start += len(part.ids)
+def _late_tokens(model: RecommendationModel, batch: Batch, side: Literal["user", "item"]) -> _Tokens:
+    """Users begin at position 0, candidates at the end of the longest user."""
+    config = model.config
+    if config.interaction != "late":
+        raise ValueError("users and candidates are packed apart for a model with interaction='late' only")
+    limit, begin = {"user": (config.user_limit, 0), "item": (config.item_limit, config.user_limit)}[side]
+    mask = batch["attention_mask"].bool()
+    if int(mask.sum(1).max()) > limit:
+        raise ValueError(f"{int(mask.sum(1).max())} tokens of one {side} are more than config.{side}_limit={limit}")
+    return _Tokens.of(batch, positions(model, batch) + begin, mask)
+
+
+def _late_answers(model: RecommendationModel, answer_ids: torch.Tensor, pairs: torch.Tensor) -> _Tokens:
+    """The answers' tokens for each of (2, P) pairs, at the positions after the longest candidate."""
+    count, config = pairs.shape[1], model.config
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and config.user_limit + config.item_limit + len(answer_ids) > context:
+        raise ValueError(
+            f"config.user_limit={config.user_limit}, config.item_limit={config.item_limit} and the answer's "
+            f"{len(answer_ids)} tokens are more than the backbone's {context} positions: train with lower limits"
+        )
+    where = torch.arange(len(answer_ids), device=answer_ids.device) + config.user_limit + config.item_limit
+    if FAMILIES[config.vlm_config.model_type].grid_positions:
+        where = where.expand(3, -1)
+    counts = torch.full((count,), len(answer_ids), device=answer_ids.device)
+    return _Tokens(answer_ids.repeat(count), where.tile(count), None, counts)
+
+
+def _images(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in batch.items() if name not in TEXTUAL}
+
+
+def _packed(
+    model: RecommendationModel,
+    prefixes: list[_Tokens],
+    suffixes: _Tokens | None,
+    prefix_of: list[torch.Tensor],
+    caches: list[KVCache],
+) -> dict[str, Any]:
+    """Arguments of the backbone for the tokens one after another.
+
+    Args:
+        prefix_of: for each group, in the row or cached, (P,) the prefix that each suffix sees.
+    """
+    if model.get_decoder().config._attn_implementation != BLOCK_ATTENTION:
+        raise ValueError("packed rows need block attention: call model.use_block_attention() once before")
+    parts = [*prefixes, suffixes] if suffixes is not None else prefixes
     types = None
     if any(part.types is not None for part in parts):
         types = torch.cat([torch.zeros_like(part.ids) if part.types is None else part.types for part in parts])
-    pictures = None
-    if types is not None:  # of a family whose pictures' tokens see each other
-        shown = types == 1
-        begins = shown & ~torch.nn.functional.pad(shown, (1, 0))[:-1]
-        pictures = torch.where(shown, begins.cumsum(0), -1)
-    built = Blocks(places[:-1] if leaves else places, places[-1] if leaves else None, pictures=pictures, **blocks)
+    layout = _layout(prefixes, suffixes, prefix_of, caches, types)
     window = block_limits(model.config.vlm_config)[1]
-    if window is not None and built.widest() > window:
-        raise BlocksTooLong(f"prompts of {built.widest()} tokens are longer than the sliding window of {window}")
+    if window is not None and layout.width > window:
+        raise RowTooWide(f"prompts of {layout.width} tokens are longer than the sliding window of {window}")
     arguments = {
         "input_ids": torch.cat([part.ids for part in parts])[None],
         "position_ids": torch.cat([part.where for part in parts], -1)[..., None, :],
         # four dimensions: no mask is made of it
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=parts[0].ids.device),
-        "blocks": built,
+        "block_layout": layout,
         "use_cache": False,
-        "logits_to_keep": places[-1].amax(1),
+        "logits_to_keep": layout.suffixes.places.amax(1) if layout.suffixes is not None else 1,
     }
+    return arguments if types is None else {**arguments, "token_type_ids": types[None]}
+
+
+def _layout(
+    prefixes: list[_Tokens],
+    suffixes: _Tokens | None,
+    prefix_of: list[torch.Tensor],
+    caches: list[KVCache],
+    types: torch.Tensor | None,
+) -> BlockLayout:
+    """The layout of a row of these tokens. ``types``: (T,) 1 for images whose tokens see each other."""
+    images = None  # (T,) the number of the image that a token belongs to, -1 elsewhere
     if types is not None:
-        arguments["token_type_ids"] = types[None]
-    return arguments
+        shown = types == 1
+        begins = shown & ~nn.functional.pad(shown, (1, 0))[:-1]
+        images = torch.where(shown, begins.cumsum(0), -1)
+    segments, slots, start, slot = [], [], 0, 0
+    for part in [*prefixes, *([suffixes] if suffixes is not None else [])]:
+        columns = torch.arange(int(part.counts.max()), device=part.ids.device)
+        inside = columns < part.counts[:, None]
+        places = torch.where(inside, (part.counts.cumsum(0) - part.counts)[:, None] + columns + start, 0)
+        segments.append(Segments(places, inside, _mask(images, places, inside, part is suffixes)))
+        slots.append(inside.flatten().nonzero()[:, 0] + slot)
+        start, slot = start + len(part.ids), slot + inside.numel()
+    in_row = segments[: len(prefixes)]
+    groups = [PrefixGroup.of(*pair) for pair in zip([*in_row, *caches], prefix_of, strict=bool(prefix_of))]
+    return BlockLayout(in_row, segments[-1] if suffixes is not None else None, groups, torch.cat(slots))
 
 
-def shared_lengths(batch: Any, owners: torch.Tensor, image_token_id: int) -> torch.Tensor:
-    """(B,) how many leading tokens each row shares with its owner's others.
-
-    They end before the first picture and before the last token, at which the answer is read.
-    """
-    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    rows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
-    for owner in owners.unique().tolist():
-        own = (owners == owner).nonzero()[:, 0].tolist()
-        length = min(len(rows[number]) for number in own) - 1
-        first = rows[own[0]][:length]
-        same = torch.stack([rows[number][:length] == first for number in own]).all(0)
-        lengths[own] = (same & (first != image_token_id)).long().cumprod(0).sum()
-    return lengths
-
-
-def pack_joint(model: Any, batch: Any, owners: torch.Tensor) -> dict[str, Any]:
-    """One packed row of B whole prompts, in which the rows of an owner share what they begin with.
-
-    Args:
-        batch: from the processor, padded on the left; pictures' tensors are not looked at.
-        owners: (B,) equal numbers for rows that may share.
-    """
-    mask = batch["attention_mask"].bool()
-    lengths = shared_lengths(batch, owners, model.config.vlm_config.image_token_id)
-    where = positions(model, batch)
-    cut = mask.shape[1] - mask.sum(1) + lengths  # (B,) the column at which a row's own part begins
-    own = torch.arange(mask.shape[1], device=mask.device) >= cut[:, None]
-    _, parent = owners.unique(return_inverse=True)
-    first = torch.zeros_like(mask[:, 0])  # one row of each owner
-    first[[parent.tolist().index(number) for number in range(int(parent.max()) + 1)]] = True
-    firsts = first.nonzero()[:, 0][parent[first].argsort()]  # in the order of the owners' numbers
-    shared = (mask & ~own)[firsts]
-    rows = {name: batch[name][firsts] for name in ("input_ids", "token_type_ids") if name in batch}
-    root = _Part.of(rows, where[..., firsts, :], shared)
-    return _packed(model, [root, _Part.of(batch, where, own)], leaves=True, parents=[parent])
-
-
-def pack_roots(model: Any, batches: list[Any], keep: bool = False) -> dict[str, Any]:
-    """One packed row of several batches of blocks (`interaction="late"`): users, if any, then candidates."""
-    return _packed(model, [_root(model, *group) for group in enumerate(batches) if group[1]], leaves=False, keep=keep)
-
-
-def pack_late(
-    model: Any,
-    users: Any,
-    items: Any,
-    answer_ids: torch.Tensor,
-    pairs: torch.Tensor,
-    past: list[Past] | None = None,
-) -> dict[str, Any]:
-    """One packed row of blocks and of the tokens that ask for the answers (`interaction="late"`).
-
-    Args:
-        users, items: batches of the processor's `blocks`; neither if ``past`` has their keys and values.
-        answer_ids: (A,) the end of every prompt.
-        pairs: (2, P) the user and the candidate of each pair.
-    """
-    config = model.config
-    count = pairs.shape[1]
-    where = torch.arange(len(answer_ids), device=answer_ids.device) + config.user_limit + config.item_limit
-    answers = _Part(
-        answer_ids.repeat(count),
-        (where if not _grid(model) else where.expand(3, -1)).repeat(*[1] * _grid(model), count),
-        None,
-        torch.full((count,), len(answer_ids), device=answer_ids.device),
-    )
-    roots = [] if past is not None else [_root(model, 0, users), _root(model, 1, items)]
-    return _packed(model, [*roots, answers], leaves=True, parents=[*pairs], past=past)
-
-
-def _root(model: Any, group: int, batch: Any) -> _Part:
-    """Users begin at position 0, candidates at the end of the longest user."""
-    limit = (model.config.user_limit, model.config.item_limit)[group]
-    mask = batch["attention_mask"].bool()
-    if int(mask.sum(1).max()) > limit:
-        kind = ("user", "item")[group]
-        raise ValueError(f"a block of {int(mask.sum(1).max())} tokens is longer than config.{kind}_limit={limit}")
-    return _Part.of(batch, positions(model, batch) + (model.config.user_limit if group else 0), mask)
-
-
-def _grid(model: Any) -> bool:
-    return FAMILIES[model.config.vlm_config.model_type].grid_positions
+def _mask(images: torch.Tensor | None, places: torch.Tensor, inside: torch.Tensor, always: bool) -> torch.Tensor | None:
+    """(N or 1, 1, L, L) which tokens of a segment see which; None, unless ``always``, if that is what precedes."""
+    causal = torch.ones(2 * [places.shape[1]], dtype=torch.bool, device=places.device).tril()
+    if images is None:
+        return causal[None, None] if always else None
+    image = torch.where(inside, images[places], -1)
+    same = (image[:, :, None] == image[:, None, :]) & (image[:, :, None] >= 0)
+    return (same | causal)[:, None]

@@ -1,14 +1,16 @@
 """Rank candidates for many users at once, computing nothing twice.
 
-In one causal sequence (``interaction="joint"``) everything before the candidate depends on the user alone: it runs once
-for all candidates, and a picture is encoded once whatever the users. With ``late`` a user and a candidate are computed
-once each, and a pair costs only the tokens that ask for the answer (``late_ranking.py``). The result is that of the
-plain forward of every pair. Where it would not be, because the backbone's attention or positions are not plain, prompts
-are scored whole.
+In one causal sequence (``interaction="joint"``) everything before the candidate depends on the user alone: it is
+computed once for all candidates of a forward, and an image is encoded once whatever the users. With ``late`` a user and
+a candidate are computed once each, and a pair costs only the tokens that ask for the answer (``late_ranking.py``). The
+result is that of the plain forward of every pair. Where it would not be, because the backbone's attention or positions
+are not plain, prompts are scored whole.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .image_features import Shown, as_mapping
+from .image_features import ImageFeatureCache, PreparedCatalogue
+from .inputs import Candidate, User, as_candidates, as_users
+from .interfaces import RecommendationModel, RecommendationProcessor
 from .item_cache import ItemCache
-from .late_ranking import LatePlan, within
-from .packing import BlocksTooLong, block_limits, pack_joint
+from .late_ranking import LatePlan, Pairs, Scores
+from .packing import RowTooWide, block_limits, pack_joint
+
+SAMPLE = 8  # candidates whose images tell how many may be kept
+
+
+@dataclass(frozen=True)
+class RankedCandidate:
+    """A candidate with its place among those given, its logit, and its score p(yes) / (p(yes) + p(no))."""
+
+    candidate: Candidate
+    index: int
+    logit: float
+    score: float
 
 
 class Recommender:
     """A model and its processor, ready to rank.
+
+    The model is put into evaluation mode, and where prompts share what they have in common, its decoder computes
+    attention by block attention from then on.
 
     Args:
         model: ``MllmMsrForRecommendation``.
@@ -34,166 +53,212 @@ class Recommender:
         cache: folder in which what a ``late`` model keeps of candidates outlives the process; see ``index``.
         share_prefix: ``joint`` only; by default wherever it changes nothing; `False` never; `True` refuses, with the
             reason, where scores would change. `shares_prefix` and `obstacle` say what became of it.
+
+    Raises:
+        ValueError: the backbone cannot do what is asked for, or ``cache`` is given for a joint model.
     """
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
+        model: RecommendationModel,
+        processor: RecommendationProcessor,
         token_budget: int = 8192,
         memory_gb: float | None = None,
         cache: str | os.PathLike | None = None,
         share_prefix: bool | None = None,
     ) -> None:
-        self.model, self.processor, self.token_budget = model.eval(), processor, token_budget
-        self.memory = int(memory_gb * 1e9) if memory_gb is not None else _free_memory(model.device) // 2
-        self.longest = 64  # tokens that a pair of the longest batch so far has cost
+        self.model, self.processor = model.eval(), processor
         self.obstacle, self.window = block_limits(model.config.vlm_config)
-        self.late = model.config.interaction == "late"
-        if (share_prefix or self.late) and self.obstacle:
+        late = model.config.interaction == "late"
+        if (share_prefix or late) and self.obstacle:
             raise ValueError(f"prompts cannot share what they have in common: {self.obstacle}")
-        if cache is not None and not self.late:
+        if cache is not None and not late:
             raise ValueError("a joint model computes candidates anew for every user: leave `cache` out")
-        self.demanded = bool(share_prefix)
         self.shares_prefix = self.obstacle is None and share_prefix is not False
+        if self.shares_prefix:
+            model.use_block_attention()
+        memory = int(memory_gb * 1e9) if memory_gb is not None else _free_memory(model.device) // 2
         self.cache = ItemCache(Path(cache), model, processor) if cache is not None else None
+        self.plan: JointPlan | LatePlan
+        if late:
+            self.plan = LatePlan(model, processor, token_budget, memory, self.cache)
+        else:
+            self.plan = JointPlan(model, processor, token_budget, memory, self.shares_prefix, bool(share_prefix))
 
     @torch.inference_mode()
     def score(
         self,
-        users: Sequence[Mapping[str, Any]],
+        users: Sequence[User],
         candidates: Sequence[Sequence[str]],
-        catalogue: Mapping[str, Mapping[str, Any]],
+        catalogue: Mapping[str, Candidate],
         progress: str | None = None,
     ) -> list[np.ndarray]:
         """The logit difference of Yes over No for each user's candidates.
 
         Args:
-            users: U of ``{"preference": str, "recent": [{"summary": str}, ...]}``.
-            candidates: U lists of item ids; users of one list, as of a whole catalogue, may share the object.
-            catalogue: ``{"title", "text", "image"}`` by item id; an item is asked for when it is needed.
+            users: U users, or mappings that `User.of` takes.
+            candidates: U lists of item ids, each without duplicates; users of one list, as of a whole catalogue, may
+                share the object.
+            catalogue: candidates, or mappings that `Candidate.of` takes, by item id; each is looked up when needed.
             progress: label of a progress bar.
 
         Returns:
             U float32 arrays, each of shape (its number of candidates,).
+
+        Raises:
+            TypeError, ValueError: users or candidates are not what they should be; an id is unknown or there twice.
         """
-        users = [as_mapping(user) for user in users]
-        out = [np.empty(len(row), dtype=np.float32) for row in candidates]
-        names = list(dict.fromkeys(item for row in {id(row): row for row in candidates}.values() for item in row))
-        code = {item: number for number, item in enumerate(names)}
-        coded = {id(row): np.fromiter((code[item] for item in row), np.int64, len(row)) for row in candidates}
-        rows = [coded[id(row)] for row in candidates]
-        with tqdm(total=sum(map(len, rows)), desc=progress, unit="pair", disable=progress is None) as bar:
-            if not rows:
-                return out
-            if self.late:
-                plan = LatePlan(self.model, self.processor, self.token_budget, self.memory, self.cache)
-                plan.score(users, rows, names, catalogue, out, bar)
-            else:
-                self._score_joint(users, rows, names, catalogue, out, bar)
-        return out
+        users = as_users(users)
+        rows, names = _numbered(users, candidates, catalogue)
+        starts = np.cumsum([0, *map(len, rows)])
+        logits = np.empty(starts[-1], dtype=np.float32)
+        with tqdm(total=len(logits), desc=progress, unit="pair", disable=progress is None) as bar:
+            for scores in self.plan.scores(users, rows, names, catalogue) if names else ():
+                logits[starts[scores.users] + scores.places] = scores.logits
+                bar.update(len(scores.logits))
+        return np.split(logits, starts[1:-1]) if rows else []
 
     def rank(
         self,
-        users: Sequence[Mapping[str, Any]],
-        candidates: Sequence[Mapping[str, Any]],
+        users: Sequence[User],
+        candidates: Sequence[Candidate],
         top_k: int | None = None,
         progress: str | None = None,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[list[RankedCandidate]]:
         """Order ``candidates`` for every user.
 
+        Args:
+            users: U users, or mappings that `User.of` takes.
+            candidates: candidates, or mappings that `Candidate.of` takes; ids that are given must differ.
+            top_k: how many to return, all by default.
+
         Returns:
-            For each user the best ``top_k`` candidates, best first: the candidate with ``logit`` and ``score``, the
-            probability p(yes) / (p(yes) + p(no)), added. Equal logits keep the order given.
+            For each user the best ``top_k`` candidates, best first. Equal logits keep the order given.
         """
+        candidates = as_candidates(candidates)
+        ids = [candidate.item_id for candidate in candidates if candidate.item_id]
+        if duplicate := _duplicate(ids):
+            raise ValueError(f"item {duplicate!r} is there twice among the candidates")
         catalogue = {str(place): candidate for place, candidate in enumerate(candidates)}
         logits = self.score(users, [list(catalogue)] * len(users), catalogue, progress)
         return [in_order(candidates, row, top_k) for row in logits]
 
-    def index(self, catalogue: Mapping[str, Mapping[str, Any]], progress: str | None = None) -> tuple[int, int, int]:
+    def index(self, catalogue: Mapping[str, Candidate], progress: str | None = None) -> tuple[int, int, int]:
         """Fill the ``cache`` ahead, and delete from it what is not in ``catalogue`` any more.
 
         Returns:
             How many candidates were computed, how many were there, and how many were deleted.
         """
-        if self.cache is None:
+        if self.cache is None or not isinstance(self.plan, LatePlan):
             raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
-        paths = {item: self.cache.path(catalogue[item]) for item in catalogue}
+        paths = {item: self.cache.path(Candidate.of(catalogue[item])) for item in catalogue}
         missing = [item for item, path in paths.items() if not path.is_file()]
-        plan = LatePlan(self.model, self.processor, self.token_budget, self.memory, self.cache)
         with torch.inference_mode(), tqdm(total=len(missing), desc=progress, disable=progress is None) as bar:
-            for count in plan.encode_items(missing, catalogue):
+            for count in self.plan.encode_items(missing, catalogue):
                 bar.update(count)
         return len(missing), len(paths) - len(missing), self.cache.prune(paths.values())
 
-    def _score_joint(
+
+class JointPlan:
+    """See :class:`Recommender`, whose arguments these are.
+
+    Args:
+        memory: bytes of image features that may be kept.
+        shares: whether the prompts of a user share what they begin with.
+        demanded: whether it is an error if they cannot.
+    """
+
+    def __init__(
         self,
-        users: Sequence[Mapping[str, Any]],
-        rows: list[np.ndarray],
-        names: Sequence[str],
-        catalogue: Mapping[str, Mapping[str, Any]],
-        out: list[np.ndarray],
-        bar: Any,
+        model: RecommendationModel,
+        processor: RecommendationProcessor,
+        token_budget: int,
+        memory: int,
+        shares: bool,
+        demanded: bool,
     ) -> None:
-        """Fill ``out``: as many candidates at a time as have pictures that may be kept, for all users."""
-        shown = Shown(self.model, self.processor, catalogue)
-        shown.candidates(names[:8])
-        chunk = max(1, int(self.memory / max(1, shown.nbytes) * min(8, len(names))))
+        self.model, self.processor, self.token_budget, self.memory = model, processor, token_budget, memory
+        self.shares, self.demanded = shares, demanded
+        self.pair_tokens = 64  # that a pair of the longest batch so far has cost
+
+    def scores(
+        self, users: Sequence[User], rows: Sequence[np.ndarray], names: Sequence[str], catalogue: Mapping[str, Any]
+    ) -> Iterator[Scores]:
+        """The logits of all pairs, some at a time: as many candidates as have images that may be kept, for all users.
+
+        Args:
+            rows: for each user the candidates, as places in ``names``.
+        """
+        images = ImageFeatureCache(self.model.backbone, self.processor)
+        prepared = PreparedCatalogue(images, catalogue, "recommendation")
+        shown = [prepared[name].image for name in names[:SAMPLE]]
+        images.features([image for image in shown if image is not None])
+        chunk = max(1, int(self.memory / max(1, images.nbytes) * len(shown)))
         for first in range(0, len(names), chunk):
             if first:
-                shown.forget()
-            owners, places, numbers = within(rows, first, chunk)
+                prepared.clear()
+            pairs = Pairs.within(rows, first, chunk)
             start = 0
-            while start < len(owners):  # as many pairs as the budget allows, going by what the last ones took
-                some = slice(start, start + max(1, self.token_budget // self.longest))
-                pairs = list(zip(owners[some].tolist(), places[some].tolist(), strict=True))
-                items = [names[first + number] for number in numbers[some].tolist()]
-                logits = self._score_pairs(users, list(zip(owners[some].tolist(), items, strict=True)), shown)
-                if logits is None:
-                    continue  # these take more than any before, so take fewer of them
-                for (user, place), logit in zip(pairs, logits.tolist(), strict=True):
-                    out[user][place] = logit
-                start += len(pairs)
-                bar.update(len(pairs))
+            while start < len(pairs):  # as many pairs as the budget allows, going by what the last ones took
+                part = pairs.take(slice(start, start + max(1, self.token_budget // self.pair_tokens)))
+                candidates = [prepared[names[first + item]] for item in part.items]
+                batch = self.processor([users[user] for user in part.users], candidates).to(self.model.device)
+                packed = self._packed(batch, part.users)
+                if self._fits(packed["input_ids"].numel(), len(part)):
+                    output: Any = self.model.score(**packed, image_features=images.features(batch.images))
+                    yield Scores(part.users, part.places, output.logits.cpu().numpy())
+                    start += len(part)
 
-    def _score_pairs(
-        self, users: Sequence[Mapping[str, Any]], pairs: list[tuple[int, str]], shown: Shown
-    ) -> torch.Tensor | None:
-        """(B,) logits of some pairs in one forward; None if they take more tokens than allowed."""
-        items = [item for _, item in pairs]
-        counted = self.processor.shortened.copy()
-        batch = self.processor(
-            preferences=[users[user]["preference"] for user, _ in pairs],
-            candidates=shown.candidates(items),
-            recent=[users[user].get("recent", []) for user, _ in pairs],
-        ).to(self.model.device)
-        features = shown.features(items)
-        packed = None
-        if self.shares_prefix:
-            owners = torch.tensor([user for user, _ in pairs], device=self.model.device)
-            try:
-                packed = pack_joint(self.model, batch, owners)
-            except BlocksTooLong as error:
-                if self.demanded:
-                    raise ValueError(f"{error}: leave share_prefix out or set the processor's max_length") from error
-        tokens = packed["input_ids"].numel() if packed else batch["input_ids"].numel()
-        self.longest = max(self.longest, -(-tokens // len(pairs)))
-        if tokens > self.token_budget and len(pairs) > 1:
-            self.longest = max(self.longest, self.token_budget // len(pairs) + 1)
-            self.processor.shortened = counted
-            return None
-        if packed is None:
-            return self.model.score(**batch, **features).logits
-        return self.model.answer_logits(self.model.answers(packed, **(dict(batch) | features)).logits)
+    def _packed(self, batch: Mapping[str, torch.Tensor], users: np.ndarray) -> Mapping[str, torch.Tensor]:
+        """The batch as it is computed: in one row, or as it is where prompts cannot share."""
+        if not self.shares:
+            return batch
+        try:
+            return pack_joint(self.model, batch, torch.from_numpy(users).to(self.model.device))
+        except RowTooWide as error:
+            if self.demanded:
+                raise ValueError(f"{error}: leave share_prefix out or set the processor's max_length") from error
+            return batch
+
+    def _fits(self, tokens: int, pairs: int) -> bool:
+        """Whether so many pairs may take so many tokens; else fewer are to be taken next time."""
+        self.pair_tokens = max(self.pair_tokens, -(-tokens // pairs))
+        if tokens <= self.token_budget or pairs == 1:
+            return True
+        self.pair_tokens = max(self.pair_tokens, self.token_budget // pairs + 1)
+        return False
 
 
-def in_order(
-    candidates: Sequence[Mapping[str, Any]], logits: np.ndarray, top_k: int | None = None
-) -> list[dict[str, Any]]:
-    """The best ``top_k`` candidates, best first, with ``logit`` and ``score`` added; equal logits keep their order."""
+def in_order(candidates: Sequence[Candidate], logits: np.ndarray, top_k: int | None = None) -> list[RankedCandidate]:
+    """The best ``top_k`` candidates, best first; equal logits keep their order."""
     scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
     best = np.argsort(-logits, kind="stable")[:top_k]
-    return [{**candidates[i], "logit": float(logits[i]), "score": float(scores[i])} for i in best]
+    return [RankedCandidate(candidates[i], int(i), float(logits[i]), float(scores[i])) for i in best]
+
+
+def _numbered(
+    users: Sequence[User], candidates: Sequence[Sequence[str]], catalogue: Mapping[str, Any]
+) -> tuple[list[np.ndarray], list[str]]:
+    """Each user's candidates as places in a list of distinct ids, and that list; ValueError if an id is wrong."""
+    if len(users) != len(candidates):
+        raise ValueError(f"there are {len(users)} users, but {len(candidates)} lists of candidates: give one for each")
+    distinct = {id(row): row for row in candidates}
+    for row in distinct.values():
+        if isinstance(row, str):
+            raise TypeError(f"the candidates of a user are a list of item ids, not the text {row!r}")
+        if (duplicate := _duplicate(row)) is not None:
+            raise ValueError(f"item {duplicate!r} is there twice among the candidates of a user")
+    names = list(dict.fromkeys(item for row in distinct.values() for item in row))
+    if unknown := next((item for item in names if item not in catalogue), None):
+        raise ValueError(f"item {unknown!r} is among the candidates, but not in the catalogue")
+    place = {item: number for number, item in enumerate(names)}
+    numbered = {key: np.fromiter((place[item] for item in row), np.int64, len(row)) for key, row in distinct.items()}
+    return [numbered[id(row)] for row in candidates], names
+
+
+def _duplicate(ids: Sequence[str]) -> str | None:
+    """An id that is there twice, if any."""
+    return next((item for item, count in Counter(ids).items() if count > 1), None)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Pictures as the backbone takes them, made ready one at a time so that each can be in any batch."""
+"""Images as the backbone takes them, prepared one at a time so that each can be part of any batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,37 +6,40 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import ProcessorMixin
+from transformers import ImageProcessingMixin, ProcessorMixin
 
-SAME_FOR_PICTURES = {
-    "SmolVLMProcessor": "Idefics3Processor"
-}  # and without a package that spells out numbers for videos
-PIXELS = (
-    "pixel_values",
-    "pixel_attention_mask",
-    "image_sizes",
-    "batch_num_images",
-)  # what a picture's features replace
+SAME_FOR_IMAGES = {"SmolVLMProcessor": "Idefics3Processor"}  # and without a package that spells out numbers for videos
+PIXELS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")  # what features replace
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture as the backbone takes it: how it is written in a prompt, and its tensors (first dimension: rows)."""
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image as the backbone takes it.
+
+    Args:
+        text: how it is written in a prompt, image tokens included.
+        num_image_tokens: how many tokens of the prompt its features take the place of.
+        tensors: the image processor's; the first dimension of each counts rows, of which an image may have several.
+    """
 
     text: str
     num_image_tokens: int
     tensors: dict[str, torch.Tensor]
 
-    def light(self) -> "Picture":
-        """Without its pixels, for batches whose `image_features` are known."""
+    def light(self) -> "PreparedImage":
+        """The same without its pixels, for batches whose `image_features` are given."""
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in PIXELS}
-        return Picture(self.text, self.num_image_tokens, kept)
+        return PreparedImage(self.text, self.num_image_tokens, kept)
 
 
-def collate_pictures(pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-    """The tensors of several pictures in one, padded with zeros where their sizes differ."""
-    names = pictures[0].tensors if pictures else ()
-    return {name: _stack([picture.tensors[name] for picture in pictures]) for name in names}
+class NoImages(ImageProcessingMixin):
+    """What stands for the image processor of a text-only language model, which sees no images."""
+
+
+def collate_images(images: Sequence[PreparedImage]) -> dict[str, torch.Tensor]:
+    """The tensors of several images in one, padded with zeros where their sizes differ."""
+    names = images[0].tensors if images else ()
+    return {name: _stack([image.tensors[name] for image in images]) for name in names}
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -49,8 +52,8 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def build_backbone_processor(name: str, image_processor: Any, tokenizer: Any, kwargs: dict[str, Any]) -> ProcessorMixin:
-    """The backbone's own processor for pictures only: it needs no video processor, and so no torchvision."""
-    original: Any = getattr(transformers, SAME_FOR_PICTURES.get(name, name))
+    """The backbone's own processor for images only: it needs no video processor, and so no torchvision."""
+    original: Any = getattr(transformers, SAME_FOR_IMAGES.get(name, name))
 
     class ImageOnly(original):
         def check_argument_for_proper_class(self, argument_name, argument):

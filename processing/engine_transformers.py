@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BatchFeature,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -22,10 +21,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mllm_msr.modeling.generated_text import marks_reasoning, tidy
+from mllm_msr.modeling.image_features import ImageFeatureCache, content_key, encoder_outputs
 from mllm_msr.processing.decoding import OwnSeeds, decode
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
-from mllm_msr.processing.picture_memory import KEY, PictureMemory, takes_features
-from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor, PromptBatch
 from mllm_msr.records.sections import MAX_NEW_TOKENS, Task
 from mllm_msr.records.storage import folder_digest
 
@@ -74,7 +73,6 @@ class TransformersEngine:
         self.dtype, self.device_map, self.attn_implementation = dtype, device_map, attn_implementation
         self.quantization_config = quantization_config
         self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
-        self.memory = PictureMemory(self.processor)
         self.config = AutoConfig.from_pretrained(name_or_path, revision=revision)
         local = Path(name_or_path)
         self.revision: str = folder_digest(local) if local.is_dir() else self.config._commit_hash or revision or ""
@@ -104,6 +102,11 @@ class TransformersEngine:
         if model.device.type == "cpu" and self.dtype == "auto":
             model = model.float()  # half precision is slow on most CPUs
         return model
+
+    @cached_property
+    def images(self) -> ImageFeatureCache:
+        """The images of the latest prompts."""
+        return ImageFeatureCache(self.model, self.processor)
 
     def prompt_hash(self, task: Task) -> str:
         template = self.processor.chat_template or self.processor.tokenizer.chat_template
@@ -136,7 +139,7 @@ class TransformersEngine:
             parts, self.token_budget = 2, tokens // 2  # outside the handler, whose traceback holds the tensors
             logger.warning("out of memory with %d prompts of %d tokens: from now on smaller batches", rows, width)
             del batch
-            self.memory.forget()
+            self.images.evict(max_images=0)
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
         size = -(-rows // parts)
@@ -145,22 +148,24 @@ class TransformersEngine:
             texts += self.generate(task, inputs[start : start + size], seeds[start : start + size], again)
         return texts
 
-    def _encode(self, task: Task, inputs: Sequence[Any]) -> BatchFeature:
+    def _encode(self, task: Task, inputs: Sequence[Any]) -> PromptBatch:
         if task == "preference":
-            blocks = [[vars(item) for item in block.items] for block in inputs]
-            return self.processor.preference(blocks, [block.previous for block in inputs])
-        if task != "fusion" and any(item.image is not None for item in inputs) and takes_features(self.model):
-            self.memory.forget(all_but=self.batch_size)
+            return self.processor.preference([block.items for block in inputs], [block.previous for block in inputs])
+        if task != "fusion" and any(item.image is not None for item in inputs):
+            self.images.evict(max_images=self.batch_size)
             inputs = [
-                item if item.image is None else replace(item, image=self.memory.stand_in(item.image)) for item in inputs
+                item if item.image is None else replace(item, image=self._stand_in(item.image)) for item in inputs
             ]
-        return self.processor.item_summary([dict(vars(item)) for item in inputs], task)
+        return self.processor.item_summary(inputs, task)
 
-    def _answer(self, batch: BatchFeature, limit: int, seeds: Sequence[int], again: bool) -> list[Answer]:
+    def _stand_in(self, image: Any) -> Any:
+        return self.images.stand_in(content_key(image), image)
+
+    def _answer(self, batch: PromptBatch, limit: int, seeds: Sequence[int], again: bool) -> list[Answer]:
         model: Any = self.model
-        batch = batch.to(model.device, model.dtype)
-        if (keys := batch.pop(KEY, None)) is not None:
-            batch["mm_encoder_outputs"] = self.memory.shown(model, keys.tolist())
+        batch.to(model.device, model.dtype)
+        if features := self.images.features(batch.images):
+            batch["mm_encoder_outputs"] = encoder_outputs(model, features)
         temperature = max(self.temperature, AGAIN["temperature"]) if again else self.temperature
         penalty = max(model.generation_config.repetition_penalty or 1.0, AGAIN["repetition_penalty"] if again else 1.0)
         steps = LogitsProcessorList()

@@ -19,24 +19,7 @@ class Field:
     """What stands at one place of a prompt: ``name`` is the template variable it comes from."""
 
     name: str
-    value: Any  # a text, or a tuple of pictures
-
-
-@dataclass
-class Row:
-    """A prompt before it is encoded."""
-
-    pieces: list[str | int]  # its trusted texts, and the numbers of the fields between them
-    fields: dict[int, Field]  # those that the prompt prints
-    begins: bool = True  # whether nothing comes before it
-
-    @property
-    def text(self) -> str:
-        return "".join(self.fields[piece].value if isinstance(piece, int) else piece for piece in self.pieces)
-
-    @property
-    def texts(self) -> list[Field]:
-        return [field for field in self.fields.values() if field.name != "image"]
+    value: Any  # a text, or a tuple of images
 
 
 def addition(text: str, plain: str) -> str:
@@ -58,7 +41,7 @@ def clean(text: str) -> str:
 
 
 def mark(value: Any, fields: list["Field"], name: str = "") -> Any:
-    """``value`` with a sentinel for every non-empty text and tuple of pictures, which are appended to ``fields``."""
+    """``value`` with a sentinel for every non-empty text and tuple of images, which are appended to ``fields``."""
     if isinstance(value, dict):
         return {key: mark(part, fields, name or key) for key, part in value.items()}
     if isinstance(value, list):

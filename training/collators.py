@@ -21,11 +21,9 @@ class AnswerCollator:
     items: Catalogue
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        users = [user_of(row["preference"], row["recent"]) for row in rows]
         batch = self.processor(
-            preferences=[user.preference for user in users],
-            candidates=[vars(self.items[row["item_id"]]) for row in rows],
+            users=[user_of(row["preference"], row["recent"]) for row in rows],
+            candidates=[self.items[row["item_id"]] for row in rows],
             labels=[row["label"] for row in rows],
-            recent=[[vars(item) for item in user.recent] for user in users],
         )
         return dict(batch)

@@ -18,8 +18,7 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_quantization_config
 
-from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
-from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.training import arguments
 from mllm_msr.training.arguments import ExampleArguments
 from mllm_msr.training.collators import AnswerCollator

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 
 from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.processing.examples import user_of
+from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.processing.examples import user_of, users_of
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.storage import digest
 
@@ -54,30 +55,25 @@ def measured_limits(processor: MllmMsrProcessor, examples: Dataset, items: Catal
     words = [len(title or "") + len(text or "") for title, text in zip(table["title"], table["text"], strict=True)]
     wordy = sorted(range(len(names)), key=lambda row: -words[row])[:MEASURED]
     spread = range(0, len(names), max(1, len(names) // MEASURED))
-    candidates = [vars(items[names[row]]) for row in dict.fromkeys([*wordy, *spread])]
-    batch = processor.blocks([_user(row) for row in longest.iter_rows(named=True)], candidates, (0, 0))
-    lengths = (int(batch[kind]["attention_mask"].sum(1).max()) for kind in ("users", "items"))
+    candidates = [items[names[row]] for row in dict.fromkeys([*wordy, *spread])]
+    batches = processor.late_users(users_of(longest)), processor.late_items(candidates)
+    lengths = (int(batch["attention_mask"].sum(1).max()) for batch in batches)
     user, item = (16 * math.ceil(length * 1.125 / 16) for length in lengths)
     return user, item
 
 
-def _user(row: Mapping[str, Any]) -> dict[str, Any]:
-    user = user_of(row["preference"], row["recent"])
-    return {"preference": user.preference, "recent": [vars(item) for item in user.recent]}
-
-
-class PreparedItems(Mapping[str, dict[str, Any]]):
+class PreparedItems(Mapping[str, Candidate]):
     """The catalogue with prepared images, of which the last ``IMAGES`` are kept."""
 
     def __init__(self, processor: MllmMsrProcessor, items: Catalogue) -> None:
         self.processor, self.items = processor, items
-        self.prepared: dict[str, dict[str, Any]] = {}
+        self.prepared: dict[str, Candidate] = {}
 
-    def __getitem__(self, item_id: str) -> dict[str, Any]:
+    def __getitem__(self, item_id: str) -> Candidate:
         if item_id not in self.prepared:
-            item = dict(vars(self.items[item_id]))
-            if item["image"] is not None:
-                (item["image"],) = self.processor.pictures([item["image"]])
+            item = self.items[item_id]
+            if item.image is not None:
+                item = replace(item, image=self.processor.prepare_images([item.image])[0])
             if len(self.prepared) == IMAGES:
                 del self.prepared[next(iter(self.prepared))]
             self.prepared[item_id] = item
@@ -91,9 +87,9 @@ class PreparedItems(Mapping[str, dict[str, Any]]):
 
 
 def images_of(items: PreparedItems, item_ids: Iterable[str]) -> dict[str, list[Any]]:
-    """Whose images are in a batch, in their order, and how many tokens each takes."""
-    pictured = [item for item in item_ids if items[item]["image"] is not None]
-    return {"items": pictured, "tokens": [items[item]["image"].num_image_tokens for item in pictured]}
+    """The images that a batch holds, in their order, and whose they are."""
+    with_image = [item for item in item_ids if items[item].image is not None]
+    return {"items": with_image, "prepared": [items[item].image for item in with_image]}
 
 
 @dataclass
@@ -101,21 +97,17 @@ class PackedCollator:
     """Rows of ``data.task_rows`` to whole prompts in groups that share what they begin with (``interaction="joint"``).
 
     The batch has the processor's tensors (B prompts of all tasks), ``group_ids`` (B,), the task of each, ``labels``
-    (B,), 1 or 0, and whose ``images`` it holds.
+    (B,), 1 or 0, and the ``images`` it holds.
     """
 
     processor: MllmMsrProcessor
     items: PreparedItems
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        users = [_user(row) for row in rows]
+        users = [user_of(row["preference"], row["recent"]) for row in rows]
         groups = [number for number, row in enumerate(rows) for _ in row["item_id"]]
         item_ids = [item for row in rows for item in row["item_id"]]
-        batch = self.processor(
-            preferences=[users[number]["preference"] for number in groups],
-            candidates=[self.items[item] for item in item_ids],
-            recent=[users[number]["recent"] for number in groups],
-        )
+        batch = self.processor([users[number] for number in groups], [self.items[item] for item in item_ids])
         labels = torch.tensor([label for row in rows for label in row["label"]])
         images = images_of(self.items, item_ids)
         return {**batch, "group_ids": torch.tensor(groups), "labels": labels, "images": images}
@@ -125,9 +117,9 @@ class PackedCollator:
 class LateCollator:
     """Rows of ``data.task_rows`` to users, items and the pairs of them that are trained (``interaction="late"``).
 
-    The batch has what the processor's ``blocks`` returns for the tasks and for all their items, each once; ``pairs``
-    (2, P) and ``labels`` (P,), 1 or 0; whose ``images`` it holds; and ``log_q`` (P,), the log of the frequency of each
-    pair's item.
+    The batch has what the processor's ``late_blocks`` returns for the tasks and for all their items, each once;
+    ``pairs`` (2, P) and ``labels`` (P,), 1 or 0; the ``images`` it holds; and ``log_q`` (P,), the log of the frequency
+    of each pair's item.
 
     Args:
         processor: the recommender's.
@@ -166,7 +158,11 @@ class LateCollator:
         table = torch.tensor(pairs)
         least = min(self.log_frequency.values(), default=0.0)  # an item that is nobody's positive is as rare as can be
         return {
-            **self.processor.blocks([_user(row) for row in rows], [self.items[item] for item in items], self.limits),
+            **self.processor.late_blocks(
+                [user_of(row["preference"], row["recent"]) for row in rows],
+                [self.items[item] for item in items],
+                self.limits,
+            ),
             "pairs": table[:, :2].T.contiguous(),
             "labels": table[:, 2],
             "images": images_of(self.items, items),

@@ -3,14 +3,15 @@
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch.nn.functional import cross_entropy
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from mllm_msr.data.hub_tables import load_table
+from mllm_msr.modeling.image_features import ImageFeatureCache
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
-from mllm_msr.modeling.packing import BlocksTooLong
+from mllm_msr.modeling.packing import RowTooWide, pack_joint, pack_late
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.training.arguments import RecommenderArguments
 from mllm_msr.training.data import TrainingData, task_rows
@@ -24,7 +25,7 @@ from mllm_msr.training.pair_collators import (
 )
 
 logger = logging.get_logger(__name__)
-OURS = ("labels", "log_q", "images", "use_cache")  # of a batch, not the model's
+OURS = ("labels", "log_q", "images", "group_ids", "use_cache")  # of a batch, not the processor's
 
 
 def answer_loss(
@@ -85,7 +86,19 @@ class PairTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.features: dict[str, torch.Tensor] | None = {} if cache_image_features else None
+        recommender = self._recommender()
+        recommender.use_block_attention()
+        self.image_features: ImageFeatureCache | None = None
+        if cache_image_features:
+            language = [recommender.get_decoder(), recommender.get_output_embeddings()]
+            after = {weight for module in language for weight in module.parameters()}
+            if any(weight.requires_grad for weight in recommender.parameters() if weight not in after):
+                raise ValueError(
+                    "cache_image_features needs all before the decoder to be frozen: train with --use_peft"
+                )
+            self.image_features = ImageFeatureCache(
+                recommender.backbone, kwargs["processing_class"], torch.device("cpu")
+            )
         self.pair_loss, self.yes_weight, self.log_q_correction = pair_loss, yes_weight, log_q_correction
         self.model_accepts_loss_kwargs = False  # so that the trainer averages over accumulated batches itself
 
@@ -93,21 +106,10 @@ class PairTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels, log_q = inputs["labels"], inputs.get("log_q")
-        given = {name: value for name, value in inputs.items() if name not in OURS}
-        if "group_ids" in given:
-            given["owners"] = given.pop("group_ids")
-        recommender: Any = self.accelerator.unwrap_model(model)
-        if self.features is not None and inputs["images"]["items"]:
-            given["image_features"] = self._features(recommender, given.get("items", given), inputs["images"])
-        try:
-            outputs = model(**given)
-        except BlocksTooLong as error:
-            if "owners" not in given:
-                raise
-            logger.warning_once(f"prompts are computed whole, not packed: {error}")
-            del given["owners"]
-            outputs = model(**given, logits_to_keep=1)
-            outputs.logits = outputs.logits[:, -1]
+        recommender = self._recommender()
+        arguments = self._arguments(recommender, inputs)
+        outputs = model(**arguments, image_features=self._features(inputs["images"]))
+        outputs.logits = outputs.logits.flatten(0, 1)
         users = inputs["pairs"][0] if "pairs" in inputs else inputs["group_ids"]
         differences = recommender.answer_logits(outputs.logits)
         if self.pair_loss == "listwise":
@@ -123,19 +125,29 @@ class PairTrainer(SFTTrainer):
             self._metrics[mode]["pairs"].append(float(len(labels)))
         return (loss, outputs) if return_outputs else loss
 
-    def _features(self, recommender: Any, batch: dict[str, Any], images: dict[str, list[Any]]) -> list[torch.Tensor]:
-        """What the decoder sees of a batch's images; computed if one of them is met for the first time."""
-        known: Any = self.features
-        if not all(item in known for item in images["items"]):
-            language = [recommender.get_decoder(), recommender.get_output_embeddings()]
-            after = {weight for module in language for weight in module.parameters()}
-            if any(weight.requires_grad for weight in recommender.parameters() if weight not in after):
-                raise ValueError(
-                    "cache_image_features needs all before the decoder to be frozen: train with --use_peft"
-                )
-            found = recommender.image_features(images["tokens"], **batch)
-            known.update(zip(images["items"], (features.cpu() for features in found), strict=True))
-        return [known[item].to(self.accelerator.device) for item in images["items"]]
+    def _recommender(self) -> Any:
+        """The model without what is wrapped around it for training."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def _arguments(self, recommender: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the model's forward; its logits are those of the answers."""
+        if "pairs" in inputs:
+            return pack_late(recommender, inputs["users"], inputs["items"], inputs["answer_ids"], inputs["pairs"])
+        batch = {name: value for name, value in inputs.items() if name not in OURS}
+        try:
+            return pack_joint(recommender, batch, inputs["group_ids"])
+        except RowTooWide as error:
+            logger.warning_once(f"prompts are computed whole, not packed: {error}")
+            return {**batch, "logits_to_keep": 1}
+
+    def _features(self, images: dict[str, list[Any]]) -> list[torch.Tensor] | None:
+        """What the decoder sees of a batch's images, if that is kept."""
+        if self.image_features is None:
+            return None
+        pairs = zip(images["items"], images["prepared"], strict=True)
+        stand_ins = [self.image_features.stand_in(item, image) for item, image in pairs]
+        return [features.to(self.accelerator.device) for features in self.image_features.features(stand_ins)]
 
     def _weights(self, labels: torch.Tensor, log_q: torch.Tensor | None) -> torch.Tensor:
         weights = torch.ones(len(labels), device=labels.device)

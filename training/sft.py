@@ -20,9 +20,8 @@ from typing import Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
-from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.packing import block_limits
-from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import arguments
 from mllm_msr.training.answer_trainer import answer_trainer

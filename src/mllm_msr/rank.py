@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def best_of(
 ) -> pl.DataFrame:
     """The best ``top_k`` of the items ``names`` that each user has not chosen yet, as ``schema.RANKINGS``."""
     place = {item: number for number, item in enumerate(names)}
-    logits = ranker.score([asdict(user.words) for user in users], [names] * len(users), catalogue, progress="pairs")
+    logits = ranker.score([user.words for user in users], [names] * len(users), catalogue, progress="pairs")
     rows = []
     for user, row in zip(users, logits, strict=True):
         chosen = [place[item] for item in user.chosen if item in place]

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from mllm_msr.data.sources.world import TRAITS, draw, random_item
 from mllm_msr.demo import pretraining as school
+from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 
@@ -61,7 +62,7 @@ def test_lessons_are_tokenised_as_the_processor_does(processor):
     stock = school.build_processor(processor.tokenizer)
     ids, labels = school.encode(stock, caption)
     prompt = [token for token, label in zip(ids, labels, strict=True) if label == -100]
-    batch = processor.item_summary([{"title": item.title, "text": item.text, "image": draw(item)}])
+    batch = processor.item_summary([Candidate(title=item.title, text=item.text, image=draw(item))])
     assert batch["input_ids"][0].tolist() == prompt
 
 

@@ -130,22 +130,24 @@ WITHOUT_PACKAGE = """
 import sys
 sys.modules["mllm_msr"] = None  # as if it were not installed
 import json, torch
+from types import SimpleNamespace as Item
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 folder, picture = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 image = Image.open(picture).convert("RGB")
-candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
-batch = processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)
+users = [Item(preference="Likes red, blue; striped; mug; star; jazz", recent=[]), Item(preference="", recent=[])]
+candidates = [Item(title="Alder Jazz", text="", image=image), Item(title="Orwin Tide", text="", image=None)]
+batch = processor(users, candidates)
 print("LOGITS", json.dumps(model.score(**batch).logits.tolist()))
 """
 
 
 def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
     from PIL import Image
-    from transformers import AutoModel, AutoProcessor
 
+    from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
     from mllm_msr.data.sources.world import draw, make_world
 
     draw(make_world(3, 1, 30).items[0]).save(tmp_path / "picture.png")
@@ -156,11 +158,12 @@ def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.split("LOGITS")[1])
-    processor = AutoProcessor.from_pretrained(whole / "model")
-    model = AutoModel.from_pretrained(whole / "model").eval()
+    processor = MllmMsrProcessor.from_pretrained(whole / "model")
+    model = MllmMsrForRecommendation.from_pretrained(whole / "model").eval()
     image = Image.open(tmp_path / "picture.png").convert("RGB")
-    candidates = [{"title": "Alder Jazz", "image": image}, {"title": "Orwin Tide", "image": None}]
-    ours = model.score(**processor(["Likes red, blue; striped; mug; star; jazz", ""], candidates)).logits.tolist()
+    users = [User("Likes red, blue; striped; mug; star; jazz"), User()]
+    batch = processor(users, [Candidate(title="Alder Jazz", image=image), Candidate(title="Orwin Tide")])
+    ours = model.score(**batch).logits.tolist()
     assert theirs == pytest.approx(ours, abs=1e-5)
 
 

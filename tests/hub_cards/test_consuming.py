@@ -22,19 +22,25 @@ from PIL import Image
 from tiny_models import WITHOUT_PACKAGE
 from transformers import AutoModelForImageTextToText
 
-from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.evaluation.metrics import ranking_metrics
 from mllm_msr.hub_cards.release import publish
 from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.training import sft
 
 BASE = Path(str(files("mllm_msr"))) / "demo/base"
-PAIRS = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two"}]
+PAIRS = (
+    [User("likes ships"), User()],
+    [Candidate(title="One", image=Image.new("RGB", (40, 30), "red")), Candidate(title="Two")],
+)
 SCORE = """
+from types import SimpleNamespace as Item
 from PIL import Image
 def score(model, processor):
-    candidates = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two"}]
-    return model.score(**processor(["likes ships", ""], candidates)).logits.tolist()
+    users = [Item(preference="likes ships", recent=[]), Item(preference="", recent=[])]
+    image = Image.new("RGB", (40, 30), "red")
+    candidates = [Item(title="One", text="", image=image), Item(title="Two", text="", image=None)]
+    return model.score(**processor(users, candidates)).logits.tolist()
 """
 
 
@@ -124,7 +130,7 @@ def test_model_processor_and_pipeline_by_their_name_without_the_package(hub, pub
     run, model, processor = published
     code = "\n".join([WITHOUT_PACKAGE, SCORE, *snippets(run / "hub/model"), "print('SCORES', score(model, processor))"])
     output = fresh(hub, tmp_path, "-c", code)
-    expected = model.score(**processor(["likes ships", ""], PAIRS)).logits.tolist()
+    expected = model.score(**processor(*PAIRS)).logits.tolist()
     assert numbers(output) == pytest.approx(expected, abs=1e-5)
     assert "tensor([" in output and "'score':" in output  # the card's own examples
 
@@ -190,7 +196,7 @@ def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, fabricated, tmp_path
         "print('SCORES', score(model, AutoProcessor.from_pretrained('org/mllm-msr-demo', **pinned)))"
     )
     output = fresh(hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, SCORE, code]))
-    expected = model.score(**processor(["likes ships", ""], PAIRS)).logits.tolist()
+    expected = model.score(**processor(*PAIRS)).logits.tolist()
     assert numbers(output) == pytest.approx(expected, abs=1e-5)
 
 

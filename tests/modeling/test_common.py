@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, picture
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig
 
-from mllm_msr import MllmMsrConfig, MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr import Candidate, MllmMsrConfig, MllmMsrForRecommendation, MllmMsrProcessor, User
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
 def pairs(processor: MllmMsrProcessor, labels: list[int] | None = None, image: bool = True) -> BatchFeature:
-    first = {"title": "One", "text": "about ships", "image": picture(1) if image else None}
-    return processor(["likes quiet red films", ""], [first, {"title": "Two"}], labels=labels)
+    first = Candidate(title="One", text="about ships", image=picture(1) if image else None)
+    return processor([User("likes quiet red films"), User()], [first, Candidate(title="Two")], labels=labels)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------

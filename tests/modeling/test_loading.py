@@ -14,15 +14,17 @@ from PIL import Image
 from tiny_models import FAMILIES, WITHOUT_PACKAGE, picture, randomise
 from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature, TorchAoConfig, pipeline
 
-from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.modeling.lora import language_model_lora_targets
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SCORE = """
 def score(model, processor):
+    from types import SimpleNamespace as Item
     from PIL import Image
-    candidates = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two <image> </s>"}]
-    return model.score(**processor(["likes ships", ""], candidates)).logits
+    users = [Item(preference="likes ships", recent=[]), Item(preference="", recent=[])]
+    first = Item(title="One", text="", image=Image.new("RGB", (40, 30), "red"))
+    return model.score(**processor(users, [first, Item(title="Two <image> </s>", text="", image=None)])).logits
 """
 LOAD = """
 from transformers import AutoModel, AutoProcessor
@@ -37,7 +39,10 @@ for folder in folders:
 """
 REQUESTS = [
     {"preference": "red", "candidates": [{"title": "A"}, {"title": "B"}]},
-    {"history": [{"title": "C", "summary": "d"}, {"title": "E"}], "candidates": [{"title": "A"}, {"title": "F"}]},
+    {
+        "history": [{"title": "C", "summary": "d"}, {"title": "E"}, {"title": "G"}, {"title": "H"}],
+        "candidates": [{"title": "A"}, {"title": "F"}],
+    },
 ]
 RANK = f"""
 import json
@@ -49,8 +54,11 @@ print(json.dumps(rank({REQUESTS}, batch_size=2)))
 
 def score(model: MllmMsrForRecommendation, processor: MllmMsrProcessor) -> torch.Tensor:
     """What ``SCORE`` does in other processes."""
-    candidates = [{"title": "One", "image": Image.new("RGB", (40, 30), "red")}, {"title": "Two <image> </s>"}]
-    return model.score(**processor(["likes ships", ""], candidates)).logits
+    candidates = [
+        Candidate(title="One", image=Image.new("RGB", (40, 30), "red")),
+        Candidate(title="Two <image> </s>"),
+    ]
+    return model.score(**processor([User("likes ships"), User()], candidates)).logits
 
 
 def run(code: str, *arguments: str, home: Path, **environment: str) -> str:
@@ -79,7 +87,8 @@ def adapt(model: MllmMsrForRecommendation) -> None:
 
 
 def pairs(processor: MllmMsrProcessor) -> BatchFeature:
-    return processor(["ships", ""], [{"title": "One", "text": "t", "image": picture(1)}, {"title": "Two"}])
+    candidates = [Candidate(title="One", text="t", image=picture(1)), Candidate(title="Two")]
+    return processor([User("ships"), User()], candidates)
 
 
 @FAMILY
@@ -180,12 +189,12 @@ def test_loads_by_remote_code_where_the_package_is_not_installed(backbone, tmp_p
 @pytest.mark.parametrize(
     "first",
     [
-        "from transformers import AutoModel; import mllm_msr",
-        "import mllm_msr, peft, trl; from transformers import Trainer, GenerationMixin",
+        "from transformers import AutoModel; import mllm_msr.processing.auto",
+        "import mllm_msr, peft, trl; from transformers import Trainer, GenerationMixin; mllm_msr.User",
         "from mllm_msr import MllmMsrProcessor, MllmMsrForRecommendation",
     ],
 )
-def test_needs_no_trust_once_the_package_is_imported(backbone, tmp_path: Path, first: str) -> None:
+def test_needs_no_trust_once_a_public_name_is_used(backbone, tmp_path: Path, first: str) -> None:
     model, processor = make(backbone("llava"))
     for one in (model, processor):
         one.save_pretrained(tmp_path / "repo")

@@ -1,5 +1,7 @@
 """The model on every family, against the backbone itself and hand-computed values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,21 +9,22 @@ from tiny_models import FAMILIES, picture
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, BatchFeature, Florence2Config
 
-from mllm_msr import MllmMsrConfig, MllmMsrForRecommendation, MllmMsrProcessor
+from mllm_msr import Candidate, HistoryItem, MllmMsrConfig, MllmMsrForRecommendation, MllmMsrProcessor, User
+from mllm_msr.modeling import image_features
+from mllm_msr.modeling.image_features import ImageFeatureCache, content_key
 from mllm_msr.modeling.lora import language_model_lora_targets
-from mllm_msr.processing.backbone_images import collate_pictures
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
-PREFERENCES = ["likes quiet red films", "", "ships"]
+USERS = [User("likes quiet red films"), User(), User("ships")]
 CANDIDATES = [
-    {"title": "One", "text": "about ships", "image": picture(1)},
-    {"title": "Two", "text": "", "image": None},
-    {"title": "A third, longer title", "text": "", "image": picture(2, 70, 30)},
+    Candidate(title="One", text="about ships", image=picture(1)),
+    Candidate(title="Two"),
+    Candidate(title="A third, longer title", image=picture(2, 70, 30)),
 ]
 
 
 def pairs(processor: MllmMsrProcessor, labels: list[int] | None = None) -> BatchFeature:
-    return processor(PREFERENCES, CANDIDATES, labels=labels)
+    return processor(USERS, CANDIDATES, labels=labels)
 
 
 @FAMILY
@@ -45,9 +48,9 @@ def test_a_backbone_loads_whole_and_scores_as_itself(build, backbone, name: str)
 def test_a_pair_scores_the_same_alone_and_in_any_batch(build, name: str) -> None:
     model, processor = build(name)
     together = model.score(**pairs(processor)).logits
-    alone = [model.score(**processor([p], [c])).logits for p, c in zip(PREFERENCES, CANDIDATES, strict=True)]
+    alone = [model.score(**processor([user], [item])).logits for user, item in zip(USERS, CANDIDATES, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
-    turned = model.score(**processor(PREFERENCES[::-1], CANDIDATES[::-1])).logits
+    turned = model.score(**processor(USERS[::-1], CANDIDATES[::-1])).logits
     torch.testing.assert_close(together, turned.flip(0), atol=1e-5, rtol=0)
 
 
@@ -64,17 +67,45 @@ def test_the_loss_is_the_cross_entropy_of_the_answers(build, name: str) -> None:
 
 
 @FAMILY
-def test_picture_features_computed_once_give_the_same_scores(build, name: str) -> None:
+def test_image_features_computed_once_give_the_same_scores(build, name: str) -> None:
     model, processor = build(name)
-    pictures = processor.pictures([one["image"] for one in CANDIDATES if one["image"]])
-    counts = [picture.num_image_tokens for picture in pictures]
-    features = model.image_features(counts, **collate_pictures(pictures))
-    assert [len(one) for one in features] == counts
-    light = iter([picture.light() for picture in pictures])
-    batch = processor(PREFERENCES, [{**one, "image": next(light) if one["image"] else None} for one in CANDIDATES])
-    assert "pixel_values" not in batch
+    cache = ImageFeatureCache(model.backbone, processor)
+    candidates = [
+        replace(item, image=cache.stand_in(item.title, item.image)) if item.image else item for item in CANDIDATES
+    ]
+    batch = processor(USERS, candidates)
+    assert "pixel_values" not in batch and len(batch.images) == len(cache) == 2
+    features = cache.features(batch.images)
+    assert [len(image) for image in features] == [image.num_image_tokens for image in batch.images]
     cached = model.score(**batch, image_features=features).logits
     torch.testing.assert_close(cached, model.score(**pairs(processor)).logits, atol=1e-6, rtol=0)
+
+
+def test_the_oldest_images_are_dropped_and_equal_ones_are_one(build, monkeypatch) -> None:
+    model, processor = build("llava")
+    encoded: list[int] = []
+
+    def counted(backbone, images, real=image_features.encode_images):
+        encoded.append(len(images))
+        return real(backbone, images)
+
+    monkeypatch.setattr(image_features, "encode_images", counted)
+    cache = ImageFeatureCache(model.backbone, processor)
+
+    def features(*seeds: int) -> list[torch.Tensor]:
+        return cache.features([cache.stand_in(content_key(picture(seed)), picture(seed)) for seed in seeds])
+
+    first = features(1, 2, 1, 3)
+    assert len(cache) == 3 and torch.equal(first[0], first[2])
+    again = features(2, 1)
+    assert torch.equal(again[1], first[0]) and encoded == [3, 0]
+    size = cache.nbytes // 3
+    cache.evict(max_bytes=2 * size)
+    assert len(cache) == 2 and cache.nbytes == 2 * size
+    features(2, 3)
+    assert encoded[2:] == [1], "the third was the oldest"
+    cache.evict(max_images=0)
+    assert len(cache) == cache.nbytes == 0
 
 
 @FAMILY
@@ -86,7 +117,7 @@ def test_generates_as_the_backbone_does(build, name: str) -> None:
     cached, plain = (model.generate(**batch, **settings, use_cache=use) for use in (True, False))
     assert cached.shape[1] > batch["input_ids"].shape[1]
     assert torch.equal(cached, plain)
-    text = processor.preference([[{"title": "One", "summary": "red"}]], ["before"])
+    text = processor.preference([[HistoryItem("One", "red")]], ["before"])
     assert model.generate(**text, **settings).shape[1] > text["input_ids"].shape[1]
 
 

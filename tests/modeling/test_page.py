@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from tiny_models import picture
 
+from mllm_msr import Candidate
+
 PAGE = Path(__file__).parents[2] / "docs" / "model.md"
 
 
@@ -16,9 +18,8 @@ def test_the_lines_of_the_page_run(backbone, tmp_path: Path, monkeypatch) -> Non
     assert len(lines) == 20, "the page promises twenty"
     assert code.count("llava-hf/llava-1.5-7b-hf") == 1
     monkeypatch.chdir(tmp_path)
-    items = [{"title": "One", "text": "about ships", "image": picture(1)}, {"title": "Two"}]
-    found = {"items": items}
-    exec(compile(code.replace("llava-hf/llava-1.5-7b-hf", str(backbone("llava"))), PAGE, "exec"), found)
-    assert found["scores"].probabilities.shape == (2,) and torch.isfinite(found["loss"])
-    assert {one["title"] for one in found["best"]} == {"One", "Two"}
+    names = {"items": [Candidate(title="One", text="about ships", image=picture(1)), Candidate(title="Two")]}
+    exec(compile(code.replace("llava-hf/llava-1.5-7b-hf", str(backbone("llava"))), PAGE, "exec"), names)
+    assert names["scores"].probabilities.shape == (2,) and torch.isfinite(names["loss"])
+    assert {ranked.candidate.title for ranked in names["best"]} == {"One", "Two"}
     assert {folder.name for folder in tmp_path.iterdir()} == {"adapter", "merged", "stock"}

@@ -8,7 +8,16 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import picture
 from transformers import pipeline
 
-from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor, SequentialRecommendationPipeline
+from mllm_msr import (
+    Candidate,
+    HistoryItem,
+    MllmMsrForRecommendation,
+    MllmMsrProcessor,
+    SequentialRecommendationPipeline,
+    User,
+)
+from mllm_msr.modeling.generated_text import tidy
+from mllm_msr.modeling.inputs import as_candidates
 from mllm_msr.modeling.lora import language_model_lora_targets
 
 CANDIDATES = [{"title": "One", "image": picture(1)}, {"title": "Two", "text": "about ships"}, {"title": "Three"}]
@@ -21,13 +30,17 @@ def parts(backbone) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]:
     return MllmMsrForRecommendation.from_backbone(backbone("qwen2_vl"), processor=processor), processor
 
 
-def ranked(model: MllmMsrForRecommendation, processor: MllmMsrProcessor, preference: str) -> list[tuple[str, float]]:
-    logits = model.score(**processor([preference] * 3, CANDIDATES)).logits.tolist()
+def ranked(
+    model: MllmMsrForRecommendation, processor: MllmMsrProcessor, preference: str, *recent: HistoryItem
+) -> list[tuple[str, float]]:
+    logits = model.score(**processor([User(preference, recent)] * 3, as_candidates(CANDIDATES))).logits.tolist()
     titles = [candidate["title"] for candidate in CANDIDATES]
     return sorted(zip(titles, logits, strict=True), key=lambda pair: -pair[1])
 
 
 def check(answer: list[dict], expected: list[tuple[str, float]]) -> None:
+    keys = {"title", "text", "image", "item_id", "index", "logit", "score", "preference"}
+    assert all(type(one) is dict and one.keys() == keys for one in answer)
     assert [one["title"] for one in answer] == [title for title, _ in expected]
     assert [one["logit"] for one in answer] == pytest.approx([logit for _, logit in expected], abs=1e-5)
     assert [one["score"] for one in answer] == pytest.approx(
@@ -49,7 +62,7 @@ def test_a_batch_of_requests_is_answered_as_one_by_one(parts) -> None:
     history = [{"title": "Film", "image": picture(5)}, {"title": "Second"}, {"title": "Third", "summary": "blue"}]
     requests = [
         REQUEST,
-        {"history": history, "candidates": CANDIDATES[:2], "recent": [{"title": "x", "summary": "red"}]},
+        {"history": history, "candidates": CANDIDATES[:2]},
         {"history": [], "candidates": CANDIDATES},
         {"history": history[1:], "candidates": CANDIDATES[1:]},
     ]
@@ -67,14 +80,35 @@ def test_a_history_is_condensed_by_the_backbone_without_the_adapter(parts) -> No
     history = [{"title": f"Film {index}", "image": picture(index)} for index in range(3)] + [
         {"title": "Last", "summary": "blue"}
     ]
-    request = {"history": history, "candidates": CANDIDATES}
-    (before,) = rank._condense([history], 3, 4, 8)
-    assert before
-    check(rank(request), ranked(model, processor, before))
+    request, blue = {"history": history, "candidates": CANDIDATES}, HistoryItem(summary="blue")
+    (before,) = rank.preferences(history)
+    assert before and {one["preference"] for one in rank(request)} == {before}
+    check(rank(request), ranked(model, processor, before, blue))
+    prompt = processor.preference([[HistoryItem("Film", "red")]])
+    text = model.generate(**prompt, max_new_tokens=4)
     targets = language_model_lora_targets(model)
     get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
-    assert rank._condense([history], 3, 4, 8) != [before]
-    check(rank(request), ranked(model, processor, before))
+    assert not torch.equal(model.generate(**prompt, max_new_tokens=4), text)
+    assert list(rank.preferences(history)) == [before]
+    check(rank(request), ranked(model, processor, before, blue))
+
+
+def test_preferences_come_block_by_block_and_the_rest_is_recent(parts) -> None:
+    model, processor = parts
+    rank = pipeline("sequential-recommendation", model=model, processor=processor)
+    history = [{"title": f"Film {index}", "summary": f"about {index}"} for index in range(5)]
+    items = [HistoryItem(item["title"], item["summary"]) for item in history]
+    steps = list(rank.preferences(history, block_size=2, max_new_tokens=4))
+
+    def written(block: list[HistoryItem], previous: str | None) -> str:
+        batch = processor.preference([block], [previous])
+        ids = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        return tidy(processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    assert steps == [written(items[:2], None), written(items[2:4], steps[0])]
+    answer = rank({"history": history, "candidates": CANDIDATES}, block_size=2, max_new_tokens=4)
+    check(answer, ranked(model, processor, steps[1], HistoryItem(summary="about 4")))
+    assert rank.split_history([1, 2, 3], 2) == ([[1, 2]], [3])
 
 
 def test_requests_that_lack_something_are_refused(parts) -> None:
@@ -82,6 +116,27 @@ def test_requests_that_lack_something_are_refused(parts) -> None:
     for request in ({"candidates": CANDIDATES}, {**REQUEST, "history": []}, {"preference": "x", "candidates": []}):
         with pytest.raises(ValueError, match="either a `preference` or a `history`"):
             rank(request)
+    for wrong, message in (
+        ({"candidates": {"title": "One"}}, "`candidates` is a list, not dict"),
+        ({"candidates": None}, "`candidates` is a list, not NoneType"),
+        ({"candidates": ["One"]}, "a candidate is a mapping"),
+        ({"preference": ["ships"]}, "`preference` of a user is a text"),
+        ({"recent": "ships"}, "`recent` of a user is a list"),
+        ({"top_k": 3}, "unknown key 'top_k'"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            rank({**REQUEST, **wrong})
+    for history, message in (
+        ({"title": "One"}, "`history` is a list of items"),
+        (["One"], "a candidate is a mapping"),
+        ([{}], "needs at least one of"),
+        ([{"title": "One", "image": [picture(1)]}], "one opened image"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            rank({"history": history, "candidates": CANDIDATES})
+    with pytest.raises(ValueError, match="`recent` goes with a `preference`"):
+        rank({"history": [], "recent": [], "candidates": CANDIDATES})
+    assert len(rank({"preference": "x", "candidates": [Candidate(title="One")]})) == 1
 
 
 def test_saving_keeps_the_processor(parts, tmp_path: Path) -> None:

@@ -13,27 +13,24 @@ from PIL import Image
 from transformers import AutoConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3NextConfig
 
 from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
+from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.packing import block_limits
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
 USERS = [
-    {"preference": "quiet red films with ships", "recent": []},
-    {"preference": "", "recent": [{"summary": "stripes"}]},
-    {"preference": "long summers " * 12, "recent": [{"title": "Noise", "summary": "blue"}, {"summary": "stripes"}]},
+    User("quiet red films with ships"),
+    User("", [HistoryItem(summary="stripes")]),
+    User("long summers " * 12, [HistoryItem("Noise", "blue"), HistoryItem(summary="stripes")]),
 ]
 
 
-def catalogue() -> dict[str, dict]:
+def catalogue() -> dict[str, Candidate]:
     random.seed(0)
     colours = [tuple(random.choices(range(256), k=3)) for _ in range(6)]
-    items = {
-        f"i{k}": {"title": "The Sea " * (k + 1), "text": "", "image": Image.new("RGB", (40 + 8 * k, 48), colour)}
-        for k, colour in enumerate(colours)
-    }
-    items["i2"]["image"] = None
-    return items
+    images = [Image.new("RGB", (40 + 8 * k, 48), colour) if k != 2 else None for k, colour in enumerate(colours)]
+    return {f"i{k}": Candidate(f"i{k}", "The Sea " * (k + 1), image=image) for k, image in enumerate(images)}
 
 
 CANDIDATES = [["i0", "i1", "i2", "i3"], ["i3", "i2", "i4", "i5", "i1"], ["i5"]]
@@ -46,16 +43,12 @@ def test_scores_equal_the_plain_forward_of_each_pair(backbone, family):
     model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
     items = catalogue()
     plain = [
-        [
-            model.score(**processor([user["preference"]], [items[item]], recent=[user["recent"]])).logits.item()
-            for item in row
-        ]
+        [model.score(**processor([user], [items[item]])).logits.item() for item in row]
         for user, row in zip(USERS, CANDIDATES, strict=True)
     ]
-    recommender = Recommender(model, processor)
-    assert recommender.shares_prefix and recommender.obstacle is None
     for budget in (1, 600, 100_000):  # pair by pair, a few at a time, all at once
-        recommender.token_budget = budget
+        recommender = Recommender(model, processor, token_budget=budget)
+        assert recommender.shares_prefix and recommender.obstacle is None
         shared = recommender.score(USERS, CANDIDATES, items)
         for ours, theirs in zip(shared, plain, strict=True):
             assert ours.dtype == np.float32
@@ -64,9 +57,7 @@ def test_scores_equal_the_plain_forward_of_each_pair(backbone, family):
 
 def plain_scores(model, processor, items):
     return [
-        model.score(
-            **processor([user["preference"]] * len(row), [items[i] for i in row], recent=[user["recent"]] * len(row))
-        ).logits.numpy()
+        model.score(**processor([user] * len(row), [items[item] for item in row])).logits.numpy()
         for user, row in zip(USERS, CANDIDATES, strict=True)
     ]
 
@@ -110,7 +101,7 @@ def test_prefixes_are_shared_where_one_asks_for_it(backbone, family, record_prop
         record_property("note", f"prompts within the sliding window (here {window}); longer ones whole")
     short = {"recommendation": "{{ preference }} {{ title }} {{ image }}?"}
     processor = MllmMsrProcessor.from_backbone(path, prompts=short)
-    users = [{"preference": "red"}, {"preference": "blue ships"}]
+    users = [User("red"), User("blue ships")]
     scores = [
         Recommender(model, processor, share_prefix=share).score(users, [["i0", "i3"], ["i1"]], catalogue())
         for share in (True, False)
@@ -170,10 +161,45 @@ def test_rank_orders_and_scores(backbone):
     assert [len(row) for row in ranked] == [3, 3, 3]
     assert [len(row) for row in everything] == [6, 6, 6]
     for row, whole in zip(ranked, everything, strict=True):
-        logits = [candidate["logit"] for candidate in whole]
+        logits = [one.logit for one in whole]
         assert logits == sorted(logits, reverse=True)
-        assert [c["title"] for c in row] == [c["title"] for c in whole[:3]]
-        for candidate in whole:
-            assert candidate["score"] == pytest.approx(1 / (1 + math.exp(-candidate["logit"])))
+        assert [one.candidate.title for one in row] == [one.candidate.title for one in whole[:3]]
+        for one in whole:
+            assert one.score == pytest.approx(1 / (1 + math.exp(-one.logit)))
+            assert one.candidate is candidates[one.index]
     backwards = recommender.rank(USERS, candidates[::-1], top_k=1)
-    assert [row[0]["title"] for row in backwards] == [row[0]["title"] for row in ranked]
+    assert [row[0].candidate.title for row in backwards] == [row[0].candidate.title for row in ranked]
+
+
+def test_dicts_are_taken_and_what_is_wrong_with_them_is_said(backbone):
+    processor = MllmMsrProcessor.from_backbone(backbone("llava"))
+    recommender = Recommender(MllmMsrForRecommendation.from_backbone(backbone("llava"), processor=processor), processor)
+    user, items = {"preference": "red", "recent": [{"summary": "blue"}]}, [{"title": "A"}, {"title": "B", "text": "c"}]
+    candidates = [Candidate(title="A"), Candidate(title="B", text="c")]
+    objects = recommender.rank([User("red", [HistoryItem(summary="blue")])], candidates)
+    assert recommender.rank([user], items) == objects
+    named = {"a": items[0], "b": items[1]}
+    (logits,) = recommender.score([user], [["a", "b"]], named)
+    assert sorted(logits, reverse=True) == [one.logit for one in objects[0]]
+    for users, candidates, message in (
+        (user, items, "`users` is a list, not dict"),
+        (["red"], items, "a user is a mapping"),
+        ([{}], items, "needs at least one of"),
+        ([user], items[0], "`candidates` is a list, not dict"),
+        ([user], ["A"], "a candidate is a mapping"),
+        ([user], [{}], "needs at least one of"),
+        ([user], [{"title": "A", "image": [Image.new("RGB", (8, 8))]}], "one opened image"),
+        ([user], [{"title": "A", "name": "x"}], "unknown key 'name'"),
+        ([user], [{"item_id": "1", "title": "A"}, {"item_id": "1", "title": "B"}], "item '1' is there twice"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            recommender.rank(users, candidates)
+    for candidates, message in (
+        ([["a", "c"]], "item 'c' is among the candidates, but not in the catalogue"),
+        ([["a", "b", "a"]], "item 'a' is there twice"),
+        (["ab"], "a list of item ids"),
+        ([["a"], ["b"]], "1 users, but 2 lists"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            recommender.score([user], candidates, named)
+    assert recommender.score([], [], named) == [] and len(recommender.score([user], [[]], named)[0]) == 0

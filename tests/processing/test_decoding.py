@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, picture
 
+from mllm_msr.modeling import image_features
 from mllm_msr.modeling.generated_text import tidy
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
+from mllm_msr.processing.backbone_images import PreparedImage
 from mllm_msr.processing.decoding import OwnSeeds
 from mllm_msr.processing.engine_transformers import TransformersEngine
 from mllm_msr.processing.engines import HistoryBlock, Text
@@ -50,35 +52,33 @@ def stock(engine: TransformersEngine, batch) -> list[Text]:
     return [Text(tidy(text), bool(ends & set(row))) for text, row in zip(texts, new.tolist(), strict=True)]
 
 
-def encoded_by(engine: TransformersEngine, monkeypatch) -> list[int]:
-    """The pictures that go through the vision tower from now on."""
-    seen: list[int] = []
-    real = engine.memory._encode
+def encoded_images(monkeypatch) -> list[PreparedImage]:
+    """The images that go through the vision tower from now on."""
+    encoded: list[PreparedImage] = []
 
-    def encode(model, alike):
-        seen.extend(alike)
-        real(model, alike)
+    def encode(backbone, images, real=image_features.encode_images):
+        encoded.extend(images)
+        return real(backbone, images)
 
-    monkeypatch.setattr(engine.memory, "_encode", encode)
-    return seen
+    monkeypatch.setattr(image_features, "encode_images", encode)
+    return encoded
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_are_those_of_stock_search_and_equal_pictures_are_encoded_once(backbone, family, monkeypatch):
     engine = engine_of(backbone(family))
-    wanted = stock(engine, engine.processor.item_summary([dict(vars(item)) for item in items()]))
+    wanted = stock(engine, engine.processor.item_summary(items()))
     assert len({len(text.text) for text in wanted}) > 2
-    seen = encoded_by(engine, monkeypatch)
+    encoded = encoded_images(monkeypatch)
     assert engine.generate("item_summary", items()) == wanted
     assert engine.generate("item_summary", items()[::-1]) == wanted[::-1]
-    assert len(seen) == len(set(seen)) == 4
+    assert len(encoded) == 4
 
 
 def test_a_language_model_writes_what_stock_search_writes(backbone):
     engine = engine_of(backbone("language_model"))
     blocks = [HistoryBlock([HistoryItem("One", "red " * n)], "ships" if n % 2 else None) for n in range(8)]
-    items = [[vars(item) for item in block.items] for block in blocks]
-    batch = engine.processor.preference(items, [block.previous for block in blocks])
+    batch = engine.processor.preference([block.items for block in blocks], [block.previous for block in blocks])
     wanted = stock(engine, batch)
     assert len({len(text.text) for text in wanted}) > 2
     assert engine.generate("preference", blocks) == wanted
@@ -106,7 +106,7 @@ def test_a_row_that_has_ended_is_no_more_worked_on(backbone):
 
 def test_items_with_one_picture_go_together_over_many_batches(backbone, tmp_path, monkeypatch):
     engine = engine_of(backbone("llava"), batch_size=4)
-    seen = encoded_by(engine, monkeypatch)
+    encoded = encoded_images(monkeypatch)
     pictures = []
     for n in range(18):
         buffer = io.BytesIO()
@@ -115,28 +115,28 @@ def test_items_with_one_picture_go_together_over_many_batches(backbone, tmp_path
     ids, titles = [f"i{n}" for n in range(18)], [f"Film {n} " + "long " * (n * 7 % 18) for n in range(18)]
     frame = pl.DataFrame({"item_id": ids, "title": titles, "text": [""] * 18, "image": pictures})
     summarize_items(frame, engine, TextStore(tmp_path))
-    assert len(seen) == len(set(seen)) == 3
+    assert len(encoded) == 3
 
 
 def test_no_more_pictures_are_kept_than_two_batches_have(backbone):
     engine = engine_of(backbone("llava"), batch_size=2)
     for seed in range(1, 9, 2):
         engine.generate("item_summary", [Candidate(image=image_of(seed + n)) for n in (0, 1)])
-    assert len(engine.memory.pictures) == len(engine.memory.features) == 4
-    assert not any("pixel_values" in one.tensors for one in engine.memory.pictures.values())
+    features = engine.model.config.text_config.hidden_size * 4 * 4  # bytes of the four tokens of an image
+    assert len(engine.images) == 4 and engine.images.nbytes == 4 * features, "no pixels"
 
 
 def test_pictures_that_do_not_fit_into_memory_are_encoded_in_smaller_batches(backbone, monkeypatch):
     engine = engine_of(backbone("llava"))
-    wanted, real = engine.generate("item_summary", items()), engine.memory._encode
-    engine.memory.forget()
+    wanted = engine.generate("item_summary", items())
+    engine.images.evict(max_images=0)
 
-    def encode(model, alike):
-        if len(alike) > 1:
+    def encode(backbone, images, real=image_features.encode_images):
+        if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        real(model, alike)
+        return real(backbone, images)
 
-    monkeypatch.setattr(engine.memory, "_encode", encode)
+    monkeypatch.setattr(image_features, "encode_images", encode)
     assert engine.generate("item_summary", items()) == wanted
 
 

@@ -1,6 +1,7 @@
 """The processor on every family: ordinary token ids, only the answer supervised, texts never control tokens."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from jinja2 import Environment
 from tiny_models import FAMILIES, picture
 from transformers import AutoProcessor, BatchFeature
 
-from mllm_msr import MllmMsrProcessor
-from mllm_msr.processing.backbone_images import build_backbone_processor, collate_pictures
+from mllm_msr import Candidate, HistoryItem, MllmMsrProcessor, User
+from mllm_msr.processing.backbone_images import NoImages, build_backbone_processor, collate_images
 from mllm_msr.processing.safe_text import clean
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -63,34 +64,30 @@ def row(batch: BatchFeature, index: int = 0) -> list[int]:
 def test_prompts_are_tokenised_as_usual(processors, name: str, count: int) -> None:
     processor = processors[name]
     images = [picture(seed, 40 + 20 * seed, 30) for seed in range(count)]
-    item = {"title": "The Sea of\n\nNo Return", "text": "Quiet ships, 1999 - señor 鯨!", "image": images}
-    assert row(processor.item_summary([item])) == ordinary(
-        processor, "item_summary", images, title=item["title"], text=item["text"]
-    )
-    recent = [{"title": "A", "summary": "red"}, {"title": "", "summary": "blue stripes"}]
-    pairs = processor(["likes long  summers"], [item], recent=[recent])
-    variables = {"title": item["title"], "text": item["text"], "preference": "likes long  summers", "recent": recent}
-    assert row(pairs) == ordinary(processor, "recommendation", images, **variables)
-    blocks = [{"title": "A", "summary": "b"}]
-    assert row(processor.preference([blocks], ["x"])) == ordinary(
-        processor, "preference", [], items=blocks, previous="x"
-    )
+    item = Candidate(title="The Sea of\n\nNo Return", text="Quiet ships, 1999 - señor 鯨!", image=images)
+    words = {"title": item.title, "text": item.text}
+    assert row(processor.item_summary([item])) == ordinary(processor, "item_summary", images, **words)
+    user = User("likes long  summers", [HistoryItem("A", "red"), HistoryItem(summary="blue stripes")])
+    assert row(processor([user], [item])) == ordinary(processor, "recommendation", images, **words, **vars(user))
+    block = [HistoryItem("A", "b")]
+    assert row(processor.preference([block], ["x"])) == ordinary(processor, "preference", [], items=block, previous="x")
 
 
 @FAMILY
 def test_only_the_answer_is_supervised(processors, name: str) -> None:
     processor = processors[name]
-    candidates = [{"title": "One", "image": picture(1)}, {"title": "A longer second title"}]
-    asked = processor(["ships", ""], candidates)
-    told = processor(["ships", ""], candidates, labels=[1, 0])
+    users = [User("ships"), User()]
+    candidates = [Candidate(title="One", image=picture(1)), Candidate(title="A longer second title")]
+    asked = processor(users, candidates)
+    answered = processor(users, candidates, labels=[1, 0])
     yes, no = processor.answer_token_ids["yes"][0], processor.answer_token_ids["no"][0]
-    assert torch.equal(told["input_ids"][:, :-1], asked["input_ids"])
-    assert told["input_ids"][:, -1].tolist() == [yes, no]
-    assert told["labels"][:, -1].tolist() == [yes, no]
-    assert (told["labels"][:, :-1] == -100).all()
+    assert torch.equal(answered["input_ids"][:, :-1], asked["input_ids"])
+    assert answered["input_ids"][:, -1].tolist() == [yes, no]
+    assert answered["labels"][:, -1].tolist() == [yes, no]
+    assert (answered["labels"][:, :-1] == -100).all()
     assert processor.tokenizer.decode([yes]).strip() == "Yes"
     assert processor.tokenizer.decode([no]).strip() == "No"
-    assert told["attention_mask"][:, -1].all()
+    assert answered["attention_mask"][:, -1].all()
 
 
 @FAMILY
@@ -98,22 +95,28 @@ def test_a_batch_is_its_rows(processors, name: str) -> None:
     """Pictures of different sizes, rows with and without, and pictures made ready before: always the same tensors."""
     processor = processors[name]
     images = [picture(1), None, picture(2, 90, 30), picture(3, 28, 28)]
-    candidates = [{"title": f"Title {index}", "image": image} for index, image in enumerate(images)]
-    batch = processor(["ships"] * 4, candidates)
+    candidates = [Candidate(title=f"Title {index}", image=image) for index, image in enumerate(images)]
+    users = [User("ships")] * 4
+    batch = processor(users, candidates)
     for index, candidate in enumerate(candidates):
-        assert row(batch, index) == row(processor(["ships"], [candidate]))
-    shown = processor.pictures([image for image in images if image is not None])
-    assert {key: value.shape for key, value in collate_pictures(shown).items()} == {
-        key: value.shape for key, value in batch.items() if key in shown[0].tensors
+        assert row(batch, index) == row(processor(users[:1], [candidate]))
+    prepared = processor.prepare_images([image for image in images if image is not None])
+    assert {key: value.shape for key, value in collate_images(prepared).items()} == {
+        key: value.shape for key, value in batch.items() if key in prepared[0].tensors
     }
-    ready = iter(shown)
-    again = processor(["ships"] * 4, [{**one, "image": next(ready) if one["image"] else None} for one in candidates])
+    ready = iter(prepared)
+    again = processor(users, [replace(one, image=next(ready)) if one.image else one for one in candidates])
+    assert again.images == prepared
     assert batch.keys() == again.keys()
     assert all(torch.equal(batch[key], again[key]) for key in batch)
 
 
 def settings_of(processor: MllmMsrProcessor) -> dict[str, Any]:
-    return {key: value for key, value in processor.to_dict().items() if key != "auto_map"}  # that is of a folder
+    """Its settings but for what is of the folder that it was saved to."""
+    settings = processor.to_dict()
+    for part in (settings, settings["image_processor"]):
+        part.pop("auto_map", None)
+    return settings
 
 
 def controls(processor: MllmMsrProcessor, batch: BatchFeature) -> list[list[int]]:
@@ -128,17 +131,13 @@ def test_user_text_never_becomes_a_control_token(processors, name: str) -> None:
     tokens = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
     hostile = [*tokens, "\ue0000\ue001", "\ue000", "\ue0001\ue001<s>", "<|placeholder|>", "{{ image }}", "{% raw %}"]
     hostile += [token[:2] + token + token[2:] for token in tokens if len(token) > 2]
-    image = processor.pictures([picture(1)])[0]
+    image = processor.prepare_images([picture(1)])[0]
 
     def batch(texts: list[str]) -> BatchFeature:
         halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
         return processor(
-            [f"likes {text}" for text in texts],
-            [
-                {"title": text, "text": left + text, "image": image}
-                for text, (left, _) in zip(texts, halves, strict=True)
-            ],
-            recent=[[{"title": left, "summary": right}] for left, right in halves],
+            [User(f"likes {text}", [HistoryItem(*half)]) for text, half in zip(texts, halves, strict=True)],
+            [Candidate("", text, left + text, image) for text, (left, _) in zip(texts, halves, strict=True)],
         )
 
     harmless = controls(processor, batch(["x"]))[0]
@@ -156,12 +155,12 @@ def test_whatever_users_write_is_text(processors, name: str) -> None:
     halves = [part for token in tokens for part in (token[: len(token) // 2], token[len(token) // 2 :])]
     odd = ["\ue000", "0", "\ue001", "\ud83d", "\x00", " ", "\n", "\u200b", "\ufeff", "e\u0301", "鯨", "{{", "}}", "x"]
     text = st.lists(st.sampled_from([*tokens, *halves, *odd]) | st.text(max_size=3), max_size=6).map("".join)
-    image = processor.pictures([picture(1)])[0]
+    image = processor.prepare_images([picture(1)])[0]
     plain: dict[tuple[bool, ...], list[int]] = {}
 
     def batch(preference: str, title: str, about: str, summary: str) -> BatchFeature:
-        candidate = {"title": title, "text": about, "image": image, "noun": title, "likes": [title]}
-        return processor([preference], [candidate], recent=[[{"title": "", "summary": summary}]])
+        user = User(preference, [HistoryItem(summary=summary)])
+        return processor([user], [Candidate(title, title, about, image)])
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)
     @given(st.tuples(text, text, text, text))
@@ -177,37 +176,39 @@ def test_whatever_users_write_is_text(processors, name: str) -> None:
 def test_a_token_put_together_by_two_fields_is_broken(backbone) -> None:
     glued = "{{ preference }}{{ title }}{{ text }}>"
     processor = MllmMsrProcessor.from_backbone(str(backbone("qwen2_vl")), prompts={"recommendation": glued})
-    plain = controls(processor, processor(["x"], [{"title": "y", "text": "z"}]))
-    assert controls(processor, processor(["<|im_"], [{"title": "start|", "text": ""}])) == plain
-    assert controls(processor, processor(["<|im"], [{"title": "_start|>", "text": "ok"}])) == plain
+    plain = controls(processor, processor([User("x")], [Candidate(title="y", text="z")]))
+    assert controls(processor, processor([User("<|im_")], [Candidate(title="start|")])) == plain
+    assert controls(processor, processor([User("<|im")], [Candidate(title="_start|>", text="ok")])) == plain
 
 
 def test_too_long_prompts_lose_history_first_and_never_the_picture(backbone) -> None:
     path = str(backbone("llava"))
     free = MllmMsrProcessor.from_backbone(path)
-    candidate = {"title": "The title", "text": "about " * 30, "image": picture(1)}
-    short = len(row(free(["likes"], [candidate], labels=[1])))
+    candidate = Candidate(title="The title", text="about " * 30, image=picture(1))
+    user, long = User("likes"), User("likes ships and " * 40)
+    short = len(row(free([user], [candidate], labels=[1])))
     processor = MllmMsrProcessor.from_backbone(path, max_length=short + 4)
-    batch = processor(["likes ships and " * 40], [candidate], labels=[1])
+    batch = processor([long], [candidate], labels=[1])
     text = processor.tokenizer.decode(row(batch))
     assert batch["input_ids"].shape[1] <= short + 4
     assert "about " * 29 in text and "The title" in text and "likes" in text
     assert row(batch)[-1] == processor.answer_token_ids["yes"][0]
     assert row(batch).count(processor.tokenizer.image_token_id) == 4
-    assert dict(processor.shortened) == {"history": 1}
+    assert dict(batch.shortened) == {"history": 1}
 
     tight = MllmMsrProcessor.from_backbone(path, max_length=short - 40)
-    text = tight.tokenizer.decode(row(tight(["likes ships and " * 40], [candidate])))
+    batch = tight([long], [candidate])
+    text = tight.tokenizer.decode(row(batch))
     assert "ships" not in text and "about" in text and "The title" in text
-    assert dict(tight.shortened) == {"history": 1, "candidate": 1}
+    assert dict(batch.shortened) == {"history": 1, "candidate": 1}
     with pytest.raises(ValueError, match="max_length=20 leaves no room"):
-        MllmMsrProcessor.from_backbone(path, max_length=20)(["likes"], [candidate])
+        MllmMsrProcessor.from_backbone(path, max_length=20)([user], [candidate])
 
 
 def test_whatever_the_lengths_the_policy_holds(backbone) -> None:
     path = str(backbone("llava"))
     whole = MllmMsrProcessor.from_backbone(path)
-    image = whole.pictures([picture(1)])[0]
+    image = whole.prepare_images([picture(1)])[0]
     words = {kind: [f" {kind}{index}" for index in range(40)] for kind in ("q", "w", "x", "z")}
     length = st.integers(0, 40)
 
@@ -215,22 +216,21 @@ def test_whatever_the_lengths_the_policy_holds(backbone) -> None:
     @given(st.integers(95, 700), st.tuples(length, length, length, length))
     def check(limit: int, lengths: tuple[int, ...]) -> None:
         preference, summary, text, title = ("".join(words[k][:n]) for k, n in zip("qwxz", lengths, strict=True))
-        candidate = {"title": title, "text": text, "image": image}
-        processor = MllmMsrProcessor.from_backbone(path, max_length=limit)
-        given_ = ([preference], [candidate], [1], [[{"title": "", "summary": summary}]])
-        ids, free = row(processor(*given_)), row(whole(*given_))
+        pair = [User(preference, [HistoryItem(summary=summary)])], [Candidate("", title, text, image)], [1]
+        batch = MllmMsrProcessor.from_backbone(path, max_length=limit)(*pair)
+        ids, free, processor = row(batch), row(whole(*pair)), whole
         assert len(ids) <= limit and ids[-1] == processor.answer_token_ids["yes"][0]
         assert ids.count(processor.tokenizer.image_token_id) == 4
         left = processor.tokenizer.decode(ids)
         cut = {kind for kind, n in zip("qwxz", lengths, strict=True) if n and words[kind][n - 1] not in left}
         gone = {kind for kind, n in zip("qwxz", lengths, strict=True) if n and words[kind][0].strip() not in left}
         if len(free) <= limit:
-            assert ids == free and not processor.shortened
-        if "x" in cut or processor.shortened["candidate"]:
+            assert ids == free and not batch.shortened
+        if "x" in cut or batch.shortened["candidate"]:
             assert {kind for kind, n in zip("qw", lengths[:2], strict=True) if n} <= gone
         if "z" in cut:
             assert {kind for kind, n in zip("qwx", lengths[:3], strict=True) if n} <= gone
-        counts = [processor.shortened[kind] for kind in ("history", "candidate", "candidate_title")]
+        counts = [batch.shortened[kind] for kind in ("history", "candidate", "candidate_title")]
         assert counts == [int(bool(cut & kinds)) for kinds in ({"q", "w"}, {"x"}, {"z"})]
 
     check()
@@ -238,7 +238,7 @@ def test_whatever_the_lengths_the_policy_holds(backbone) -> None:
 
 def test_several_long_texts_share_the_loss(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("llava")), max_length=260)
-    block = [{"title": f"Film {index}", "summary": f"mark{index} " + "and so on " * 40} for index in range(3)]
+    block = [HistoryItem(f"Film {index}", f"mark{index} " + "and so on " * 40) for index in range(3)]
     text = processor.tokenizer.decode(row(processor.preference([block], ["earlier " * 30])))
     assert all(f"mark{index}" in text for index in range(3)) and "earlier" in text
 
@@ -252,32 +252,32 @@ def test_saving_keeps_prompts_and_ids(processors, name: str, tmp_path: Path) -> 
     assert (tmp_path / "chat_template.jinja").read_text() == loaded.chat_template == processor.chat_template
     assert not list(tmp_path.glob("*.bin")) and loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
-    ids = row(processor.item_summary([{"title": "One"}]))
+    ids = row(processor.item_summary([Candidate(title="One")]))
     assert loaded.decode(ids) == processor.tokenizer.decode(ids) == loaded.batch_decode([ids])[0]
-    assert (loaded.prompts, loaded.item_noun, loaded.max_length) == (processor.prompts, "film", None)
+    assert (loaded.prompts, loaded.item_noun, loaded.max_length) == (processor.prompts, "film", processor.max_length)
     assert loaded.answer_token_ids == processor.answer_token_ids
-    batches = [one(["ships"], [{"title": "One", "image": picture(1)}], labels=[1]) for one in (processor, loaded)]
+    batches = [
+        one([User("ships")], [Candidate(title="One", image=picture(1))], labels=[1]) for one in (processor, loaded)
+    ]
     assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
 
 
 def test_a_language_model_writes_preferences_but_sees_no_pictures(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("language_model")))
-    batch = processor.preference(
-        [[{"title": "One", "summary": "red"}], [{"title": "Two", "summary": "b"}]], ["old", None]
-    )
+    batch = processor.preference([[HistoryItem("One", "red")], [HistoryItem("Two", "b")]], ["old", None])
     assert set(batch) == {"input_ids", "attention_mask"}
     assert "One: red" in processor.tokenizer.decode(row(batch))
-    with pytest.raises(ValueError, match="cannot be shown pictures"):
-        processor.item_summary([{"title": "One", "image": picture(1)}])
+    with pytest.raises(ValueError, match="cannot be shown images"):
+        processor.item_summary([Candidate(title="One", image=picture(1))])
 
 
 def test_a_language_model_keeps_its_prompts_when_saved(backbone, tmp_path: Path) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("language_model")), item_noun="film", max_length=120)
     processor.save_pretrained(tmp_path)
     for loaded in (MllmMsrProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
-        assert loaded.image_processor is None
+        assert isinstance(loaded.image_processor, NoImages)
         assert settings_of(loaded) == settings_of(pickle.loads(pickle.dumps(processor)))
-        block = [[{"title": "One", "summary": "red " * 90}]]
+        block = [[HistoryItem("One", "red " * 90)]]
         assert torch.equal(loaded.preference(block)["input_ids"], processor.preference(block)["input_ids"])
 
 
@@ -301,13 +301,70 @@ def test_bad_prompts_are_refused(backbone) -> None:
         MllmMsrProcessor.from_backbone(path, prompts={"item": "x"})
     twice = MllmMsrProcessor.from_backbone(path, prompts={"item_summary": "{{ image }}{{ image }}"})
     with pytest.raises(ValueError, match="more than once"):
-        twice.item_summary([{"title": "", "image": picture(1)}])
+        twice.item_summary([Candidate(image=picture(1))])
     cut = MllmMsrProcessor.from_backbone(path, prompts={"item_summary": "{{ title[:2] }}"})
     with pytest.raises(ValueError, match="not cut"):
-        cut.item_summary([{"title": "long"}])
+        cut.item_summary([Candidate(title="long")])
 
 
 def test_a_prompt_without_the_picture_carries_none(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
-    batch = processor.item_summary([{"title": "One", "text": "a", "image": picture(1)}], prompt="text_summary")
+    batch = processor.item_summary([Candidate(title="One", text="a", image=picture(1))], prompt="text_summary")
     assert set(batch) == {"input_ids", "attention_mask"}
+
+
+@FAMILY
+def test_a_text_and_images_are_what_the_backbone_s_own_processor_makes(processors, name: str) -> None:
+    processor = processors[name]
+    stock = build_backbone_processor(
+        processor.backbone_processor_class,
+        processor.image_processor,
+        processor.tokenizer,
+        processor.backbone_processor_kwargs,
+    )
+    text, image = f"A {processor.image_text} here", picture(1)
+    for asked in ({"text": [text], "images": [[image]], "return_tensors": "pt"}, {"text": "no image"}):
+        batch, expected = processor(**asked), stock(**asked)
+        assert batch.keys() == expected.keys()
+        for key in batch:
+            assert batch[key].equal(expected[key]) if hasattr(batch[key], "equal") else batch[key] == expected[key]
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+    rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
+    made = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    bos = processor.tokenizer.bos_token
+    expected = stock(
+        text=[rendered], images=[[image]], return_tensors="pt", add_special_tokens=not rendered.startswith(bos)
+    )
+    assert torch.equal(made["input_ids"], expected["input_ids"]) and "pixel_values" in made
+
+
+def test_a_language_model_tokenises_a_chat(backbone) -> None:
+    processor = MllmMsrProcessor.from_backbone(str(backbone("language_model")))
+    chat = [{"role": "user", "content": "Hello"}]
+    ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    assert processor.tokenizer.decode(ids) == processor.apply_chat_template(chat)
+    with pytest.raises(ValueError, match="cannot be shown images"):
+        processor(text="Hello", images=[picture(1)])
+
+
+def test_what_is_neither_a_pair_nor_a_text_is_refused(backbone) -> None:
+    processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
+    candidates = [Candidate(title="One")]
+    for asked in ({}, {"users": [User("x")]}, {"images": [picture(1)]}, {"users": [User("x")], "candidates": None}):
+        with pytest.raises(TypeError, match="`users` and `candidates`, or with `text`"):
+            processor(**asked)
+    for users in ("likes ships", ["likes ships"], [{"preference": "x"}], {"preference": "x"}):
+        with pytest.raises(TypeError, match="`users` is a list of objects with the attribute `preference`"):
+            processor(users, candidates)
+    with pytest.raises(TypeError, match="`candidates` is a list of objects"):
+        processor([User("x")], [{"title": "One"}])
+
+
+def test_a_prompt_is_no_longer_than_the_backbone_has_positions(backbone) -> None:
+    processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
+    assert processor.max_length == 2048
+    user, candidate = User("likes ships and " * 2000), Candidate(title="One", text="about " * 3000)
+    for batch in (processor([user], [candidate]), processor.late_users([user]), processor.late_items([candidate])):
+        assert 1900 < batch["input_ids"].shape[1] <= 2048 and batch.shortened

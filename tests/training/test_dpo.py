@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
 
+from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.training import dpo, sft
 from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.saving import save_recommender
@@ -68,12 +68,14 @@ def test_right_answers_gain_and_the_result_is_a_recommender(small_run, fine_tune
     assert sum(entry["loss"] for entry in logged[-4:]) / 4 < math.log(2) - 0.05
     assert logged[-1]["rewards/margins"] > 0
     assert any("eval_auc" in entry for entry in trainer.state.log_history)
-    before, after = (AutoModel.from_pretrained(folder).state_dict() for folder in (fine_tuned, tmp_path / "model"))
+    before, after = (
+        MllmMsrForRecommendation.from_pretrained(folder).state_dict() for folder in (fine_tuned, tmp_path / "model")
+    )
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and (not use_peft or all("language_model.layers" in name for name in moved))
     assert (
-        AutoProcessor.from_pretrained(tmp_path / "model").prompts["recommendation"]
+        MllmMsrProcessor.from_pretrained(tmp_path / "model").prompts["recommendation"]
         == (small_run.run.recipe.prompts["recommendation"])
     )
 

@@ -8,10 +8,12 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
 
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+from mllm_msr.modeling.packing import pack_joint
 from mllm_msr.modeling.ranking import Recommender
+from mllm_msr.processing.examples import user_of
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import sft
 from mllm_msr.training.collators import AnswerCollator
@@ -67,7 +69,8 @@ def test_packed_loss_and_gradients_are_those_of_rows(small_run, examples, tasks,
     batch = PackedCollator(processor, prepared)([task for task in tasks if task["task_id"] in wanted])
     labels, images, group_ids = (batch.pop(name) for name in ("labels", "images", "group_ids"))
     assert images["items"] == [item for task in tasks if task["task_id"] in wanted for item in task["item_id"]]
-    loss = answer_loss(model(**batch, owners=group_ids).logits, labels, model.config.answer_token_ids)
+    model.use_block_attention()
+    loss = answer_loss(model(**pack_joint(model, batch, group_ids)).logits[0], labels, model.config.answer_token_ids)
     loss.backward()
     assert len(labels) == len(chosen)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
@@ -111,10 +114,9 @@ def test_late_pairs_can_be_limited_and_own_ones_stay(small_run, tasks, prepared)
 def test_limits_are_a_little_more_than_the_longest_blocks(small_run, examples):
     processor, items = small_run.processor, small_run.items
     user_limit, item_limit = measured_limits(processor, examples, items)
-    users = [{"preference": row["preference"], "recent": [{"summary": s} for s in row["recent"]]} for row in examples]
-    whole = processor.blocks(users, [vars(items[name]) for name in items], (0, 0))
-    for kind, limit in (("users", user_limit), ("items", item_limit)):
-        longest = int(whole[kind]["attention_mask"].sum(1).max())
+    users = processor.late_users([user_of(row["preference"], row["recent"]) for row in examples])
+    for batch, limit in ((users, user_limit), (processor.late_items(list(items.values())), item_limit)):
+        longest = int(batch["attention_mask"].sum(1).max())
         assert longest <= limit <= 1.125 * longest + 16 and limit % 16 == 0
 
 
@@ -172,11 +174,12 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
-    model, processor = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
+    model = MllmMsrForRecommendation.from_pretrained(tmp_path / "model")
+    processor = MllmMsrProcessor.from_pretrained(tmp_path / "model")
     assert model.config.interaction == "late" and 16 <= model.config.user_limit <= 96
-    candidates = [vars(small_run.items[name]) for name in list(small_run.items)[:5]]
+    candidates = list(small_run.items.values())[:5]
     (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], candidates)
-    assert len({one["logit"] for one in ranked}) == 5
+    assert len({one.logit for one in ranked}) == 5
 
 
 def test_packed_training_is_training_on_rows(small_run, tmp_path):
@@ -198,7 +201,7 @@ def test_cached_image_features_and_a_listwise_loss(small_run, tmp_path):
         for cache in (False, True)
     )
     assert losses(cached) == pytest.approx(losses(plain), abs=1e-5)
-    assert plain.features is None and len(cached.features) > 5
+    assert plain.image_features is None and len(cached.image_features) > 5
     with pytest.raises(ValueError, match="before the decoder to be frozen"):
         more = {"cache_image_features": True, "use_peft": False}
         sft.train(*sft.parse([], **flags(small_run, tmp_path / "full", **options, **more)))

@@ -28,6 +28,9 @@ class Catalogue(Mapping[str, Candidate]):
     def __len__(self) -> int:
         return len(self.index)
 
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self.index
+
     def __getitem__(self, item_id: str) -> Candidate:
         """One item; KeyError names an unknown id."""
         if item_id not in self.index:

@@ -34,24 +34,24 @@ class Computing:
 
 def load_recommender(run: RunFolder, how: Computing = Computing()) -> "Recommender":
     """The run's trained model."""
-    from transformers import AutoModel
+    from mllm_msr.processing.auto import MllmMsrForRecommendation
 
     loading = {"dtype": how.dtype, "attn_implementation": how.attn_implementation}
-    model = AutoModel.from_pretrained(run.model, **{name: value for name, value in loading.items() if value})
+    model = MllmMsrForRecommendation.from_pretrained(
+        run.model, **{name: value for name, value in loading.items() if value}
+    )
     return _recommender(run, model, how)
 
 
 def load_backbone(run: RunFolder) -> "Recommender":
     """The backbone of the run's model under the same prompts, as it was before any training."""
-    from transformers import AutoProcessor
-
-    from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+    from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 
     flags = run.recipe.training
     model = MllmMsrForRecommendation.from_backbone(
         backbone_path(flags["model_name_or_path"]),
         revision=flags.get("model_revision"),
-        processor=AutoProcessor.from_pretrained(run.model),
+        processor=MllmMsrProcessor.from_pretrained(run.model),
         dtype=flags.get("dtype"),
     )
     return _recommender(run, model, Computing())
@@ -59,13 +59,12 @@ def load_backbone(run: RunFolder) -> "Recommender":
 
 def _recommender(run: RunFolder, model: Any, how: Computing) -> "Recommender":
     from accelerate import PartialState
-    from transformers import AutoProcessor
 
-    from mllm_msr.modeling.ranking import Recommender
+    from mllm_msr.processing.auto import MllmMsrProcessor, Recommender
 
     return Recommender(
         model.to(PartialState().device),  # this process's own, of several
-        AutoProcessor.from_pretrained(run.model),
+        MllmMsrProcessor.from_pretrained(run.model),
         token_budget=how.token_budget or run.recipe.evaluation.token_budget,
         memory_gb=how.memory_gb,
         cache=how.cache,

@@ -34,6 +34,9 @@ class View(Mapping[str, Candidate]):
     def __len__(self) -> int:
         return len(self.catalogue)
 
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self.catalogue
+
 
 def as_it_is(catalogue: Catalogue, seed: int) -> Catalogue:
     return catalogue
