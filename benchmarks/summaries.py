@@ -160,9 +160,9 @@ def incremental(bench: Bench) -> None:
 
 
 def items(bench: Bench) -> None:
-    """Items with pictures, and where the time goes; then the same pictures under other titles as well."""
+    """Items with images, and where the time goes; then the same images under other titles as well."""
     engine = bench.engine()
-    spent = {"prompts and pictures": 0.0, "vision tower": 0.0, "language model": 0.0}
+    spent = {"prompts and images": 0.0, "vision tower": 0.0, "language model": 0.0}
     tokens = encoded = 0
 
     def timed(name: str, work):
@@ -181,7 +181,7 @@ def items(bench: Bench) -> None:
 
         return run
 
-    engine._encode = timed("prompts and pictures", engine._encode)
+    engine._encode = timed("prompts and images", engine._encode)
     engine._answer = timed("language model", engine._answer)
     image_features.encode_images = timed("vision tower", image_features.encode_images)
     some = bench.items.head(2 * bench.users)
@@ -194,13 +194,13 @@ def items(bench: Bench) -> None:
         rows = [[name, f"{seconds:.2f}", f"{seconds / total:.0%}"] for name, seconds in spent.items()]
         rest = total - sum(spent.values())
         rows.append(["the rest (store, keys)", f"{rest:.2f}", f"{rest / total:.0%}"])
-        title = f"{some.height} items with pictures: {some.height / total:.2f} items/s"
+        title = f"{some.height} items with images: {some.height / total:.2f} items/s"
         table(title, ["where", "seconds", "share"], rows)
         print(f"about {rate:.3f} TFLOP/s in the model{share}")
         engine.images.evict(max_images=0)
         encoded, further = 0, pl.concat([some.with_columns(pl.col("title") + mark) for mark in ("!", "?")])
         summarize_items(further, engine, TextStore(Path(folder)))
-    print(f"pictures encoded for {further.height} further items with {some.height} pictures: {encoded}")
+    print(f"images encoded for {further.height} further items with {some.height} images: {encoded}")
 
 
 def server(bench: Bench) -> None:

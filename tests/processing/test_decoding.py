@@ -65,7 +65,7 @@ def encoded_images(monkeypatch) -> list[PreparedImage]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_are_those_of_stock_search_and_equal_pictures_are_encoded_once(backbone, family, monkeypatch):
+def test_texts_are_those_of_stock_search_and_equal_images_are_encoded_once(backbone, family, monkeypatch):
     engine = engine_of(backbone(family))
     wanted = stock(engine, engine.processor.item_summary(items()))
     assert len({len(text.text) for text in wanted}) > 2
@@ -104,21 +104,21 @@ def test_a_row_that_has_ended_is_no_more_worked_on(backbone):
     assert rows[0] == 8 and rows == sorted(rows, reverse=True) and len(set(rows)) > 2
 
 
-def test_items_with_one_picture_go_together_over_many_batches(backbone, tmp_path, monkeypatch):
+def test_items_with_one_image_go_together_over_many_batches(backbone, tmp_path, monkeypatch):
     engine = engine_of(backbone("llava"), batch_size=4)
     encoded = encoded_images(monkeypatch)
-    pictures = []
+    images = []
     for n in range(18):
         buffer = io.BytesIO()
         picture(1 + n % 3).save(buffer, "PNG")
-        pictures.append({"bytes": buffer.getvalue(), "path": None})
+        images.append({"bytes": buffer.getvalue(), "path": None})
     ids, titles = [f"i{n}" for n in range(18)], [f"Film {n} " + "long " * (n * 7 % 18) for n in range(18)]
-    frame = pl.DataFrame({"item_id": ids, "title": titles, "text": [""] * 18, "image": pictures})
+    frame = pl.DataFrame({"item_id": ids, "title": titles, "text": [""] * 18, "image": images})
     summarize_items(frame, engine, TextStore(tmp_path))
     assert len(encoded) == 3
 
 
-def test_no_more_pictures_are_kept_than_two_batches_have(backbone):
+def test_no_more_images_are_kept_than_two_batches_have(backbone):
     engine = engine_of(backbone("llava"), batch_size=2)
     for seed in range(1, 9, 2):
         engine.generate("item_summary", [Candidate(image=image_of(seed + n)) for n in (0, 1)])
@@ -126,7 +126,7 @@ def test_no_more_pictures_are_kept_than_two_batches_have(backbone):
     assert len(engine.images) == 4 and engine.images.nbytes == 4 * features, "no pixels"
 
 
-def test_pictures_that_do_not_fit_into_memory_are_encoded_in_smaller_batches(backbone, monkeypatch):
+def test_images_that_do_not_fit_into_memory_are_encoded_in_smaller_batches(backbone, monkeypatch):
     engine = engine_of(backbone("llava"))
     wanted = engine.generate("item_summary", items())
     engine.images.evict(max_images=0)

@@ -28,9 +28,9 @@ def test_a_task_uses_the_last_preference_before_it_and_what_came_since():
 
 
 def test_examples_keep_candidates_and_labels_together_and_read_as_a_chat():
-    picture = {"bytes": b"...", "path": None}
+    image = {"bytes": b"...", "path": None}
     items = pl.DataFrame(
-        {"item_id": list("xyz"), "title": ["X", "Y", "Z"], "text": ["", "why", ""], "image": [picture, None, picture]}
+        {"item_id": list("xyz"), "title": ["X", "Y", "Z"], "text": ["", "why", ""], "image": [image, None, image]}
     )
     recent = "{% for one in recent %}{{ one.summary }}{% endfor %}"
     prompt = f"{{{{ preference }}}}|{recent}|{{{{ title }}}} {{{{ image }}}} {{{{ text }}}} {{{{ noun }}}}?"

@@ -185,7 +185,7 @@ def test_without_images_no_engine_sees_one(tmp_path):
     assert all(text.endswith("unseen") for text in out["summary"])
 
 
-def test_the_three_prompts_describe_a_picture_once_and_fuse_where_there_are_two(tmp_path):
+def test_the_three_prompts_describe_a_image_once_and_fuse_where_there_are_two(tmp_path):
     same = {"bytes": png(40), "path": None}
     items = pl.DataFrame(
         {
