@@ -55,14 +55,14 @@ def model_card(run: RunFolder, release: Release | None = None) -> ModelCard:
     if facts.backbone:
         data["base_model_relation"] = "adapter" if model.kind == "adapter" else "finetune"
     settings = {name: recipe.training.get(name) for name in TRAINING_FACTS} | {"interaction": model.interaction}
-    known = [(name, value) for name, value in settings.items() if value is not None]
+    stated = [(name, value) for name, value in settings.items() if value is not None]
     return ModelCard(
         render(
             "model_card.md.j2",
             card_data=data.to_yaml(),
             title=data.model_name,
             backbone=_backbone_words(facts),
-            settings=TableView.of_texts(("setting", "value"), known) if known else None,
+            settings=TableView.of_texts(("setting", "value"), stated) if stated else None,
             inherited=inherited,
             conflicts=conflicts(recipe.license, inherited, facts.source),
             release=release,
@@ -115,28 +115,34 @@ def dataset_card(
         pretty_name=f"{recipe.name}: summaries, preferences and ranking tasks for MLLM-MSR",
         tags=TAGS,
         task_categories=["text-ranking", "image-text-to-text"],
-        size_categories=size_category(max(sum(one.rows.values()) for one in tables)),
+        size_categories=size_category(max(sum(config.rows.values()) for config in tables)),
         configs=[
             {
-                "config_name": one.table.name,
-                **({"default": True} if one is tables[0] else {}),
-                "data_files": [{"split": split, "path": f"{one.table.name}/{split}-*.parquet"} for split in one.rows],
+                "config_name": config.table.name,
+                **({"default": True} if config is tables[0] else {}),
+                "data_files": [
+                    {"split": split, "path": f"{config.table.name}/{split}-*.parquet"} for split in config.rows
+                ],
             }
-            for one in tables
+            for config in tables
         ],
     )
-    data["dataset_info"] = [dict(one.info) for one in tables]
+    data["dataset_info"] = [dict(config.info) for config in tables]
     configs = [
-        (f"`{one.table.name}`", ", ".join(f"{split} {rows:,}" for split, rows in one.rows.items()), one.table.meaning)
-        for one in tables
+        (
+            f"`{config.table.name}`",
+            ", ".join(f"{split} {rows:,}" for split, rows in config.rows.items()),
+            config.table.meaning,
+        )
+        for config in tables
     ]
     terms_head = ("source", "its terms allow", "its terms forbid", "images", "histories and candidates", "what we read")
-    terms = [
+    sources = [
         (
-            f"{'**this data set**: ' if source == facts.source else ''}[{one.name}]({one.link})",
-            *(one.allows, one.forbids, one.images, one.log, one.read),
+            f"{'**this data set**: ' if source == facts.source else ''}[{terms.name}]({terms.link})",
+            *(terms.allows, terms.forbids, terms.images, terms.log, terms.read),
         )
-        for source, one in SOURCE_TERMS.items()
+        for source, terms in SOURCE_TERMS.items()
     ]
     cleaning = [(step.step, step.interactions, step.users, step.items, step.why) for step in facts.data.cleaning]
     return DatasetCard(
@@ -146,7 +152,7 @@ def dataset_card(
             title=data.pretty_name,
             tables=tables,
             configs=TableView.of_texts(("config", "rows", "what it holds"), configs),
-            sources=TableView.of_texts(terms_head, terms),
+            sources=TableView.of_texts(terms_head, sources),
             generators=_generators(run),
             cleaning=TableView.of_texts(("step", "interactions", "users", "items", "why"), cleaning)
             if cleaning
@@ -181,7 +187,7 @@ def _shared(facts: RunFacts) -> dict[str, Any]:
     }
 
 
-def license_fields(license: str | None, source: str | None = None) -> dict[str, str]:
+def license_fields(license: str | None, source: str | None = None) -> dict[str, Any]:
     """Card fields for a licence: an id the Hub knows, or ``other`` with the name; nothing if unknown.
 
     >>> license_fields("mit"), license_fields("MovieLens terms"), license_fields(None)
@@ -210,7 +216,7 @@ def size_category(rows: int) -> str:
 
 
 def _language(source: str) -> str | None:
-    """The sources we read are in English; of own tables nobody has said."""
+    """The sources we read are in English; of own tables we do not know."""
     return None if source == "tables" else "en"
 
 

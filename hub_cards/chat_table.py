@@ -38,7 +38,7 @@ def write_chat_table(examples: pl.DataFrame, items: Sequence[Path], target: Path
     features["images"] = List(Image())
     has_image = pl.col("prompt").list.eval(content.list.eval(kind == "image").list.any()).list.any()
     examples = examples.with_columns(has_image.alias("has_image"))
-    images, schema = pl.scan_parquet(items).select("item_id", "image"), features.arrow_schema
+    images, schema = pl.scan_parquet(list(items)).select("item_id", "image"), features.arrow_schema
     with pq.ParquetWriter(target, schema) as writer:
         for start in range(0, examples.height, SLICE):
             rows = examples.slice(start, SLICE)

@@ -61,7 +61,7 @@ class DataFacts:
         return cls(
             content.get("source", ""),
             tuple(CleaningStep(**step) for step in content.get("cleaning", ())),
-            tuple(Skipped(one["what"], one["count"], tuple(one["examples"])) for one in content.get("skipped", ())),
+            tuple(Skipped(**{**part, "examples": tuple(part["examples"])}) for part in content.get("skipped", ())),
             content.get("statistics", {}),
             content.get("protocol", {}),
         )
@@ -90,9 +90,8 @@ class ModelFacts:
     def read(cls, run: RunFolder) -> "ModelFacts":
         config, processor = (read_json(run.model / f"{name}.json") for name in ("config", "processor_config"))
         log = read_json(run.training_log, [])
-        merged = "merged" if run.recipe.training.get("use_peft") else "full"
         return cls(
-            "adapter" if config.get("adapter") else merged,
+            "adapter" if config.get("adapter") else "merged" if run.recipe.training.get("use_peft") else "full",
             (config.get("vlm_config") or {}).get("model_type"),
             config.get("interaction"),
             processor.get("prompts") or {},

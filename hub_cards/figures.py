@@ -81,7 +81,7 @@ def reliability_chart(results: Results) -> Markup | None:
     trained, corrected = results.calibration.as_trained, results.calibration.prior_corrected
     curves = {"share corrected": (corrected, "kind-chosen"), "as trained": (trained, "kind-other")}
     lines = [
-        Line(name, [one.mean for one in curve.bins], [one.chosen for one in curve.bins], kind, dots=True)
+        Line(name, [part.mean for part in curve.bins], [part.chosen for part in curve.bins], kind, dots=True)
         for name, (curve, kind) in curves.items()
     ]
     top = max(max(*line.x, *line.y) for line in lines)

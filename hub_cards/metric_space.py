@@ -56,6 +56,6 @@ class RankingMetrics(evaluate.Metric):
         n_bootstrap: int = 1000,
         seed: int = 0,
     ) -> dict[str, Any]:
-        found = ranking_metrics(user_ids, references, predictions, n_bootstrap=n_bootstrap, seed=seed)
-        values = {name: result["value"] for name, result in found.items()}
-        return values | {f"{name}_ci95": result["ci95"] for name, result in found.items()}
+        figures = ranking_metrics(user_ids, references, predictions, n_bootstrap=n_bootstrap, seed=seed)
+        values = {name: result["value"] for name, result in figures.items()}
+        return values | {f"{name}_ci95": result["ci95"] for name, result in figures.items()}

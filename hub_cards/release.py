@@ -33,6 +33,7 @@ from mllm_msr.hub_cards.facts import Release, RunFacts
 from mllm_msr.hub_cards.publishing import ALL_CONTENTS, FOLDERS, Contents, Part, built
 from mllm_msr.hub_cards.spaces import SPACE_SDKS
 from mllm_msr.hub_cards.terms import kept_private, warnings
+from mllm_msr.records.public import hide_secrets
 from mllm_msr.records.run import RunFolder
 
 REPO_TYPES: dict[Part, str] = {"dataset": "dataset", "metric": "space", "space": "space", "model": "model"}
@@ -80,6 +81,7 @@ class Repository:
         self.name: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": self.repo_type}
         self.files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         self.revision = "main"
+        RepoCard.load(self.folder / "README.md")  # ValueError unless its front matter is YAML
 
     @cached_property
     def additions(self) -> list[CommitOperationAdd]:
@@ -115,7 +117,7 @@ def _publish(
 ) -> dict[Part, str]:
     facts, create_pr, tag = RunFacts.read(run), options.create_pr, options.tag
     closed = kept_private(facts.source)
-    opened = [one for one in repositories if options.public and one.part not in closed]
+    opened = [repository for repository in repositories if options.public and repository.part not in closed]
     for repository in repositories:
         _show(repository, repository in opened)
     for warning in warnings(facts, options.public):
@@ -139,7 +141,7 @@ def _publish(
         if not create_pr:
             for repository in repositories:
                 patiently(_try, repository, title)
-        commits = {one.part: patiently(_commit, one, title, create_pr) for one in repositories}
+        commits = {repo.part: patiently(_commit, repo, title, create_pr) for repo in repositories}
         if not create_pr:
             for repository in repositories:
                 if tag:
@@ -162,10 +164,10 @@ def _check_login(api: HfApi, namespace: str, create_pr: bool) -> None:
     token = me.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read" and not create_pr:
         raise RuntimeError(f"the token of {me['name']!r} may only read: make one with write access, `hf auth login`")
-    known = [me["name"], *(one["name"] for one in me.get("orgs", []))]
-    if namespace not in known and not create_pr:
+    own = [me["name"], *(organisation["name"] for organisation in me.get("orgs", []))]
+    if namespace not in own and not create_pr:
         raise RuntimeError(
-            f"{me['name']!r} may not write to {namespace!r}: choose --namespace among {', '.join(known)}, or propose "
+            f"{me['name']!r} may not write to {namespace!r}: choose --namespace among {', '.join(own)}, or propose "
             "the release with --create-pr"
         )
 
@@ -173,11 +175,11 @@ def _check_login(api: HfApi, namespace: str, create_pr: bool) -> None:
 def _check_card(api: HfApi, repository: Repository) -> None:
     """The Hub's own check, of all cards before anything is sent."""
     card = (repository.folder / "README.md").read_text(encoding="utf-8")
-    asked = {"content": card, "repoType": repository.repo_type}
-    reply = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
+    request = {"content": card, "repoType": repository.repo_type}
+    reply = get_session().post(f"{api.endpoint}/api/validate-yaml", json=request)
     if reply.status_code == 400:
-        found = "; ".join(one["message"] for one in reply.json().get("errors", []))
-        raise ValueError(f"the Hub finds the card of {repository.repo_id} invalid: {found or reply.text}")
+        reasons = "; ".join(error["message"] for error in reply.json().get("errors", []))
+        raise ValueError(f"the Hub finds the card of {repository.repo_id} invalid: {reasons or reply.text}")
     hf_raise_for_status(reply)
 
 
@@ -187,13 +189,13 @@ def _open(api: HfApi, repository: Repository, tag: str | None, create_pr: bool) 
         sdk = SPACE_SDKS.get(repository.part)
         api.create_repo(**repository.name, private=True, exist_ok=True, space_sdk=sdk)
     head = _head(api, repository)
-    there = {one.path for one in _tree(api, repository, head)}
-    if there - MADE_BY_THE_HUB and not _is_ours(api, repository, head):
+    files = {file.path for file in _tree(api, repository, head)}
+    if files - MADE_BY_THE_HUB and not _is_ours(api, repository, head):
         raise RuntimeError(
             f"the name {repository.repo_id} is taken by a {repository.repo_type} that is no release of mllm-msr, and "
             "would be overwritten: rename or delete that, or give the recipe another `name`"
         )
-    refs = {one.name: one.target_commit for one in api.list_repo_refs(**repository.name).tags}
+    refs = {ref.name: ref.target_commit for ref in api.list_repo_refs(**repository.name).tags}
     if tag in refs and not create_pr and (refs[tag] != head or _changes(api, repository, head)):
         raise RuntimeError(
             f"{repository.repo_id}: tag {tag!r} already names another release, {refs[tag][:8]}: choose a new --tag"
@@ -214,35 +216,35 @@ def _head(api: HfApi, repository: Repository) -> str:
 
 def _tree(api: HfApi, repository: Repository, head: str) -> Iterator[RepoFile]:
     tree = api.list_repo_tree(**repository.name, recursive=True, revision=head)
-    return (one for one in tree if isinstance(one, RepoFile))
+    return (entry for entry in tree if isinstance(entry, RepoFile))
 
 
 def _changes(
     api: HfApi, repository: Repository, head: str
 ) -> list[CommitOperationAdd | CommitOperationDelete]:  # fmt: skip
     """What makes ``head`` equal to the folder: nothing, if it already is."""
-    there = {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in _tree(api, repository, head)}
-    there.pop(".gitattributes", None)
+    hashes = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in _tree(api, repository, head)}
+    hashes.pop(".gitattributes", None)
     changes: list[CommitOperationAdd | CommitOperationDelete] = []
     for file, addition in zip(repository.files, repository.additions, strict=True):
-        known = there.pop(addition.path_in_repo, "")
+        hashed = hashes.pop(addition.path_in_repo, "")
         sha256 = addition.upload_info.sha256.hex()
-        if known != sha256 and not (len(known) == 40 and known == git_hash(file.read_bytes())):
+        if hashed != sha256 and not (len(hashed) == 40 and hashed == git_hash(file.read_bytes())):
             changes.append(addition)
-    return changes + [CommitOperationDelete(path) for path in sorted(there)]
+    return changes + [CommitOperationDelete(path) for path in sorted(hashes)]
 
 
 def _upload(api: HfApi, repository: Repository, create_pr: bool) -> None:
     """Send the content of large files, which no commit names yet."""
     changes = _changes(api, repository, _head(api, repository))
-    additions = [one for one in changes if isinstance(one, CommitOperationAdd)]
+    additions = [change for change in changes if isinstance(change, CommitOperationAdd)]
     if additions:
         api.preupload_lfs_files(**repository.name, additions=additions, create_pr=create_pr)
 
 
 def _try(api: HfApi, repository: Repository, title: str) -> None:
     """Make the commit on a branch of its own, so that what the Hub refuses, it refuses before any main has moved."""
-    if STAGE in {one.name for one in api.list_repo_refs(**repository.name).branches}:
+    if STAGE in {branch.name for branch in api.list_repo_refs(**repository.name).branches}:
         api.delete_branch(**repository.name, branch=STAGE)  # an earlier try was interrupted
     head = _head(api, repository)
     if changes := _changes(api, repository, head):
@@ -255,7 +257,7 @@ def _try(api: HfApi, repository: Repository, title: str) -> None:
 
 def _send(api: HfApi, repository: Repository, changes: list[Any], title: str, head: str, **where: Any) -> str:
     """One commit on ``head``; of copies, as the client commits an operation only once."""
-    operations = [copy.copy(one) for one in changes]
+    operations = [copy.copy(change) for change in changes]
     return api.create_commit(
         **repository.name, operations=operations, commit_message=title, parent_commit=head, **where
     ).oid
@@ -268,9 +270,9 @@ def _commit(api: HfApi, repository: Repository, title: str, create_pr: bool) -> 
     """
     opens = create_pr
     if create_pr:
-        for one in api.get_repo_discussions(**repository.name, discussion_type="pull_request"):
-            if one.title == title and one.status in ("open", "draft"):
-                repository.revision, opens = one.git_reference or "main", False
+        for pull in api.get_repo_discussions(**repository.name, discussion_type="pull_request"):
+            if pull.title == title and pull.status in ("open", "draft"):
+                repository.revision, opens = pull.git_reference or "main", False
     head = _head(api, repository)
     changes = _changes(api, repository, head)
     if not changes:
@@ -280,7 +282,7 @@ def _commit(api: HfApi, repository: Repository, title: str, create_pr: bool) -> 
 
 
 def _tag(api: HfApi, repository: Repository, commit: str, tag: str) -> None:
-    if tag not in {one.name for one in api.list_repo_refs(**repository.name).tags}:
+    if tag not in {ref.name for ref in api.list_repo_refs(**repository.name).tags}:
         api.create_tag(**repository.name, tag=tag, revision=commit)
 
 
@@ -296,10 +298,10 @@ def _wake(api: HfApi, repository: Repository) -> None:
 
 
 def _collect(api: HfApi, title: str, namespace: str, repositories: list[Repository], public: bool) -> None:
-    found = api.create_collection(title, namespace=namespace, private=not public, exists_ok=True)
+    collection = api.create_collection(title, namespace=namespace, private=not public, exists_ok=True)
     for repository in repositories:
-        api.add_collection_item(found.slug, repository.repo_id, repository.repo_type, exists_ok=True)
-    print(f"collection {found.slug}")
+        api.add_collection_item(collection.slug, repository.repo_id, repository.repo_type, exists_ok=True)
+    print(f"collection {collection.slug}")
 
 
 def _patiently(work: Callable[[], T], tries: int) -> T:
@@ -333,7 +335,7 @@ def _explained(api: HfApi, namespace: str) -> Iterator[None]:
 
 
 def _remedy(error: HfHubHTTPError, namespace: str) -> str:
-    status, said = error.response.status_code, str(error.server_message or error)
+    status, reason = error.response.status_code, hide_secrets(str(error.server_message or error))
     remedies = {
         401: "the Hub does not accept the token: run `hf auth login` or set HF_TOKEN",
         402: "the account's plan does not allow this; see its billing page",
@@ -342,11 +344,11 @@ def _remedy(error: HfHubHTTPError, namespace: str) -> str:
         413: "the account's storage quota is used up: free some space or buy more, then repeat",
         429: "the Hub asks to slow down: try again later, it is safe",
     }
-    if any(word in said.lower() for word in ("quota", "storage limit", "out of storage")):
+    if any(word in reason.lower() for word in ("quota", "storage limit", "out of storage")):
         status = 413
     elif isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         status = 403
-    return f"{remedies.get(status, 'the Hub refused; repeating is safe')} ({error.response.status_code}: {said})"
+    return f"{remedies.get(status, 'the Hub refused; repeating is safe')} ({error.response.status_code}: {reason})"
 
 
 def _show(repository: Repository, public: bool) -> None:

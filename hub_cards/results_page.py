@@ -93,14 +93,14 @@ def compare(runs: Sequence[RunFolder]) -> str:
     labels = _labels(list(different.values()))
     results = {label: run.results() for label, run in labels.items()}
     rows = []
-    for variant in in_order({name for one in results.values() for name in one.variants}):
-        for label, one in results.items():
-            if metrics := one.variants.get(variant.name):
+    for variant in in_order({name for run_results in results.values() for name in run_results.variants}):
+        for label, run_results in results.items():
+            if metrics := run_results.variants.get(variant.name):
                 rows.append(
                     Row.of(variant, [Cell(label), *(estimate_cell(metrics.get(name)) for name in SIDE_BY_SIDE)])
                 )
     parts = [TableView(("", "run", *(metric_label(name) for name in SIDE_BY_SIDE)), tuple(rows)).to_markdown()]
-    if len({one.candidate_hash for one in results.values()}) > 1:
+    if len({run_results.candidate_hash for run_results in results.values()}) > 1:
         parts.append("Not the same candidates: compare the differences between variants, not the figures.")
     if paired := beside_the_first(labels):
         parts.append(
@@ -108,7 +108,7 @@ def compare(runs: Sequence[RunFolder]) -> str:
             "scores and the preferences agree:"
         )
         parts.append(paired.to_markdown())
-    parts.append("\n".join(f"- {label}: {one.dataset}, {_conditions(one)}" for label, one in results.items()))
+    parts.append("\n".join(f"- {label}: {facts.dataset}, {_conditions(facts)}" for label, facts in results.items()))
     return "\n\n".join(parts)
 
 

@@ -66,7 +66,7 @@ def shard(
 
 def typed(schema: pa.Schema) -> Features:
     """The features of ``datasets`` for a schema: plain strings and lists for Arrow's large ones, images as such."""
-    small = pa.schema([pa.field(one.name, _small(one.type)) for one in schema], schema.metadata)
+    small = pa.schema([pa.field(field.name, _small(field.type)) for field in schema], schema.metadata)
     features = Features.from_arrow_schema(small)
     return Features({name: Image() if _is_image(feature) else feature for name, feature in features.items()})
 
@@ -114,5 +114,5 @@ def _small(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_list(kind) or pa.types.is_list(kind):
         return pa.list_(_small(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([pa.field(one.name, _small(one.type)) for one in kind])
+        return pa.struct([pa.field(field.name, _small(field.type)) for field in kind])
     return kind
