@@ -26,10 +26,10 @@ from mllm_msr.hub_cards.terms import RESTRICTED_SOURCES
 from mllm_msr.hub_cards.user_hashes import hash_users, user_key
 from mllm_msr.records.public import hide_secrets, public_name, public_recipe
 from mllm_msr.records.recipe import Recipe
-from mllm_msr.records.run import RunFolder, link_file
+from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, ITEMS, PUBLISHED, Table
 from mllm_msr.records.sections import source_type
-from mllm_msr.records.storage import scratch_folder, whole_folder
+from mllm_msr.records.storage import link_file, scratch_folder, whole_folder
 
 Part = Literal["dataset", "metric", "space", "model"]
 FOLDERS: dict[Part, str] = {  # in RUN/hub; in the order of a release, as the model speaks of the rest

@@ -1,6 +1,8 @@
 """The command line. Nothing heavy is imported before a command needs it, so ``mllm-msr --help`` answers at once."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +19,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if problem := wrong_usage(options):
         parser.error(problem)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # titles may have what the terminal has not
     try:
         COMMANDS[options.command](options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("mllm-msr: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

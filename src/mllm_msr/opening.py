@@ -89,6 +89,7 @@ def open_recipe(recipe: Path | None, overrides: Overrides, output: Path | None =
         content = {"name": name, "source": {"type": "tables"}, "summaries": {"engine": "extractive"}}
     try:
         checked = check_recipe(overrides.apply(content))
+        check_source(checked.source)
     except ValueError as error:
         raise ValueError(f"{recipe}: {error}" if recipe else str(error)) from error
     path = output or Path("runs") / name
@@ -119,28 +120,25 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
 
 
 def check_recipe(content: Mapping[str, Any]) -> Recipe:
-    """A recipe from its mapping, with templates and source checked as well; ValueError for the first mistake."""
+    """A recipe from its mapping, with flags of training and templates checked as well; ValueError for the first
+    mistake. Raw data is not looked for: later stages can do without."""
     from mllm_msr.training.arguments import effective_flags  # here, as TRL takes a while to load
 
     recipe = parse_recipe(content, effective_flags)
     check_templates(recipe.prompts)
-    check_source(recipe.source)
     return recipe
 
 
 def refuse_other_data(path: Path, recipe: Recipe) -> None:
-    """Raise ValueError if ``path`` holds a run of other raw data; of the same at another place it is the run of both.
+    """Raise ValueError if ``path`` holds a run of another log or folder of raw data.
 
     Data that has moved is no longer where it was; if both places exist, the folder would be made another run's.
     """
     if not (path / "config.yaml").is_file():
         return
-    earlier, wanted = (source_places(source) for source in (RunFolder.open(path).recipe.source, recipe.source))
-    if earlier != wanted and earlier and all(isinstance(place, str) or place.exists() for place in earlier):
-        raise ValueError(
-            f"{path} holds a run of {', '.join(map(str, earlier))}, not of {', '.join(map(str, wanted))}: name another "
-            "folder by --output"
-        )
+    earlier, wanted = (source_places(source)[:1] for source in (RunFolder.open(path).recipe.source, recipe.source))
+    if earlier != wanted and any(isinstance(place, str) or place.exists() for place in earlier):
+        raise ValueError(f"{path} holds a run of {earlier[0]}, not of {wanted[0]}: name another folder by --output")
 
 
 def parse_setting(key: str, text: str) -> Any:

@@ -79,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
     further = f"further variants on the same tasks, of {known}"
     evaluate.add_argument("--baselines", metavar="A,B", type=names, default=[], help=further)
-    evaluate.add_argument("--model", metavar="RUN|REPO", help="rank with the model of another run, or of the Hub")
+    evaluate.add_argument(
+        "--model", metavar="RUN|REPO", type=text_of, help="rank with the model of another run, or of the Hub"
+    )
     tasks = "fine-tune it on so many of this run's training tasks first; without --model, the recipe's backbone"
     evaluate.add_argument("--fine-tune", metavar="N", type=positive, help=tasks)
     whole = "also rank the choices of N users (or all) among the whole catalogue"

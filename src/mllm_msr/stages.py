@@ -16,12 +16,13 @@ from mllm_msr.proof import prove
 from mllm_msr.records.lock import is_first_process
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import STAGES, RunFolder
-from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, TASKS
+from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, TASKS, Table
+from mllm_msr.records.sections import SummaryOptions
 from mllm_msr.records.storage import folder_digest, whole_folder, write_text
+from mllm_msr.records.variants import Variant
 
 if TYPE_CHECKING:
     from mllm_msr.hub_cards.release import PublishOptions
-from mllm_msr.records.variants import Variant
 
 MORE_TASKS = "lower data.min_history, raise data.max_train_targets or bring more data, and prepare it again"
 
@@ -53,16 +54,15 @@ def prepare(run: RunFolder) -> None:
         print(statistics_table(report))
 
     facts = source_fingerprint(run.recipe.source)
-    tables = [one for one in facts[1:] if isinstance(one, str) or isinstance(one[1], str)]  # not each image
+    tables = [fact for fact in facts[1:] if isinstance(fact, str) or isinstance(fact[1], str)]  # not each image
     run.stage("prepare", work, writes=[run.data], facts=[facts, asdict(options)])
 
 
-def summary_tools(run: RunFolder, name: str) -> Any:
+def summary_tools(run: RunFolder, name: str, options: SummaryOptions) -> Any:
     """Engine, store and options for the texts called ``name``."""
     from mllm_msr.processing.engine_registry import build_engine
     from mllm_msr.processing.text_store import TextStore
 
-    options = run.recipe.summaries
     return build_engine(options, run.recipe.prompts, run.recipe.item_noun), TextStore(run.texts / name), options
 
 
@@ -71,14 +71,16 @@ def summarize_items(run: RunFolder) -> None:
     from mllm_msr.processing import summaries
     from mllm_msr.processing.text_report import text_report
 
+    options = run.recipe.summaries
+
     def work(key: str) -> None:
-        frame = summaries.summarize_items(run.read(ITEMS), *summary_tools(run, "item_summary"))
+        frame = summaries.summarize_items(run.read(ITEMS), *summary_tools(run, "item_summary", options))
         run.write(ITEM_SUMMARIES, frame)
         print(text_report(frame))
 
     with run.lock(f"mllm-msr summarize items {run.path}"):
-        forget_failures(run.file(ITEM_SUMMARIES))
-        facts = text_facts(run, "summarize items")
+        forget_failures(run, ITEM_SUMMARIES)
+        facts = text_facts(run, "summarize items", options)
         run.stage("summarize items", work, writes=[run.file(ITEM_SUMMARIES)], facts=facts)
 
 
@@ -89,13 +91,15 @@ def summarize_users(run: RunFolder) -> None:
     from mllm_msr.processing.prompts import PROMPTS
     from mllm_msr.processing.text_report import text_report
 
+    options = run.recipe.summaries.for_users()
+
     def work(key: str) -> None:
         items, tasks = run.read(ITEMS), run.tasks("train", "validation", "test")
         frame = summaries.summarize_users(
             before_targets(run.read(INTERACTIONS), tasks),
             dict(items.select("item_id", "title").iter_rows()),
             dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows()),
-            *summary_tools(run, "preference"),
+            *summary_tools(run, "preference", options),
         )
         run.write(PREFERENCES, frame)
         print(text_report(frame))
@@ -107,15 +111,15 @@ def summarize_users(run: RunFolder) -> None:
             prove(run, folder)
 
     with run.lock(f"mllm-msr summarize users {run.path}"):
-        forget_failures(run.file(PREFERENCES))
-        writes, facts = [run.file(PREFERENCES), run.examples], text_facts(run, "summarize users")
+        forget_failures(run, PREFERENCES)
+        writes, facts = [run.file(PREFERENCES), run.examples], text_facts(run, "summarize users", options)
         run.stage("summarize users", work, writes=writes, facts=facts)
 
 
-def text_facts(run: RunFolder, stage: str) -> Sequence[Any]:
+def text_facts(run: RunFolder, stage: str, options: SummaryOptions) -> Sequence[Any]:
     """All that the texts depend on beside earlier stages, the content of a local model included."""
-    model = Path(backbone_path(run.recipe.summaries.model))
-    local = folder_digest(model) if run.recipe.summaries.model and model.is_dir() else None
+    model = Path(backbone_path(options.model))
+    local = folder_digest(model) if options.model and model.is_dir() else None
     return [STAGES[stage].settings(run.recipe), local]
 
 
@@ -129,10 +133,10 @@ def before_targets(interactions: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFr
     return kept.drop("history_length")
 
 
-def forget_failures(output: Path) -> None:
+def forget_failures(run: RunFolder, table: Table) -> None:
     """A stage some of whose texts have failed is not finished: what it wrote goes, so that they are tried again."""
-    if output.is_file() and pl.read_parquet(output, columns=["status"])["status"].str.starts_with("failed").any():
-        output.unlink()
+    if run.has(table) and run.read(table, ["status"])["status"].str.starts_with("failed").any():
+        run.file(table).unlink()
 
 
 def train(run: RunFolder) -> None:
@@ -156,13 +160,13 @@ def train(run: RunFolder) -> None:
             with whole_folder(run.model) as folder:
                 save_recommender(trainer, folder, script_args.merge_adapter)
                 write_text(folder / run.training_log.name, json.dumps(trainer.state.log_history, indent=1))
-            for stale in run.checkpoints.iterdir():
-                shutil.rmtree(stale)
         else:
             save_recommender(trainer, run.model, script_args.merge_adapter)  # of which it has a share
         end_processes(trainer)
 
     run.stage("train", work, writes=[run.model])
+    if is_first_process():  # only now that the model is noted: a kill before that goes on from a checkpoint
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
 def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> None:

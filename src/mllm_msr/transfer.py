@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 
 from mllm_msr.evaluation.evaluate import scores_folder
-from mllm_msr.records.run import RunFolder, link_file
+from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, PREFERENCES
-from mllm_msr.records.storage import digest, folder_digest, whole_folder
+from mllm_msr.records.storage import digest, folder_digest, link_file, whole_folder
 
 TEXTS = ("prepare", "summarize items", "summarize users")  # the stages that another model shares
 
@@ -61,8 +61,8 @@ def _fine_tuned(run: RunFolder, model: OtherModel | None, count: int) -> RunFold
         other = _beside(run, f"backbone-{count}", variants, words, run.recipe.training)
     else:
         name, words = f"{model.name}-{count}", f"trained on {model.name}, fine-tuned on {count} tasks"
-        start = _folder(run, name) / f"start-{model.revision[:12]}"  # a name that changes with what is in it
-        training = {**run.recipe.training, "model_name_or_path": str(start.resolve()), "model_revision": None}
+        start = _folder(run, name).resolve() / f"start-{model.revision[:12]}"  # a name that changes with what is in it
+        training = {**run.recipe.training, "model_name_or_path": str(start), "model_revision": None}
         other = _beside(run, name, variants, words, training)
         _link(start, model.folder)
     with whole_folder(other.examples) as folder:

@@ -9,6 +9,7 @@ from tiny_runs import TINY, Shop
 from mllm_msr.cli import main
 from mllm_msr.opening import Overrides, open_recipe, open_run
 from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import ITEMS
 from mllm_msr.records.sections import TablesSource
 from mllm_msr.stages import check_serving
 
@@ -81,7 +82,7 @@ def test_a_run_of_other_tables_is_refused_even_if_they_are_called_the_same(shop:
     other.folder.mkdir()
     for mine, theirs in ((shop.log, other.log), (shop.goods, other.goods)):
         theirs.write_bytes(mine.read_bytes())
-    with pytest.raises(SystemExit, match=rf"holds a run of {shop.log}.*, not of {other.log}.*: name another folder"):
+    with pytest.raises(SystemExit, match=rf"holds a run of {shop.log}, not of {other.log}: name another folder"):
         main(["prepare", *other.arguments, "--output", str(shop.run)])
     assert shop.run.joinpath("config.yaml").read_text() == before
 
@@ -96,6 +97,20 @@ def test_tables_that_have_moved_are_those_of_the_run(shop: Shop, capsys: pytest.
     assert "prepare: up to date" in capsys.readouterr().out
     source = RunFolder.open(shop.run).recipe.source
     assert isinstance(source, TablesSource) and source.interactions == str(moved.log)
+
+
+def test_a_catalogue_may_be_added_to_a_run_of_the_same_log(shop: Shop) -> None:
+    main(["prepare", *shop.arguments[:2], *shop.arguments[4:10], *shop.arguments[12:], "--output", str(shop.run)])
+    main(["prepare", *shop.arguments, "--output", str(shop.run)])
+    assert "Mug 3" in RunFolder.open(shop.run).read(ITEMS)["title"].to_list()
+
+
+def test_later_stages_do_without_the_raw_data(shop: Shop) -> None:
+    main(["prepare", *shop.arguments, "--output", str(shop.run)])
+    shop.log.unlink()
+    main(["summarize", "items", str(shop.run)])
+    with pytest.raises(SystemExit, match=r"data file .*log\.csv does not exist"):
+        main(["prepare", str(shop.run / "config.yaml"), "--output", str(shop.run)])
 
 
 def test_the_demo_refuses_a_run_of_another_recipe_and_says_how_to_serve_it(shop: Shop) -> None:

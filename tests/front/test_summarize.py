@@ -54,6 +54,12 @@ def test_a_shared_cache_serves_another_run(tmp_path, capsys):
     assert not (tmp_path / "other/cache").exists()
 
 
+def test_another_model_for_preferences_leaves_item_summaries_as_they_are(prepared, capsys):
+    stages_done(capsys, prepared)
+    assert stages_done(capsys, prepared, user_model="another", user_revision="2") == ["summarize users"]
+    assert stages_done(capsys, prepared) == ["summarize users"]
+
+
 def test_a_failed_item_is_tried_again_by_the_same_command(prepared, capsys):
     stages_done(capsys, prepared)
     run = RunFolder.open(prepared)

@@ -7,9 +7,7 @@ has changed under it.
 """
 
 import json
-import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from mllm_msr.records.lock import is_first_process, write_lock
 from mllm_msr.records.recipe import FORMAT, CheckFlags, Recipe, load_content, parse_recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.schema import TASKS, Table
-from mllm_msr.records.storage import digest, file_digest, write_text
+from mllm_msr.records.storage import digest, file_digest, link_file, write_text
 from mllm_msr.records.variants import VARIANTS
 
 LIBRARIES = ("mllm-msr", "torch", "transformers", "trl", "peft", "datasets", "huggingface-hub", "polars")
@@ -47,8 +45,12 @@ class StageSpec:
     after: Callable[[Recipe], tuple[str, ...]]
 
 
-def _texts(recipe: Recipe) -> Any:
+def _item_texts(recipe: Recipe) -> Any:
     return [recipe.summaries.facts(), recipe.prompts, recipe.item_noun]
+
+
+def _user_texts(recipe: Recipe) -> Any:
+    return [recipe.summaries.for_users().facts(), recipe.prompts, recipe.item_noun]
 
 
 def _scored(recipe: Recipe) -> tuple[str, ...]:
@@ -60,8 +62,10 @@ STAGES: dict[str, StageSpec] = {  # in their order, by the command that does eac
     "prepare": StageSpec(
         ("source", "data"), lambda recipe: [asdict(recipe.source), asdict(recipe.data)], lambda recipe: ()
     ),
-    "summarize items": StageSpec(("summaries", "prompts", "item_noun"), _texts, lambda recipe: ("prepare",)),
-    "summarize users": StageSpec(("summaries", "prompts", "item_noun"), _texts, lambda recipe: ("summarize items",)),
+    "summarize items": StageSpec(("summaries", "prompts", "item_noun"), _item_texts, lambda recipe: ("prepare",)),
+    "summarize users": StageSpec(
+        ("summaries", "prompts", "item_noun"), _user_texts, lambda recipe: ("summarize items",)
+    ),
     "train": StageSpec(("training",), Recipe.training_flags, lambda recipe: ("summarize users",)),
     "evaluate": StageSpec(("evaluation",), lambda recipe: asdict(recipe.evaluation), _scored),
     "report": StageSpec(
@@ -383,13 +387,3 @@ def _stamp(path: Path) -> list[int]:
     """Size and time of a file: where both are as they were, its content is taken to be."""
     facts = path.stat()
     return [facts.st_size, facts.st_mtime_ns]
-
-
-def link_file(source: Path, target: Path) -> None:
-    """A second name of a file that is only ever replaced; a copy where the file system has no such thing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -4,7 +4,7 @@ The section ``training`` alone is not one of them: its fields are the flags of `
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from mllm_msr.records.typed import check_types, did_you_mean
@@ -130,6 +130,7 @@ class PrepareOptions:
 
 # Fields of SummaryOptions by means of which texts are written, and on which none depends.
 MEANS = {"batch_size", "token_budget", "device_map", "attn_implementation", "cache"}
+MEANS |= {"user_model", "user_revision"}  # which are the model and revision of for_users
 MEANS |= {"base_url", "concurrency", "requests_per_minute", "timeout", "tries"}
 
 
@@ -140,6 +141,8 @@ class SummaryOptions:
     engine: Literal["transformers", "openai", "extractive", "titles"] = "transformers"
     model: str = ""  # Hub id or folder; for a server, the name it goes by there
     revision: str | None = None  # of a Hub model; for a server, any name: texts of another are made anew
+    user_model: str | None = None  # writes preferences, if that is another model
+    user_revision: str | None = None
     # the question
     item_prompts: Literal["single", "paper"] = "single"  # one prompt an item, or image, text and their fusion apart
     images: bool = True  # False: the ablation without images
@@ -178,6 +181,12 @@ class SummaryOptions:
                 raise ValueError(f"max_new_tokens: unknown {name!r}{did_you_mean(name, MAX_NEW_TOKENS)}")
             if tokens < 1:
                 raise ValueError(f"max_new_tokens: {name}={tokens} must be at least 1")
+
+    def for_users(self) -> "SummaryOptions":
+        """The same for preferences, whose model may be another."""
+        if not self.user_model:
+            return self
+        return replace(self, model=self.user_model, revision=self.user_revision, user_model=None, user_revision=None)
 
     def facts(self) -> dict[str, Any]:
         """All that a text depends on."""

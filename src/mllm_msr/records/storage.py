@@ -91,6 +91,16 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """A second name of a file that is only ever replaced; a copy where the file system has no such thing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def sweep(folder: Path) -> None:
     """Remove what processes of this machine, since killed, left half written in ``folder``."""
     for left in folder.glob(f".*.{socket.gethostname()}.*.partial"):
