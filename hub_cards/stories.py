@@ -174,14 +174,13 @@ def summary_examples(run: RunFolder) -> SummaryExamples | None:
 def item_cards(run: RunFolder, item_ids: Iterable[str]) -> Cards:
     """Title and thumbnail of some items; only their rows are read."""
     wanted = pl.col("item_id").is_in(list(item_ids))
+    items = run.scan(ITEMS).filter(wanted)
     if run.has(THUMBNAILS):  # made once, when the data was prepared
-        titles = run.scan(ITEMS).filter(wanted).select("item_id", "title")
-        rows = titles.join(run.scan(THUMBNAILS).filter(wanted), on="item_id", how="left").collect()
+        small = run.scan(THUMBNAILS).filter(wanted)
+        rows = items.select("item_id", "title").join(small, on="item_id", how="left").collect()
         images = {item: _data_uri(image) if image else None for item, _, image in rows.iter_rows()}
     else:
-        rows = (
-            run.scan(ITEMS).filter(wanted).select("item_id", "title", pl.col("image").struct.field("bytes")).collect()
-        )
+        rows = items.select("item_id", "title", pl.col("image").struct.field("bytes")).collect()
         images = {item: small_image(image) for item, _, image in rows.iter_rows()}
     titles = dict(rows["item_id", "title"].iter_rows())
     return {item: ItemCard(titles.get(item) or f"item {item}", images.get(item)) for item in item_ids}

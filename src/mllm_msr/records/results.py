@@ -44,7 +44,8 @@ class Difference:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Difference":
-        return cls(content["difference"], *content["ci95"], content["p"])
+        low, high = content["ci95"]
+        return cls(content["difference"], low, high, content["p"])
 
 
 Metrics = dict[str, Estimate]  # by the names in evaluation.metrics.METRICS
