@@ -34,7 +34,7 @@ class Demo:
         model: repository or folder of the model.
         dataset: repository or folder of the data set.
         revision: release of both; None for folders.
-        block_size: items condensed at a time.
+        block_size: items of a history block.
     """
 
     def __init__(self, model: str, dataset: str, revision: str | None, block_size: int) -> None:
@@ -63,12 +63,12 @@ class Demo:
         return {"item_id": name, "title": row["title"], "text": row["text"], "image": row["image"]}
 
     def tiles(self, names: list[str]) -> list[tuple[Image.Image, str]]:
-        """Pictures with titles; a grey one where the data set has none."""
-        rows = [self.item(name) for name in names]
-        return [(row["image"] or Image.new("RGB", (96, 96), "#ddd"), row["title"]) for row in rows]
+        """Images with titles; a grey one where the data set has none."""
+        items = [self.item(name) for name in names]
+        return [(item["image"] or Image.new("RGB", (96, 96), "#ddd"), item["title"]) for item in items]
 
     def written(self, user: str) -> tuple[list[str], list[str]]:
-        """A user's history, and the preference after each block of it."""
+        """A user's history, and the preference after each whole history block of it."""
         history = self.tasks[user]["history"]
         blocks, _ = self.pipe.split_history(history, self.block_size)
         return history, self.steps[user][: len(blocks)]
@@ -80,6 +80,17 @@ class Demo:
         for text in self.pipe.preferences(chosen, block_size=self.block_size, max_new_tokens=64):
             steps.append(text)
             yield steps
+
+    def evolution(self, history: list[str], steps: list[str]) -> str:
+        """The preference after each history block, as HTML; texts come from models and catalogues: they are escaped."""
+        if not steps:
+            return '<p class="unwritten">No block is whole yet.</p>'
+        blocks, _ = self.pipe.split_history([self.item(name)["title"] for name in history], self.block_size)
+        return "".join(
+            f'<div class="step"><small>{number}. after {html.escape(", ".join(titles))}</small><br>'
+            f"{html.escape(text)}</div>"
+            for number, (titles, text) in enumerate(zip(blocks, steps, strict=False), 1)
+        )
 
     def candidates(self, user: str | None, history: list[str]) -> tuple[list[str], set[str]]:
         """A user's frozen candidates and what they chose; for a new history, unseen items and nothing."""
@@ -93,38 +104,26 @@ class Demo:
     def rank(
         self, user: str | None, history: list[str], steps: list[str], image: bool, text: bool
     ) -> list[tuple[Image.Image, str]]:
-        """The candidates, best first, with score; the model is shown their pictures and words as it is told to."""
+        """The candidates, best first, with score.
+
+        Args:
+            image, text: whether the model is given the candidates' images, and their titles and texts.
+        """
         names, chosen = self.candidates(user, history)
-        shown = []
-        for name in names:
-            whole = self.item(name)
-            words = {"title": whole["title"], "text": whole["text"]} if text else {"title": "", "text": ""}
-            shown.append({"item_id": name, **words, "image": whole["image"] if image else None})
+        hidden = {**({} if image else {"image": None}), **({} if text else {"title": "", "text": ""})}
         _, recent = self.pipe.split_history(history, self.block_size)
-        request = {
-            "preference": steps[-1] if steps else "",
-            "recent": [{"summary": self.summary.get(name, "")} for name in recent],
-            "candidates": shown,
-        }
-        ranked = self.pipe(request)
-        tiles = self.tiles([one["item_id"] for one in ranked])
-        return [
-            (picture, f"{'★ ' if one['name'] in chosen else ''}{place}. {one['score']:.2f} {title}")
-            for place, ((picture, title), one) in enumerate(zip(tiles, ranked, strict=True), 1)
-        ]
-
-
-def evolution(titles: list[str], steps: list[str], block_size: int) -> str:
-    """The preference after each block, as HTML; texts come from models and catalogues, so they are escaped."""
-    if not steps:
-        return '<p class="unwritten">No block is whole yet.</p>'
-    blocks = []
-    for number, text in enumerate(steps):
-        read = ", ".join(titles[number * block_size : (number + 1) * block_size])
-        blocks.append(
-            f'<div class="step"><small>{number + 1}. after {html.escape(read)}</small><br>{html.escape(text)}</div>'
+        ranked = self.pipe(
+            {
+                "preference": steps[-1] if steps else "",
+                "recent": [{"summary": self.summary.get(name, "")} for name in recent],
+                "candidates": [{**self.item(name), **hidden} for name in names],
+            }
         )
-    return "".join(blocks)
+        tiles = self.tiles([candidate["item_id"] for candidate in ranked])
+        return [
+            (tile, f"{'★ ' if candidate['item_id'] in chosen else ''}{place}. {candidate['score']:.2f} {title}")
+            for place, (candidate, (tile, title)) in enumerate(zip(ranked, tiles, strict=True), 1)
+        ]
 
 
 def build_app(demo: Demo, noun: str, name: str) -> gr.Blocks:
@@ -142,17 +141,16 @@ def build_app(demo: Demo, noun: str, name: str) -> gr.Blocks:
                 gr.Markdown("### The history, oldest first")
                 past = gr.Gallery(elem_id="past", height=230, **TILES)
                 gr.Markdown(f"### The preference, after every {demo.block_size} {noun}s")
-                words = gr.HTML(evolution([], [], demo.block_size), elem_id="words")
+                words = gr.HTML(demo.evolution([], []), elem_id="words")
         gr.Markdown("### Candidates, best first, with score (★: what this user really chose)")
         with gr.Row():
-            image = gr.Checkbox(True, label="the model sees pictures", elem_id="image")
+            image = gr.Checkbox(True, label="the model sees images", elem_id="image")
             text = gr.Checkbox(True, label="the model reads titles and texts", elem_id="text")
         ranking = gr.Gallery(elem_id="ranking", height=560, **{**TILES, "columns": 7})
 
         def page(user: str | None, history: list[str], steps: list[str], image: bool, text: bool) -> tuple:
-            titles = [demo.item(one)["title"] for one in history]
             ranked = demo.rank(user, history, steps, image, text) if history else []
-            return user, history, steps, demo.tiles(history), evolution(titles, steps, demo.block_size), ranked
+            return user, history, steps, demo.tiles(history), demo.evolution(history, steps), ranked
 
         def choose(user: str | None, image: bool, text: bool) -> tuple:
             return page(user, *(demo.written(user) if user else ([], [])), image, text)
@@ -163,8 +161,7 @@ def build_app(demo: Demo, noun: str, name: str) -> gr.Blocks:
             history = [*([] if user else history), demo.shelf[clicked.index]]
             steps: list[str] = []
             for steps in demo.write(history):
-                titles = [demo.item(one)["title"] for one in history]
-                yield None, history, steps, demo.tiles(history), evolution(titles, steps, demo.block_size), gr.skip()
+                yield None, history, steps, demo.tiles(history), demo.evolution(history, steps), gr.skip()
             yield page(None, history, steps, image, text)
 
         everything = [user, history, steps, past, words, ranking]
@@ -188,5 +185,5 @@ def serve(model: str, dataset: str, revision: str | None, noun: str, block_size:
 
 
 if __name__ == "__main__":
-    shown = json.loads((Path(__file__).parent / "space.json").read_text(encoding="utf-8"))
-    serve(**shown, server_name=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"))
+    settings = json.loads((Path(__file__).parent / "space.json").read_text(encoding="utf-8"))
+    serve(**settings, server_name=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"))
