@@ -7,13 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import polars as pl
 import pytest
 import torch
 from gradio_client import Client
+from hub_run import change_recipe, fabricate, finish
 from hub_server import Hub
 from hub_storage import READ, WRITE
 from huggingface_hub import HfApi
@@ -24,8 +25,10 @@ from transformers import AutoModelForImageTextToText
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.evaluation.metrics import ranking_metrics
-from mllm_msr.hub_cards.release import publish
+from mllm_msr.hub_cards.release import PublishOptions, publish
 from mllm_msr.modeling.lora import language_model_lora_targets
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import SCORES
 from mllm_msr.training import sft
 
 BASE = Path(str(files("mllm_msr"))) / "demo/base"
@@ -42,8 +45,12 @@ def score(model, processor):
     candidates = [Item(title="One", text="", image=image), Item(title="Two", text="", image=None)]
     return model.score(**processor(users, candidates)).logits.tolist()
 """
-
-
+LOAD = """
+from transformers import AutoModel, AutoProcessor
+pinned = {"trust_remote_code": True, "revision": REVISION}
+model = AutoModel.from_pretrained("org/mllm-msr-demo", **pinned)
+print("SCORES", score(model, AutoProcessor.from_pretrained("org/mllm-msr-demo", **pinned)))
+"""
 EVERY_CONFIG = """
 from datasets import get_dataset_config_names, get_dataset_split_names, load_dataset
 repo, pinned = "org/mllm-msr-demo-data", {"revision": "v1"}
@@ -74,16 +81,25 @@ def hub():
         yield hub
 
 
+@dataclass(frozen=True)
+class Published:
+    """A run whose model works, and that model and its processor."""
+
+    run: RunFolder
+    model: MllmMsrForRecommendation
+    processor: MllmMsrProcessor
+
+
 @pytest.fixture(scope="module")
-def published(hub, tmp_path_factory, fabricated):
-    """A run with a model that works, on the Hub; private, so that every reader needs a token."""
-    run = fabricated(tmp_path_factory.mktemp("published") / "run")
-    shutil.rmtree(run / "model")
+def published(hub, tmp_path_factory) -> Published:
+    """On the Hub; private, so that every reader needs a token."""
+    run = fabricate(tmp_path_factory.mktemp("published") / "run")
+    shutil.rmtree(run.model)
     model, processor = recommender(BASE)
-    for one in (model, processor):
-        one.save_pretrained(run / "model")
-    send(hub, run, "v1")
-    return run, model, processor
+    for part in (model, processor):
+        part.save_pretrained(run.model)
+    send(hub, finish(run), "v1")
+    return Published(run, model, processor)
 
 
 def recommender(base: Path) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]:
@@ -91,10 +107,10 @@ def recommender(base: Path) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]
     return MllmMsrForRecommendation.from_backbone(str(base), processor=processor, dtype=torch.float32), processor
 
 
-def send(hub: Hub, run: Path, tag: str, **more) -> None:
+def send(hub: Hub, run: RunFolder, tag: str, **options) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        publish(run, "org", dry_run=False, tag=tag, api=HfApi(hub.url, token=WRITE), **more)
+        publish(run, PublishOptions("org", tag=tag, **options), HfApi(hub.url, token=WRITE))
 
 
 def knowing(hub: Hub, home: Path) -> dict[str, str]:
@@ -106,7 +122,7 @@ def knowing(hub: Hub, home: Path) -> dict[str, str]:
 
 
 def fresh(hub: Hub, home: Path, *command: str) -> str:
-    """The output of such a process, with the pictures that the cards' examples open."""
+    """The output of such a process, with the images that the cards' examples open."""
     for name, colour in (("first.jpg", "red"), ("second.jpg", "blue")):
         Image.new("RGB", (40, 30), colour).save(home / name)
     environment = knowing(hub, home)
@@ -127,22 +143,22 @@ def numbers(output: str) -> list[float]:
 
 
 def test_model_processor_and_pipeline_by_their_name_without_the_package(hub, published, tmp_path):
-    run, model, processor = published
-    code = "\n".join([WITHOUT_PACKAGE, SCORE, *snippets(run / "hub/model"), "print('SCORES', score(model, processor))"])
-    output = fresh(hub, tmp_path, "-c", code)
-    expected = model.score(**processor(*PAIRS)).logits.tolist()
+    load = LOAD.replace("REVISION", "'v1'")
+    output = fresh(
+        hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, SCORE, *snippets(published.run.hub / "model"), load])
+    )
+    expected = published.model.score(**published.processor(*PAIRS)).logits.tolist()
     assert numbers(output) == pytest.approx(expected, abs=1e-5)
-    assert "tensor([" in output and "'score':" in output  # the card's own examples
+    assert output.count("'score':") == 4  # the card's own examples
 
 
 def test_every_config_of_the_data_set_and_the_metric(hub, published, tmp_path):
-    run = published[0]
-    scores = pl.read_parquet(run / "scores.parquet").filter(row="mllm_msr")
+    run = published.run
+    scores = run.read(SCORES).filter(variant="mllm_msr")
     columns = {name: scores[name].to_list() for name in ("user_id", "label", "logit")}
     (tmp_path / "scores.json").write_text(json.dumps(columns))
-    told = EVERY_CONFIG + METRIC
-    cards = [*snippets(run / "hub/dataset"), *snippets(run / "hub/ranking_metrics")]
-    output = fresh(hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, *cards, told]))
+    cards = [*snippets(run.hub / "dataset"), *snippets(run.hub / "ranking_metrics")]
+    output = fresh(hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, *cards, EVERY_CONFIG, METRIC]))
     rows = {tuple(line.split()[1:4]): int(line.split()[4]) for line in output.splitlines() if line.startswith("ROWS")}
     configs = {
         "items": ["train"],
@@ -161,10 +177,10 @@ def test_every_config_of_the_data_set_and_the_metric(hub, published, tmp_path):
         assert found[f"{name}_ci95"] == pytest.approx(result["ci95"], abs=1e-12)
 
 
-def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, fabricated, tmp_path):
+def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, tmp_path):
     """The adapter names the commit of its base; the base's main then gets other weights."""
-    run = fabricated(tmp_path / "run")
-    shutil.rmtree(run / "model")
+    run = fabricate(tmp_path / "run")
+    shutil.rmtree(run.model)
     api = HfApi(hub.url, token=WRITE)
     api.create_repo("org/base", private=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -174,10 +190,9 @@ def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, fabricated, tmp_path
         model.config.backbone_name_or_path, model.config.backbone_revision = "org/base", pinned
         config = LoraConfig(r=2, target_modules=language_model_lora_targets(model), init_lora_weights=False)
         get_peft_model(model, config).eval()
-        for one in (model, processor):
-            one.save_pretrained(run / "model")
-        recipe = (run / "config.yaml").read_text().replace("model_name_or_path: demo", "model_name_or_path: org/base")
-        (run / "config.yaml").write_text(recipe, encoding="utf-8")
+        for part in (model, processor):
+            part.save_pretrained(run.model)
+        run = change_recipe(run, training={"model_name_or_path": "org/base", "model_revision": pinned})
         send(hub, run, "adapter-1", parts=("model",))
         other = AutoModelForImageTextToText.from_pretrained(BASE)
         with torch.no_grad():
@@ -189,13 +204,8 @@ def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, fabricated, tmp_path
     assert [path for path in hub.files("model", "org/mllm-msr-demo", "adapter-1") if path.endswith(".safetensors")] == [
         "adapter/adapter_model.safetensors"
     ]
-    code = (
-        "from transformers import AutoModel, AutoProcessor\n"
-        "pinned = {'trust_remote_code': True, 'revision': 'adapter-1'}\n"
-        "model = AutoModel.from_pretrained('org/mllm-msr-demo', **pinned)\n"
-        "print('SCORES', score(model, AutoProcessor.from_pretrained('org/mllm-msr-demo', **pinned)))"
-    )
-    output = fresh(hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, SCORE, code]))
+    load = LOAD.replace("REVISION", "'adapter-1'")
+    output = fresh(hub, tmp_path, "-c", "\n".join([WITHOUT_PACKAGE, SCORE, load]))
     expected = model.score(**processor(*PAIRS)).logits.tolist()
     assert numbers(output) == pytest.approx(expected, abs=1e-5)
 
@@ -241,7 +251,7 @@ def test_the_demo_space_shows_model_and_data_by_their_ids(hub, published, tmp_pa
         line = next((line for line in process.stdout if "http://" in line), None)
         assert line, said.read_text()[-3000:]
         page = Client(line.split()[-1], verbose=False)
-        user = sorted(pl.read_parquet(published[0] / "data/tasks.parquet").filter(split="test")["user_id"])[0]
+        user = sorted(published.run.tasks("test")["user_id"])[0]
         past, words, ranking = page.predict(user, True, True, api_name="/choose")
         assert len(past) >= 7 and words.count('class="step"') == len(past) // 3
         captions = [one["caption"].removeprefix("★ ") for one in ranking]

@@ -1,4 +1,4 @@
-"""`mllm-msr demo --serve` as it is typed: its page asked for over HTTP, and driven in a real browser."""
+"""`mllm-msr show page` as it is typed: its page asked for over HTTP, and driven in a real browser."""
 
 import os
 import shutil
@@ -12,41 +12,36 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from hub_run import fabricate, finish
 from playwright.sync_api import Error, Page, expect, sync_playwright
 
 from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
-from mllm_msr.records.recipe import load_recipe
-from mllm_msr.records.run import Run
-from mllm_msr.stages import run_all
 
 BASE = str(files("mllm_msr") / "demo" / "base")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-class Noted(Run):
-    """A run whose stages are noted as done, and not done."""
-
-    def stage(self, name, depends_on, output, work):
-        super().stage(name, depends_on, output, lambda key: None)
-
-
 @pytest.fixture(scope="module")
-def url(fabricated, tmp_path_factory):
-    """The page of a small run that passes for a finished demo."""
-    run = fabricated(tmp_path_factory.mktemp("served") / "run")
-    shutil.rmtree(run / "model")
+def url(tmp_path_factory):
+    """The page of a small run that passes for a finished one."""
+    run = fabricate(tmp_path_factory.mktemp("served") / "run")
+    shutil.rmtree(run.model)
     processor = MllmMsrProcessor.from_backbone(BASE)
     model = MllmMsrForRecommendation.from_backbone(BASE, processor=processor, dtype=torch.float32)
-    for one in (model, processor):
-        one.save_pretrained(run / "model")
-    (run / "report.html").touch()
-    run_all(Noted.create(run, load_recipe(Path(BASE).parent / "recipe.yaml")))
+    for part in (model, processor):
+        part.save_pretrained(run.model)
+    finish(run)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "HF_HOME": str(run / "hf"), "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
-    typed = [str(Path(sys.executable).with_name("mllm-msr")), "demo", "--output", str(run), "--serve", "--port", port]
-    process = subprocess.Popen(typed, stdout=subprocess.PIPE, text=True, env={**environment, "PYTHONUNBUFFERED": "1"})
+    environment = {
+        **os.environ,
+        "HF_HOME": str(run.path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
+    command = [str(Path(sys.executable).with_name("mllm-msr")), "show", "page", str(run.path), "--port", port]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environment, "PYTHONUNBUFFERED": "1"})
     try:
         assert process.stdout is not None
         line = next((line for line in process.stdout if "http://" in line), None)
@@ -78,7 +73,7 @@ def page(url):
 def test_the_page_answers(url):
     with urlopen(url) as reply:
         page = reply.read().decode()
-    assert "MLLM-MSR" in page and "Choose a user" in page and "the model sees pictures" in page
+    assert "MLLM-MSR" in page and "Choose a user" in page and "the model sees images" in page
 
 
 def captions(page: Page) -> list[str]:
