@@ -39,10 +39,6 @@ class SequenceHeadOptions:
         identity_dropout: the share of items whose identity is left out in a training step, if they have content.
         gate: whether content is weighted, for each order of magnitude of an item's training interactions, by a learnt
             number; those without have their own.
-        likeness: P, dimensions of content in which items are compared as they are; 0 for none. The score then has one
-            more term: the cosine of an item's whitened content with a mean over the last items, weighted by recency
-            and, by the item's training interactions, as learnt. It tells apart what D learnt dimensions blur.
-        reach: how many of the last items that mean goes over.
         max_length: places of a history that are read, from its end.
     """
 
@@ -54,8 +50,6 @@ class SequenceHeadOptions:
     dropout: float = 0.3
     identity_dropout: float = 0.3
     gate: bool = False
-    likeness: int = 0
-    reach: int = 8
     max_length: int = 100
 
     def __post_init__(self) -> None:
@@ -79,7 +73,7 @@ class SequenceHeadConfig(SequenceHeadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.content_size and (self.likeness or not self.identity):
+        if not self.identity and not self.content_size:
             raise ValueError("an item needs an identity, content, or both: give content_size or identity=True")
 
 
@@ -88,8 +82,8 @@ class SequenceHeadOutput(ModelOutput):
     """Output of the head.
 
     Args:
-        states: (B, L, D + P), u_t: what stands for the next item after each place; of no meaning at padding.
-        last: (B, D + P), the state after the last item of each history; zero for an empty one.
+        states: (B, L, D), u_t: what stands for the next item after each place; of no meaning at padding.
+        last: (B, D), the state after the last item of each history; zero for an empty one.
     """
 
     states: Tensor | None = None
@@ -103,7 +97,6 @@ class SequenceHead(nn.Module):
     mean: Tensor
     deviation: Tensor
     counts: Tensor
-    whitening: Tensor
 
     def __init__(self, config: SequenceHeadConfig) -> None:
         super().__init__()
@@ -121,10 +114,6 @@ class SequenceHead(nn.Module):
             )
             if config.gate:
                 self.gate = nn.Parameter(torch.ones(GATES))
-            if config.likeness:
-                self.register_buffer("whitening", torch.zeros(config.content_size, config.likeness))
-                self.alike_scale = nn.Parameter(torch.full((GATES,), 2.0))  # logarithms
-                self.recency = nn.Parameter(torch.zeros(config.reach))
         if config.identity:
             self.identity = nn.Parameter(torch.empty(config.n_items, config.hidden))
         self.encoder = Transformer(config) if config.encoder == "transformer" else Recurrent(config)
@@ -162,14 +151,9 @@ class SequenceHead(nn.Module):
         self.mean.copy_(content.float().mean(dim=0))
         self.deviation.copy_(content.float().std(dim=0, correction=0).clamp(min=1e-6))
         self.content.copy_(content)
-        if self.config.likeness:
-            centred = content.float() - self.mean
-            _, size, directions = torch.linalg.svd(centred, full_matrices=False)
-            kept = min(self.config.likeness, len(size))
-            self.whitening[:, :kept] = directions[:kept].T / (size[:kept] + SHRINKAGE * size.mean())
 
     def item_vectors(self, codes: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        """(N, D + P): v of the items with these (N,) codes, all for None, and their likeness, weighted.
+        """(N, D): v of the items with these (N,) codes, of the whole catalogue for None.
 
         In training a random share of them goes without its identity, see ``identity_dropout``.
 
@@ -178,38 +162,33 @@ class SequenceHead(nn.Module):
         """
         counts = self.counts if hidden is None else self.counts * ~hidden
         counts = counts if codes is None else counts[codes]
-        if self.training and self.config.identity and self.config.content_size:
-            counts = counts * (torch.rand(len(counts), device=counts.device) >= self.config.identity_dropout)
+        whole = counts > 0
+        if self.training and self.config.content_size and self.config.identity_dropout:
+            whole = whole & (torch.rand(len(counts), device=counts.device) >= self.config.identity_dropout)
         vectors = torch.zeros(len(counts), self.config.hidden, device=counts.device)
+        if self.config.content_size:
+            content = self.content if codes is None else self.content[codes]
+            vectors = self._read(content, torch.where(whole, counts, 0) if self.config.identity else counts)
         if self.config.identity:
-            vectors = (self.identity if codes is None else self.identity[codes]) * (counts > 0)[:, None]
-        if not self.config.content_size:
-            return vectors
-        return self._vectors(self.content if codes is None else self.content[codes], counts, vectors)
+            identity = self.identity if codes is None else self.identity[codes]
+            vectors = vectors + identity * whole[:, None]
+        return vectors
 
     def new_item_vectors(self, content: Tensor) -> Tensor:
-        """(N, D + P): v of items outside the catalogue, and their likeness, from their (N, F) content alone."""
+        """(N, D): v of items outside the catalogue from their (N, F) content alone."""
         if not self.config.content_size:
             raise ValueError("this head knows items by their identity alone: it cannot rank new ones")
-        return self._vectors(content, torch.zeros(len(content), dtype=torch.int32, device=content.device))
+        return self._read(content, torch.zeros(len(content), dtype=torch.int32, device=content.device))
 
-    def _vectors(self, content: Tensor, counts: Tensor, identity: Tensor | float = 0.0) -> Tensor:
-        centred, gates = content.float() - self.mean, frequency_gates(counts)
-        vectors = self.reader(centred / self.deviation)
+    def _read(self, content: Tensor, counts: Tensor) -> Tensor:
+        vectors = self.reader((content.float() - self.mean) / self.deviation)
         if self.config.gate:
-            vectors = vectors * self.gate[gates][:, None]
-        vectors = vectors + identity
-        if self.config.likeness:
-            alike = F.normalize(centred @ self.whitening, dim=1) * self.alike_scale[gates].exp()[:, None]
-            vectors = torch.cat([vectors, alike], dim=1)
+            vectors = vectors * self.gate[frequency_gates(counts)][:, None]
         return vectors
 
     def encode(self, vectors: Tensor, lengths: Tensor) -> SequenceHeadOutput:
-        """Read (B, L, D + P) vectors of histories, oldest first, of which the first (B,) ``lengths`` are real."""
-        own, alike = vectors.split([self.config.hidden, self.config.likeness], dim=-1)
-        states = self.encoder(own * self.config.hidden**0.5, lengths)
-        if self.config.likeness:
-            states = torch.cat([states, recent_mean(F.normalize(alike, dim=-1), self.recency.softmax(dim=0))], dim=-1)
+        """Read (B, L, D) vectors of histories, oldest first, of which the first (B,) ``lengths`` are real."""
+        states = self.encoder(vectors * self.config.hidden**0.5, lengths)
         place = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, states.shape[-1])
         last = states.gather(1, place)[:, 0] * (lengths > 0)[:, None]
         return SequenceHeadOutput(states=states, last=last)
@@ -217,8 +196,8 @@ class SequenceHead(nn.Module):
     def forward(self, histories: Tensor, vectors: Tensor | None = None) -> SequenceHeadOutput:
         """Read (B, L) item codes, oldest first, ``PADDING`` after the last.
 
-        ``vectors``: (N, D + P), what codes stand for, if not :meth:`item_vectors` of the catalogue: with further rows
-        for new items, or kept from an earlier call.
+        ``vectors``: (N, D), what codes stand for, if not :meth:`item_vectors` of the catalogue: with further rows for
+        new items, or kept from an earlier call.
         """
         vectors = self.item_vectors() if vectors is None else vectors
         histories = last_places(histories, self.config.max_length)
@@ -255,7 +234,6 @@ def load_head(folder: Path) -> tuple[SequenceHead, dict[str, int]]:
     return head.eval(), {item_id: code for code, item_id in enumerate(content["items"])}
 
 
-SHRINKAGE = 0.3  # of whitening, in mean singular values: directions of little variance are mostly noise
 GATES = 12  # 0, 1, 2-3, 4-7, ... interactions, and 1,024 or more
 
 
@@ -266,19 +244,6 @@ def frequency_gates(counts: Tensor) -> Tensor:
     [0, 1, 2, 2, 3, 11]
     """
     return torch.where(counts > 0, counts.clamp(min=1).float().log2().long() + 1, 0).clamp(max=GATES - 1)
-
-
-def recent_mean(vectors: Tensor, weights: Tensor) -> Tensor:
-    """(B, L, P): at each place the mean of (B, L, P) vectors there and before, by (K,) ``weights``, the latest first.
-
-    >>> recent_mean(torch.tensor([[[1.0], [3.0], [5.0]]]), torch.tensor([0.5, 0.5])).flatten().tolist()
-    [1.0, 2.0, 4.0]
-    """
-    length = vectors.shape[1]
-    reach = min(len(weights), length)
-    total = sum(weights[back] * F.pad(vectors[:, : length - back], (0, 0, back, 0)) for back in range(reach))
-    counted = torch.arange(length, device=vectors.device).clamp(max=reach - 1)
-    return total / weights.cumsum(dim=0)[counted][:, None]
 
 
 def last_places(histories: Tensor, length: int) -> Tensor:

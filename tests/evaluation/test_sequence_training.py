@@ -62,12 +62,12 @@ def test_it_learns_order_and_ranks_candidates_as_it_does_the_catalogue(stop_by, 
 def test_every_parameter_is_trained_but_identities_of_items_without_interactions():
     data = circle(never=(5,))
     assert not data.counts()[5]
-    head = fit(config(content_size=36, gate=True, likeness=8), data, OPTIONS)
+    head = fit(config(content_size=36, gate=True), data, OPTIONS)
     torch.manual_seed(0)
     before = SequenceHead(head.config)
     before.set_items(data.counts(), data.content)
     for (name, old), new in zip(before.named_parameters(), head.parameters(), strict=True):
-        if name not in ("identity", "gate", "alike_scale"):
+        if name not in ("identity", "gate"):
             assert not torch.equal(old, new), name
     assert not head.identity[5].any()
     assert (head.identity != before.identity).any(dim=1).sum() == (data.counts() > 0).sum()

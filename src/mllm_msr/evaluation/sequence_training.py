@@ -256,7 +256,7 @@ def user_states(head: SequenceHead, histories: CodedLists, vectors: torch.Tensor
     """(U, D): the states after whole histories, those of like length together; (I, D) ``vectors`` of the items."""
     recent = histories.last(head.config.max_length)
     order = np.argsort(recent.lengths, kind="stable")
-    states = torch.empty(len(order), vectors.shape[1])
+    states = torch.empty(len(order), head.config.hidden)
     for begin in range(0, len(order), 256):
         batch = order[begin : begin + 256]
         codes = torch.from_numpy(recent.padded(recent.bounds[batch], recent.lengths[batch]))
