@@ -83,6 +83,18 @@ def test_tasks_are_those_of_make_tasks_and_sound(raw: RawData, tmp_path: Path) -
     assert report["protocol"]["popularity"]["test"] == popularity_figures(tasks.filter(split="test"), counts)
 
 
+def test_users_without_a_task_count_as_training(raw: RawData, tmp_path: Path) -> None:
+    log = raw.interactions.collect()
+    for user in ("a", "z"):  # the first and the last; too short a history for a task, but popular what they chose
+        lone = pl.DataFrame({"user_id": [user] * 3, "item_id": ["i0", "i1", "i2"], "timestamp": [0, 1, 2]})
+        log = pl.concat([log, lone])
+    options = PrepareOptions(n_negatives=2, k_core_users=1, k_core_items=1, min_history=3)
+    report = prepare(RawData(log, raw.items), tmp_path / "data", options, "made up", popularity_figures)
+    assert report["protocol"]["targets_with_short_history"] > 0
+    tasks = pl.read_parquet(tmp_path / "data" / "tasks.parquet")
+    assert not {"a", "z"} & set(tasks["user_id"])
+
+
 def test_files_are_the_same_every_time(raw: RawData, tmp_path: Path) -> None:
     for name in "ab":
         prepare(raw, tmp_path / name, OPTIONS, "made up", popularity_figures)

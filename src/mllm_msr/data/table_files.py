@@ -162,6 +162,7 @@ def _numbered(batches: Any) -> Iterator[pl.DataFrame]:
     """Arrow tables as frames with ``ROW``."""
     start = 1
     for batch in batches:
+        batch.validate(full=True)  # Polars takes texts for UTF-8 unseen
         table = pl.DataFrame(pl.from_arrow(batch))
         yield table.with_row_index(ROW, start)
         start += len(table)

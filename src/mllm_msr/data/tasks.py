@@ -88,14 +88,19 @@ class TaskPlan:
             yield self.decode(tasks)
 
     def coded_chunks(self, entries: int = CHUNK) -> Iterator[tuple[pl.DataFrame, Array, Array]]:
-        """The same with numbers for ids, and with them all rows (``ROW``) of their users: the log's and those seen."""
+        """The same with numbers for ids, and with them all rows (``ROW``) of some users: the log's and those seen.
+
+        Every user is in one chunk, also one without a task.
+        """
         for part in self._parts():
             targets = np.flatnonzero(part.split >= 0)
-            size = part.position[targets] + part.width(targets)
-            chunk = np.cumsum(size) // entries
-            for rows in np.split(targets, np.flatnonzero(np.diff(chunk)) + 1) if len(targets) else ():
-                users = part.user[rows[[0, -1]]] + part.first_user
-                logged, seen = (_of(kind, users) for kind in part.rows)
+            user = part.user[targets]
+            first = np.flatnonzero(np.diff(user, prepend=-1))  # each user's first target
+            chunk = (np.cumsum(part.position[targets] + part.width(targets)) // entries)[first]
+            cuts = first[1:][np.diff(chunk) > 0]
+            bounds = [0, *user[cuts], int(part.user[-1]) + 1]
+            for rows, start, end in zip(np.split(targets, cuts), bounds, bounds[1:], strict=False):
+                logged, seen = (_of(kind, start + part.first_user, end + part.first_user) for kind in part.rows)
                 yield part.tasks(rows, self.log.users, self.counts), logged, seen
 
     def decode(self, tasks: pl.DataFrame) -> pl.DataFrame:
@@ -269,10 +274,9 @@ def _repeated(pairs: Array) -> Array:
     return repeated
 
 
-def _of(rows: Array, users: Array) -> Array:
-    """The rows from the first to the last of ``users``; ``rows`` by user."""
-    start, end = np.searchsorted(rows["user"], users[0], "left"), np.searchsorted(rows["user"], users[1], "right")
-    return rows[start:end]
+def _of(rows: Array, start: int, end: int) -> Array:
+    """The rows of the users from ``start`` to before ``end``; ``rows`` by user."""
+    return rows[slice(*np.searchsorted(rows["user"], [start, end]))]
 
 
 def _ranges(starts: Array, lengths: Array) -> Array:

@@ -88,12 +88,13 @@ def _encoding(path: Path, bad: BadRows) -> str:
     if encoding := next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), None):
         return encoding
     if b"\0" in head:
-        for encoding, zeros, others in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
-            if zeros.count(0) > len(zeros) / 2 and others.count(0) == 0:
+        for encoding, high, low in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
+            if high.count(0) > len(high) / 10 and high.count(0) > 4 * low.count(0):
                 return encoding
-        if head.count(0) > len(head) / 1000:
-            raise ValueError(f"{path}: this is no text, it has NUL bytes; save it as UTF-8 text")
-    return _utf8_or_windows(path, bad)
+    encoding = _utf8_or_windows(path, bad)
+    if head.count(0) > (len(head) / 20 if encoding == "utf-8" else 0):
+        raise ValueError(f"{path}: this is no text, it has NUL bytes; save it as UTF-8 text")
+    return encoding
 
 
 def _utf8_or_windows(path: Path, bad: BadRows) -> str:
