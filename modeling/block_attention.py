@@ -177,9 +177,11 @@ def block_attention(
     outputs: list[torch.Tensor] = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of each group of prefixes
     for segments in block_layout.prefixes:
-        own = [segments.gather(tensor) for tensor in (q, k, v)]
+        queries, keys, values = (segments.gather(tensor) for tensor in (q, k, v))
         output = scaled_dot_product_attention(
-            *own,
+            queries,
+            keys,
+            values,
             attn_mask=segments.mask,
             dropout_p=dropout,
             is_causal=segments.mask is None,
@@ -187,7 +189,7 @@ def block_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-        seen.append((own[1], own[2]))
+        seen.append((keys, values))
     suffixes, groups = block_layout.suffixes, block_layout.groups
     if suffixes is not None:
         layer: Any = module.layer_idx

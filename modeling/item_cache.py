@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,21 @@ from .inputs import Candidate
 from .interfaces import RecommendationModel, RecommendationProcessor
 
 SAMPLES = 1024  # values of each weight that go into the fingerprint of a model
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """How many candidates were computed, were there and were deleted, and the folder that has them."""
+
+    computed: int
+    kept: int
+    deleted: int
+    folder: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files in the folder."""
+        return sum(path.stat().st_size for path in self.folder.glob("*/*"))
 
 
 class ItemCache:

@@ -150,7 +150,7 @@ class LatePlan:
 
     def _encode(self, batch: BatchFeature, side: Literal["user", "item"], features: list[torch.Tensor]) -> KVCache:
         packed = pack_late_prefixes(self.model, batch.to(self.model.device), side)
-        output: Any = self.model(**packed, image_features=features)
+        output = self.model(**packed, image_features=features)
         return KVCache.of(output.past_key_values, packed["block_layout"].prefixes[0])
 
     def _pair_scores(self, users: KVCache, items: KVCache, pairs: Pairs) -> Iterator[Scores]:
@@ -171,5 +171,5 @@ class LatePlan:
                 self.answer_ids,
                 torch.from_numpy(np.stack([user_of, item_of])).to(self.model.device),
             )
-            logits: Any = self.model.score(**packed).logits
-            yield Scores(part.users, part.places, logits.cpu().numpy())
+            logits = self.model.score(**packed).logits.cpu().numpy()
+            yield Scores(part.users, part.places, logits)

@@ -144,7 +144,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
 
         It stays so: layers that gradient checkpointing computes again look up their attention again.
         """
-        self.get_decoder().set_attn_implementation(BLOCK_ATTENTION)
+        decoder: Any = self.get_decoder()
+        decoder.set_attn_implementation(BLOCK_ATTENTION)
 
     def forward(
         self,

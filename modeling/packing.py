@@ -239,7 +239,8 @@ def _layout(
         slots.append(inside.flatten().nonzero()[:, 0] + slot)
         start, slot = start + len(part.ids), slot + inside.numel()
     in_row = segments[: len(prefixes)]
-    groups = [PrefixGroup.of(*pair) for pair in zip([*in_row, *caches], prefix_of, strict=bool(prefix_of))]
+    all_prefixes: list[Segments | KVCache] = [*in_row, *caches]
+    groups = [PrefixGroup.of(*pair) for pair in zip(all_prefixes, prefix_of, strict=bool(prefix_of))]
     return BlockLayout(in_row, segments[-1] if suffixes is not None else None, groups, torch.cat(slots))
 
 

@@ -148,9 +148,10 @@ class SequentialRecommendationPipeline(Pipeline):
         while batch := list(islice(waiting, batch_size)):
             yield from self.forward({"requests": [Request.of(request) for request in batch]}, **forward_params)
 
-    def _forward(self, input_tensors: dict[str, Any], top_k: int | None = None, **writing: Any) -> Any:
+    def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
         requests: list[Request] = input_tensors["requests"]
-        users = self._users(requests, Writing(**writing))
+        top_k = forward_parameters.pop("top_k", None)
+        users = self._users(requests, Writing(**forward_parameters))
         names = [[f"{number} {place}" for place in range(len(one.candidates))] for number, one in enumerate(requests)]
         catalogue = {
             name: candidate

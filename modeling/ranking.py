@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .image_features import ImageFeatureCache, PreparedCatalogue
 from .inputs import Candidate, User, as_candidates, as_users
 from .interfaces import RecommendationModel, RecommendationProcessor
-from .item_cache import ItemCache
+from .item_cache import IndexReport, ItemCache
 from .late_ranking import LatePlan, Pairs, Scores
 from .packing import RowTooWide, block_limits, pack_joint
 
@@ -69,10 +69,10 @@ class Recommender:
     ) -> None:
         self.model, self.processor = model.eval(), processor
         self.obstacle, self.window = block_limits(model.config.vlm_config)
-        late = model.config.interaction == "late"
-        if (share_prefix or late) and self.obstacle:
+        self.late = model.config.interaction == "late"
+        if (share_prefix or self.late) and self.obstacle:
             raise ValueError(f"prompts cannot share what they have in common: {self.obstacle}")
-        if cache is not None and not late:
+        if cache is not None and not self.late:
             raise ValueError("a joint model computes candidates anew for every user: leave `cache` out")
         self.shares_prefix = self.obstacle is None and share_prefix is not False
         if self.shares_prefix:
@@ -80,7 +80,7 @@ class Recommender:
         memory = int(memory_gb * 1e9) if memory_gb is not None else _free_memory(model.device) // 2
         self.cache = ItemCache(Path(cache), model, processor) if cache is not None else None
         self.plan: JointPlan | LatePlan
-        if late:
+        if self.late:
             self.plan = LatePlan(model, processor, token_budget, memory, self.cache)
         else:
             self.plan = JointPlan(model, processor, token_budget, memory, self.shares_prefix, bool(share_prefix))
@@ -143,12 +143,8 @@ class Recommender:
         logits = self.score(users, [list(catalogue)] * len(users), catalogue, progress)
         return [in_order(candidates, row, top_k) for row in logits]
 
-    def index(self, catalogue: Mapping[str, Candidate], progress: str | None = None) -> tuple[int, int, int]:
-        """Fill the ``cache`` ahead, and delete from it what is not in ``catalogue`` any more.
-
-        Returns:
-            How many candidates were computed, how many were there, and how many were deleted.
-        """
+    def index(self, catalogue: Mapping[str, Candidate], progress: str | None = None) -> IndexReport:
+        """Fill the ``cache`` ahead, and delete from it what is not in ``catalogue`` any more."""
         if self.cache is None or not isinstance(self.plan, LatePlan):
             raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
         paths = {item: self.cache.path(Candidate.of(catalogue[item])) for item in catalogue}
@@ -156,7 +152,8 @@ class Recommender:
         with torch.inference_mode(), tqdm(total=len(missing), desc=progress, disable=progress is None) as bar:
             for count in self.plan.encode_items(missing, catalogue):
                 bar.update(count)
-        return len(missing), len(paths) - len(missing), self.cache.prune(paths.values())
+        deleted = self.cache.prune(paths.values())
+        return IndexReport(len(missing), len(paths) - len(missing), deleted, self.cache.folder)
 
 
 class JointPlan:
@@ -205,7 +202,7 @@ class JointPlan:
                 batch = self.processor([users[user] for user in part.users], candidates).to(self.model.device)
                 packed = self._packed(batch, part.users)
                 if self._fits(packed["input_ids"].numel(), len(part)):
-                    output: Any = self.model.score(**packed, image_features=images.features(batch.images))
+                    output = self.model.score(**packed, image_features=images.features(batch.images))
                     yield Scores(part.users, part.places, output.logits.cpu().numpy())
                     start += len(part)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,16 +32,17 @@ class ChatTemplate:
         Args:
             question: its parts in order: texts, and ``None`` for an image.
         """
-        messages = [{"role": "user", "content": self._content(question)}]
+        messages: list[Any] = [{"role": "user", "content": self._content(question)}]
         if answer is not None:
             messages.append({"role": "assistant", "content": self._content([answer])})
-        return self.tokenizer.apply_chat_template(
+        text: Any = self.tokenizer.apply_chat_template(
             messages,
             chat_template=self.template,
             add_generation_prompt=answer is None,
             tokenize=False,
             enable_thinking=False,
         )
+        return text
 
     def _content(self, parts: Sequence[str | None]) -> str | list[dict[str, str]]:
         if self.image_token is None:
@@ -63,7 +65,7 @@ class ChatTemplate:
         first = {side: [self._first_token(encoder, text) for text in texts] for side, texts in ANSWERS.items()}
         answers: dict[str, list[int]] = {"yes": [], "no": []}
         for index, pair in enumerate(zip(first["yes"], first["no"], strict=True)):
-            spelt = (self.tokenizer.decode([token]).strip() for token in pair)
+            spelt = (str(self.tokenizer.decode([token])).strip() for token in pair)
             whole = all(text == ANSWERS[side][index].strip() for side, text in zip(answers, spelt, strict=True))
             if index == 0 or whole:  # the spelling to train on, and others of which the first token says it all
                 for side, token in zip(answers, pair, strict=True):

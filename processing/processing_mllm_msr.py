@@ -314,8 +314,9 @@ class MllmMsrProcessor(ProcessorMixin):
 
     @property
     def _chat(self) -> ChatTemplate:
+        template: Any = self.chat_template
         image_token = self._backbone.image_token if self._backbone is not None else None
-        return ChatTemplate(self.tokenizer, self.chat_template, image_token)
+        return ChatTemplate(self.tokenizer, template, image_token)
 
     def _batch(
         self, prompts: list[Prompt], answers: list[int] | None = None, room: int = 0, limit: int | None = None

@@ -55,9 +55,10 @@ def scoring(trainer: Trainer) -> Iterator[Score]:
     model, main = accelerator.unwrap_model(trainer.model), accelerator.is_main_process
     if alone and main:
         whole.to(accelerator.device)
-    plain = whole.get_base_model() if isinstance(whole, PeftModel) else whole
+    plain: Any = whole.get_base_model() if isinstance(whole, PeftModel) else whole
+    processor: Any = trainer.processing_class
     was_training = model.training
-    recommender = Recommender(plain, trainer.processing_class)
+    recommender = Recommender(plain, processor)
 
     def score(tasks: pl.DataFrame, items: Catalogue) -> pl.DataFrame:
         if alone:

@@ -66,12 +66,12 @@ class PreparedItems(Mapping[str, Candidate]):
     """The catalogue with prepared images, of which the last ``IMAGES`` are kept."""
 
     def __init__(self, processor: MllmMsrProcessor, items: Catalogue) -> None:
-        self.processor, self.items = processor, items
+        self.processor, self.catalogue = processor, items
         self.prepared: dict[str, Candidate] = {}
 
     def __getitem__(self, item_id: str) -> Candidate:
         if item_id not in self.prepared:
-            item = self.items[item_id]
+            item = self.catalogue[item_id]
             if item.image is not None:
                 item = replace(item, image=self.processor.prepare_images([item.image])[0])
             if len(self.prepared) == IMAGES:
@@ -80,10 +80,10 @@ class PreparedItems(Mapping[str, Candidate]):
         return self.prepared[item_id]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.items)
+        return iter(self.catalogue)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.catalogue)
 
 
 def images_of(items: PreparedItems, item_ids: Iterable[str]) -> dict[str, list[Any]]:

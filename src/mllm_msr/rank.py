@@ -177,9 +177,11 @@ def index(run: RunFolder, memory_gb: float | None) -> None:
             "nothing to index; `mllm-msr rank` works without"
         )
     ranker = load_recommender(run, Computing(cache=run.item_cache, memory_gb=memory_gb))
-    new, kept, dropped = ranker.index(load_catalogue(run), progress="items")
-    size = sum(path.stat().st_size for path in ranker.cache.folder.glob("*/*"))
-    print(f"{new} items computed, {kept} were there, {dropped} dropped; {size / 1e6:.1f} MB in {ranker.cache.folder}")
+    done = ranker.index(load_catalogue(run), progress="items")
+    print(
+        f"{done.computed} items computed, {done.kept} were there, {done.deleted} dropped; "
+        f"{done.nbytes / 1e6:.1f} MB in {done.folder}"
+    )
 
 
 def load_ranker(run: RunFolder, how: Ranking) -> Any:
