@@ -25,8 +25,8 @@ def score_in_all_ways(run: RunFolder, contexts: pl.DataFrame) -> pl.DataFrame:
         if late and how.share_prefix is not None:
             continue  # a late model has no other way
         recommender = load_recommender(run, how)
-        late = recommender.late
         model = recommender.model
+        late = model.config.interaction == "late"
         name = way or f"{str(model.dtype).removeprefix('torch.')}, {model.config._attn_implementation} attention"
         scores = score_with_model(recommender, contexts, catalogue, progress=way or "as evaluated")
         frames.append(scores.select(pl.lit(name).alias("way"), "user_id", "item_id", "logit"))
