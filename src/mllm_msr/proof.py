@@ -1,6 +1,6 @@
 """The proof against leakage over a whole run: when texts are made, and before anything is published.
 
-No prompt has a raw id, of whatever length, because (1) the templates print only texts and pictures, never an id, (2)
+No prompt has a raw id, of whatever length, because (1) the templates print only texts and images, never an id, (2)
 each finished prompt is, letter by letter, what its template makes of these, (3) no title or description is an id, and
 (4) no text that was generated has an id in it. Under (4) an id shorter than six characters is not looked for, as it
 cannot be told from a number; but by (1) and (3) the model that wrote the text was never shown one.
@@ -96,12 +96,12 @@ def check_prompts(
     examples: pl.DataFrame, contexts: pl.DataFrame, items: pl.DataFrame, template: str, noun: str = "item"
 ) -> None:
     """Each finished prompt is what the template makes of its task's preference and recent summaries and of the
-    candidate's title, text and picture, and of nothing else; or raise LeakageError with the rows.
+    candidate's title, text and image, and of nothing else; or raise LeakageError with the rows.
 
     Args:
         examples: ``task_id``, ``item_id``, ``prompt`` as :func:`~mllm_msr.processing.examples.training_examples` makes.
         contexts: ``task_id``, ``preference``, ``recent``.
-        items: ``item_id``, ``title``, ``text``, ``image`` (whether there is a picture).
+        items: ``item_id``, ``title``, ``text``, ``image`` (whether there is one).
     """
     rows = examples.select("task_id", "item_id", "prompt").join(
         contexts.select("task_id", "preference", "recent"), on="task_id", how="left", maintain_order="left"

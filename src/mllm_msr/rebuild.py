@@ -1,4 +1,4 @@
-"""Add to this data set the texts and pictures that the terms of its source keep out of it.
+"""Add to this data set the texts and images that the terms of its source keep out of it.
 
     pip install mllm-msr                                   # the version that the card names
     python rebuild.py --data FOLDER_OF_THE_SOURCE --output rebuilt

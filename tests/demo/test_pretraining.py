@@ -1,4 +1,4 @@
-"""The base model's schooling: right answers, one tokenisation with the processor, and a base that ships."""
+"""The base model's pretraining: right answers, one tokenisation with the processor, and a base that ships."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from mllm_msr.data.sources.world import TRAITS, draw, random_item
-from mllm_msr.demo import pretraining as school
+from mllm_msr.demo import pretraining
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
@@ -17,14 +17,14 @@ BASE = Path(backbone_path("demo"))
 
 @pytest.fixture(scope="module")
 def processor() -> MllmMsrProcessor:
-    return MllmMsrProcessor.from_backbone(str(BASE), prompts=school.PROMPTS)
+    return MllmMsrProcessor.from_backbone(str(BASE), prompts=pretraining.PROMPTS)
 
 
 def test_questions_have_right_answers():
     rng = np.random.default_rng(5)
     for _ in range(300):
         item = random_item(rng, "x")
-        turns = school.dialogue(rng, item)
+        turns = pretraining.dialogue(rng, item)
         if len(turns) == 1:
             continue
         listed = turns[0][0].split("\n")[0]
@@ -41,26 +41,26 @@ def test_questions_have_right_answers():
             elif question.startswith("Name the "):
                 assert answer == item.traits[question.split()[2].rstrip(".")]
             elif question.startswith("Do "):
-                assert answer == ("Yes" if len(fitting) >= school.NUMBERS.index(question.split()[1]) else "No")
+                assert answer == ("Yes" if len(fitting) >= pretraining.NUMBERS.index(question.split()[1]) else "No")
             else:
-                assert question == "How many fit?" and answer == school.NUMBERS[len(fitting)]
+                assert question == "How many fit?" and answer == pretraining.NUMBERS[len(fitting)]
 
 
-def test_schooling_never_asks_what_the_recommender_is_asked():
+def test_pretraining_never_asks_what_the_recommender_is_asked():
     rng = np.random.default_rng(6)
-    asked = "\n".join(question for _ in range(500) for question, _ in school.dialogue(rng, random_item(rng, "x")))
+    asked = "\n".join(question for _ in range(500) for question, _ in pretraining.dialogue(rng, random_item(rng, "x")))
     assert "choose" not in asked and "Likes" not in asked
-    assert "Would they choose it?" in school.PROMPTS["recommendation"]
+    assert "Would they choose it?" in pretraining.PROMPTS["recommendation"]
 
 
-def test_lessons_are_tokenised_as_the_processor_does(processor):
+def test_dialogues_are_tokenised_as_the_processor_does(processor):
     rng = np.random.default_rng(7)
     item = random_item(rng, "x")
     caption = next(
-        turns for turns in iter(lambda: school.dialogue(rng, item), None) if turns[0][0].endswith("Describe it.")
+        turns for turns in iter(lambda: pretraining.dialogue(rng, item), None) if turns[0][0].endswith("Describe it.")
     )
-    stock = school.build_processor(processor.tokenizer)
-    ids, labels = school.encode(stock, caption)
+    stock = pretraining.build_processor(processor.tokenizer)
+    ids, labels = pretraining.encode(stock, caption)
     prompt = [token for token, label in zip(ids, labels, strict=True) if label == -100]
     batch = processor.item_summary([Candidate(title=item.title, text=item.text, image=draw(item))])
     assert batch["input_ids"][0].tolist() == prompt

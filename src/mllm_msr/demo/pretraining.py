@@ -1,9 +1,9 @@
 """Pretrain the demo's base model: ``python -m mllm_msr.demo.pretraining --output src/mllm_msr/demo/base``; an hour.
 
-A stock Llava of a few million parameters with its own tokenizer is taught, from scratch and from text the generator
+A stock Llava of a few million parameters with its own tokenizer is trained from scratch, on text that the generator
 writes, to caption drawn things, to condense a list of captions and an earlier preference, and to answer general
-yes/no questions about a list of words and a picture. It never sees a user, a choice, or the question the recommender
-is asked; ``no_sft`` in the demo's table is what this schooling alone is worth.
+yes/no questions about a list of words and an image. It never sees a user, a choice, or the question that the
+recommender is asked; the variant ``no_sft`` of the demo's table is what this pretraining alone is worth.
 """
 
 import argparse
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 )
 PROMPTS = yaml.safe_load((Path(__file__).parent / "recipe.yaml").read_text(encoding="utf-8"))["prompts"]
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-Turn = tuple[str, str]  # what is asked, what is answered; "<image>" stands for the picture
+Turn = tuple[str, str]  # question and answer; "<image>" stands for the image
 
 
 def english() -> list[str]:
@@ -140,7 +140,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def word_list(rng: np.random.Generator, item: DrawnItem, progress: float) -> list[str]:
     """Words of every trait in any order; about half of the traits have the item's own value among them.
 
-    Early lessons name fewer words.
+    Early in the training fewer words are named.
     """
     words = []
     for trait, values in TRAITS.items():
@@ -158,7 +158,7 @@ def word_list(rng: np.random.Generator, item: DrawnItem, progress: float) -> lis
 def dialogue(rng: np.random.Generator, item: DrawnItem, progress: float = 1.0) -> list[Turn]:
     """One conversation about one thing: a caption, or questions on a list of words in any order.
 
-    First come captions alone, then questions; a share of these shows the caption instead of the picture, since
+    First come captions alone, then questions; a share of these shows the caption in place of the image, since
     matching words to words is learnt first.
     """
     caption = PROMPTS["item_summary"].replace("{{ title }}", item.title).replace("{{ text }}", item.text)
@@ -172,15 +172,15 @@ def dialogue(rng: np.random.Generator, item: DrawnItem, progress: float = 1.0) -
     turns.append((f"Do {NUMBERS[limit]} or more fit?", "Yes" if len(fitting) >= limit else "No"))
     for trait, value in item.traits.items():
         turns.append((f"Is the {trait} listed?", "Yes" if value in words else "No"))
-        some = str(rng.choice(TRAITS[trait]))
-        turns.append((f"Is {some} listed?", "Yes" if some in words else "No"))
+        other = str(rng.choice(TRAITS[trait]))
+        turns.append((f"Is {other} listed?", "Yes" if other in words else "No"))
         turns.append((f"Name the {trait}.", value))
     order = rng.permutation(len(turns))[: int(rng.integers(4, 9))]
     turns = [turns[index] for index in order]
     separator = str(rng.choice([", ", "; ", " "]))
     listed = f"{rng.choice(['List', 'Words', 'Wanted', 'Seen'])} {separator.join(words)}"
-    seen = describe(item.traits) if rng.random() < (0.7 if progress < 0.2 else 0.3) else "<image>"
-    turns[0] = (f"{listed}\n{item.title}\n{seen}\n{turns[0][0]}", turns[0][1])
+    view = describe(item.traits) if rng.random() < (0.7 if progress < 0.2 else 0.3) else "<image>"
+    turns[0] = (f"{listed}\n{item.title}\n{view}\n{turns[0][0]}", turns[0][1])
     return turns
 
 
@@ -209,15 +209,15 @@ def encode(processor: LlavaProcessor, turns: list[Turn]) -> tuple[list[int], lis
     labels: list[int] = []
     for asked, answer in turns:
         prompt = tokenizer(f"<|user|>{asked}<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
-        prompt = [token for one in prompt for token in ([one] * patches if one == image_id else [one])]
+        prompt = [copy for token in prompt for copy in [token] * (patches if token == image_id else 1)]
         reply = tokenizer(f"{answer}<|end|>", add_special_tokens=False)["input_ids"]
         ids += prompt + reply
         labels += [-100] * len(prompt) + reply
     return ids, labels
 
 
-def collate(processor: LlavaProcessor, lessons: list[list[Turn]]) -> dict[str, torch.Tensor]:
-    rows = [encode(processor, turns) for turns in lessons]
+def collate(processor: LlavaProcessor, dialogues: list[list[Turn]]) -> dict[str, torch.Tensor]:
+    rows = [encode(processor, turns) for turns in dialogues]
     width = max(len(ids) for ids, _ in rows)
     pad = processor.tokenizer.pad_token_id
     return {  # right padding: (B, L)
@@ -232,9 +232,9 @@ def gallery(count: int, seed: int, processor: LlavaProcessor) -> tuple[list[Draw
     rng = np.random.default_rng(seed)
     items = [random_item(rng, str(index)) for index in range(count)]
     with ProcessPoolExecutor() as pool:
-        pictures = list(pool.map(draw, items, chunksize=64))
+        images = list(pool.map(draw, items, chunksize=64))
     pixels = [
-        processor.image_processor(pictures[start : start + 256], return_tensors="pt")["pixel_values"]
+        processor.image_processor(images[start : start + 256], return_tensors="pt")["pixel_values"]
         for start in range(0, count, 256)
     ]
     return items, torch.cat(pixels)
@@ -242,17 +242,17 @@ def gallery(count: int, seed: int, processor: LlavaProcessor) -> tuple[list[Draw
 
 @torch.no_grad()
 def examine(model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int) -> dict[str, float]:
-    """Share of right first tokens (yes/no, counts) and of right tokens (captions, preferences) on unseen lessons."""
+    """Share of right first tokens (yes/no, counts) and of right tokens (captions, preferences) on new dialogues."""
     rng = np.random.default_rng(seed)
     items, pixels = gallery(256, seed, processor)
     hits: dict[str, list[float]] = {}
-    talks = [dialogue(rng, item) for item in items]
-    shown = [index for index, turns in enumerate(talks) if "<image>" in turns[0][0]]
-    for lessons, picture in ((talks, pixels[shown]), ([condensing(rng) for _ in items], None)):
-        batch = collate(processor, lessons)
-        logits = model(pixel_values=picture, **{k: v for k, v in batch.items() if k != "labels"}).logits
+    about_items = [dialogue(rng, item) for item in items]
+    with_image = [index for index, turns in enumerate(about_items) if "<image>" in turns[0][0]]
+    for dialogues, images in ((about_items, pixels[with_image]), ([condensing(rng) for _ in items], None)):
+        batch = collate(processor, dialogues)
+        logits = model(pixel_values=images, **{k: v for k, v in batch.items() if k != "labels"}).logits
         right = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) & (batch["labels"][:, 1:] != -100)
-        for row, turns in enumerate(lessons):
+        for row, turns in enumerate(dialogues):
             position = 0
             for asked, answer in turns:
                 ids, _ = encode(processor, [(asked, answer)])
@@ -267,33 +267,34 @@ def examine(model: LlavaForConditionalGeneration, processor: LlavaProcessor, see
                     if kind.startswith("Is ") and " the " not in kind
                     else kind
                 )
-                kind += " (picture)" if "<image>" in turns[0][0] else " (words)"
+                kind += " (image)" if "<image>" in turns[0][0] else " (words)"
                 score = span[0] if reply == 2 else span.float().mean()
                 hits.setdefault(kind, []).append(float(score))
                 position += len(ids)
     return {kind: round(sum(values) / len(values), 3) for kind, values in sorted(hits.items())}
 
 
-def lessons_by_length(
+def dialogues_by_length(
     rng: np.random.Generator, processor: LlavaProcessor, items: list[DrawnItem], batch_size: int, steps: int
 ) -> Iterator[tuple[list[list[Turn]], list[int]]]:
     """Batches of dialogues, each of about equal length (little padding), with the items they are about."""
     for start in range(0, steps, 8):
         chosen = rng.integers(0, len(items), 8 * batch_size)
-        lessons = [dialogue(rng, items[index], start / steps) for index in chosen]
-        order = sorted(range(len(lessons)), key=lambda k: len(encode(processor, lessons[k])[0]))
+        dialogues = [dialogue(rng, items[index], start / steps) for index in chosen]
+        order = sorted(range(len(dialogues)), key=lambda k: len(encode(processor, dialogues[k])[0]))
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         for batch in rng.permutation(batches).tolist():
-            yield [lessons[k] for k in batch], [int(chosen[k]) for k in batch]
+            yield [dialogues[k] for k in batch], [int(chosen[k]) for k in batch]
 
 
-def teach(steps: int, seed: int, output: Path, vocab_size: int, batch_size: int, pictures: int) -> None:
+def pretrain(steps: int, seed: int, output: Path, vocab_size: int, batch_size: int, n_images: int) -> None:
+    """Train the base model and write it to ``output``, with its figures on new dialogues now and then."""
     torch.manual_seed(seed)
     processor = build_processor(build_tokenizer(vocab_size))
     model = build_model(processor.tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    items, pixels = gallery(pictures, seed + 1, processor)
-    print(f"drew {len(items)} pictures of {SIZE} pixels about {len(TOPICS)} topics", flush=True)
+    items, pixels = gallery(n_images, seed + 1, processor)
+    print(f"drew {len(items)} images of {SIZE} pixels about {len(TOPICS)} topics", flush=True)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     other = [p for p in model.parameters() if p.ndim < 2]
     peak = 1.5e-3
@@ -301,19 +302,19 @@ def teach(steps: int, seed: int, output: Path, vocab_size: int, batch_size: int,
         [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.98)
     )
     rng = np.random.default_rng(seed + 2)
-    batches = lessons_by_length(rng, processor, items, batch_size, steps)
+    batches = dialogues_by_length(rng, processor, items, batch_size, steps)
     start, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         rate = peak * min(1.0, step / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        lessons, chosen = next(batches)
-        shown = [index for lesson, index in zip(lessons, chosen, strict=True) if "<image>" in lesson[0][0]]
-        looking = collate(processor, lessons)
-        reading = collate(processor, [condensing(rng) for _ in range(batch_size // 4)])
+        dialogues, chosen = next(batches)
+        with_image = [index for turns, index in zip(dialogues, chosen, strict=True) if "<image>" in turns[0][0]]
+        about_items = collate(processor, dialogues)
+        preferences = collate(processor, [condensing(rng) for _ in range(batch_size // 4)])
         total = 0.0
-        for batch, picture in ((looking, pixels[shown] if shown else None), (reading, None)):
-            loss = model(pixel_values=picture, **batch).loss
+        for batch, images in ((about_items, pixels[with_image] if with_image else None), (preferences, None)):
+            loss = model(pixel_values=images, **batch).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -347,9 +348,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--vocab-size", type=int, default=1536)
     parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--pictures", type=int, default=12000)
-    arguments = parser.parse_args()
-    teach(**vars(arguments))
+    parser.add_argument("--images", type=int, default=12000)
+    options = parser.parse_args()
+    pretrain(
+        options.steps, options.seed, options.output, options.vocab_size, options.batch_size, n_images=options.images
+    )
 
 
 if __name__ == "__main__":
