@@ -151,7 +151,7 @@ class RecommenderArguments(PairArguments, ExampleArguments):
 SFT_KINDS = (RecommenderArguments, SFTConfig, ModelConfig)
 
 
-def parse_command_line(kinds: Sequence[type]) -> tuple[Any, ...]:
+def parse_command_line(kinds: Sequence[Any]) -> tuple[Any, ...]:
     """:func:`parse` of this process's command line; a mistake in it ends the process with one sentence."""
     try:
         return parse(kinds, sys.argv[1:], {})
@@ -160,7 +160,7 @@ def parse_command_line(kinds: Sequence[type]) -> tuple[Any, ...]:
         raise SystemExit(2) from None
 
 
-def parse(kinds: Sequence[type], arguments: Sequence[str], flags: Mapping[str, Any]) -> tuple[Any, ...]:
+def parse(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, Any]) -> tuple[Any, ...]:
     """The instances of ``kinds`` that a command line asks for.
 
     Args:
@@ -218,7 +218,7 @@ def _refuse(values: Mapping[str, Any]) -> None:
     check_precision(values)
 
 
-def _values(kinds: Sequence[type], arguments: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+def _values(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The value of every flag under a command line, over ``flags``, over the defaults."""
     parser = TrlParser(kinds, exit_on_error=False)
     known = dict(_fields(kinds))
@@ -259,7 +259,7 @@ def _checked(known: Mapping[str, tuple[Any, Sequence[Any]]], flags: Mapping[str,
     return checked
 
 
-def _fields(kinds: Sequence[type]) -> Iterator[tuple[str, tuple[Any, Sequence[Any]]]]:
+def _fields(kinds: Sequence[Any]) -> Iterator[tuple[str, tuple[Any, Sequence[Any]]]]:
     """Every flag with its declared type and the values that it may have, if these are listed."""
     for kind in kinds:
         hints = get_type_hints(kind)

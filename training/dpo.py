@@ -37,12 +37,11 @@ def main(script_args: ExampleArguments, training_args: DPOConfig, model_args: Mo
 
 def train(script_args: ExampleArguments, training_args: DPOConfig, model_args: ModelConfig) -> DPOTrainer:
     # Model, its reference, and processor
-    processor = MllmMsrProcessor.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision or "main"
-    )
+    name = model_args.model_name_or_path or ""
+    processor = MllmMsrProcessor.from_pretrained(name, revision=model_args.model_revision or "main")
     model = load_recommender(model_args)
     if model.config.interaction == "late":
-        raise ValueError(f"{model_args.model_name_or_path} is a late recommender; dpo.py trains joint ones")
+        raise ValueError(f"{name} is a late recommender; dpo.py trains joint ones")
     peft_config = language_model_lora(model, model_args)
 
     # Data
