@@ -153,11 +153,11 @@ class Bench:
                 name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch_of().items()
             }
             if "pairs" in batch or "group_ids" in batch:
-                labels, group_ids = batch.pop("labels"), batch.pop("group_ids", None)
-                for name in ("log_q", "images"):
-                    batch.pop(name, None)
-                packed = pack_late(model, **batch) if "pairs" in batch else pack_joint(model, batch, group_ids)
-                loss = answer_loss(peft(**packed).logits[0], labels, model.config.answer_token_ids)
+                if "pairs" in batch:
+                    packed = pack_late(model, batch["users"], batch["items"], batch["answer_ids"], batch["pairs"])
+                else:
+                    packed = pack_joint(model, batch["prompts"], batch["group_ids"])
+                loss = answer_loss(peft(**packed).logits[0], batch["labels"], model.config.answer_token_ids)
             else:
                 loss = peft(**batch).loss
             loss.backward()

@@ -13,7 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from mllm_msr.records.recipe import load_recipe
 from mllm_msr.records.typed import as_number, check_names, check_type, did_you_mean
-from mllm_msr.training.unsupported import UNSUPPORTED, check_precision, obstacles, supports_bfloat16
+from mllm_msr.training.unsupported import UNSUPPORTED, check_machine, obstacles, supports_bfloat16
 
 # what a recipe or a run says outside the training section, by the default of the flag
 OF_THE_RUN: dict[str, Any] = {"dataset_name": None, "output_dir": None, "item_noun": "item", "prompts": None}
@@ -215,7 +215,7 @@ def _refuse(values: Mapping[str, Any]) -> None:
         raise ValueError("--model_name_or_path is missing: name a backbone (in a recipe, in its section training)")
     for obstacle in obstacles(values):
         raise ValueError(obstacle)
-    check_precision(values)
+    check_machine(values)
 
 
 def _values(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Batches of whole tasks: a user and several candidates, for training that computes what pairs share only once."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.modeling.interfaces import PreparedImage
 from mllm_msr.processing.examples import user_of, users_of
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.storage import digest
@@ -20,14 +21,15 @@ IMAGES = 2048  # prepared images kept by a collator
 MEASURED = 32  # users and items
 
 
-def chosen_items(examples: Dataset, tasks: Dataset) -> dict[str, set[str]]:
+def chosen_items(examples: Dataset, tasks: Dataset, cut: pl.DataFrame) -> dict[str, set[str]]:
     """What each user is known to have chosen: never one of their negatives, whoever's positive it is.
 
     Args:
         examples: the ``sft`` table.
         tasks: the ``tasks`` table of the same split, for its histories.
+        cut: ``user_id``, ``item_id`` of interactions that are in no history, as ``max_history`` has cut them off.
     """
-    chosen: dict[str, set[str]] = {}
+    chosen = {user: set(items) for user, items in cut.group_by("user_id").agg("item_id").iter_rows()}
     for user, history in zip(tasks["user_id"], tasks["history"], strict=True):
         chosen.setdefault(user, set()).update(history)
     for user, item, label in zip(examples["user_id"], examples["item_id"], examples["label"], strict=True):
@@ -62,12 +64,13 @@ def measured_limits(processor: MllmMsrProcessor, examples: Dataset, items: Catal
     return user, item
 
 
-class PreparedItems(Mapping[str, Candidate]):
-    """The catalogue with prepared images, of which the last ``IMAGES`` are kept."""
+@dataclass
+class PreparedItems:
+    """The catalogue with prepared images, the latest ``IMAGES`` of which are kept."""
 
-    def __init__(self, processor: MllmMsrProcessor, items: Catalogue) -> None:
-        self.processor, self.catalogue = processor, items
-        self.prepared: dict[str, Candidate] = {}
+    processor: MllmMsrProcessor
+    catalogue: Catalogue
+    prepared: dict[str, Candidate] = field(default_factory=dict)
 
     def __getitem__(self, item_id: str) -> Candidate:
         if item_id not in self.prepared:
@@ -79,25 +82,17 @@ class PreparedItems(Mapping[str, Candidate]):
             self.prepared[item_id] = item
         return self.prepared[item_id]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.catalogue)
-
-    def __len__(self) -> int:
-        return len(self.catalogue)
-
-
-def images_of(items: PreparedItems, item_ids: Iterable[str]) -> dict[str, list[Any]]:
-    """The images that a batch holds, in their order, and whose they are."""
-    with_image = [item for item in item_ids if items[item].image is not None]
-    return {"items": with_image, "prepared": [items[item].image for item in with_image]}
+    def images(self, item_ids: Iterable[str]) -> list[tuple[str, PreparedImage]]:
+        """The images that a batch of these items holds, in their order, and whose they are."""
+        return [(item, image) for item in item_ids if (image := self[item].image) is not None]
 
 
 @dataclass
 class PackedCollator:
     """Rows of ``data.task_rows`` to whole prompts in groups that share what they begin with (``interaction="joint"``).
 
-    The batch has the processor's tensors (B prompts of all tasks), ``group_ids`` (B,), the task of each, ``labels``
-    (B,), 1 or 0, and the ``images`` it holds.
+    The batch has ``prompts``, the processor's batch of all B candidates of all tasks; ``group_ids`` (B,), the task of
+    each; ``labels`` (B,), 1 or 0; and the ``images`` that it holds.
     """
 
     processor: MllmMsrProcessor
@@ -106,11 +101,13 @@ class PackedCollator:
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         users = [user_of(row["preference"], row["recent"]) for row in rows]
         groups = [number for number, row in enumerate(rows) for _ in row["item_id"]]
-        item_ids = [item for row in rows for item in row["item_id"]]
-        batch = self.processor([users[number] for number in groups], [self.items[item] for item in item_ids])
-        labels = torch.tensor([label for row in rows for label in row["label"]])
-        images = images_of(self.items, item_ids)
-        return {**batch, "group_ids": torch.tensor(groups), "labels": labels, "images": images}
+        items = [item for row in rows for item in row["item_id"]]
+        return {
+            "prompts": self.processor([users[number] for number in groups], [self.items[item] for item in items]),
+            "group_ids": torch.tensor(groups),
+            "labels": torch.tensor([label for row in rows for label in row["label"]]),
+            "images": self.items.images(items),
+        }
 
 
 @dataclass
@@ -165,6 +162,6 @@ class LateCollator:
             ),
             "pairs": table[:, :2].T.contiguous(),
             "labels": table[:, 2],
-            "images": images_of(self.items, items),
+            "images": self.items.images(items),
             "log_q": torch.tensor([self.log_frequency.get(items[place], least) for _, place, _ in pairs]),
         }

@@ -1,5 +1,6 @@
 """A trainer for batches of pairs: the paper's answer cross-entropy, or a softmax over each user's candidates."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from mllm_msr.data.hub_tables import load_table
 from mllm_msr.modeling.image_features import ImageFeatureCache
+from mllm_msr.modeling.interfaces import PreparedImage
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.packing import RowTooWide, pack_joint, pack_late
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
@@ -23,9 +25,9 @@ from mllm_msr.training.pair_collators import (
     log_item_frequency,
     measured_limits,
 )
+from mllm_msr.training.saving import sharded
 
 logger = logging.get_logger(__name__)
-OURS = ("labels", "log_q", "images", "group_ids", "use_cache")  # of a batch, not the processor's
 
 
 def answer_loss(
@@ -86,19 +88,8 @@ class PairTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        recommender = self._recommender()
-        recommender.use_block_attention()
-        self.image_features: ImageFeatureCache | None = None
-        if cache_image_features:
-            language = [recommender.get_decoder(), recommender.get_output_embeddings()]
-            after = {weight for module in language for weight in module.parameters()}
-            if any(weight.requires_grad for weight in recommender.parameters() if weight not in after):
-                raise ValueError(
-                    "cache_image_features needs all before the decoder to be frozen: train with --use_peft"
-                )
-            self.image_features = ImageFeatureCache(
-                recommender.backbone, kwargs["processing_class"], torch.device("cpu")
-            )
+        self._recommender().use_block_attention()
+        self.image_features = self._image_features() if cache_image_features else None
         self.pair_loss, self.yes_weight, self.log_q_correction = pair_loss, yes_weight, log_q_correction
         self.model_accepts_loss_kwargs = False  # so that the trainer averages over accumulated batches itself
 
@@ -107,17 +98,16 @@ class PairTrainer(SFTTrainer):
     ) -> Any:
         labels, log_q = inputs["labels"], inputs.get("log_q")
         recommender = self._recommender()
-        arguments = self._arguments(recommender, inputs)
-        outputs = model(**arguments, image_features=self._features(inputs["images"]))
-        outputs.logits = outputs.logits.flatten(0, 1)
+        outputs = model(**self._arguments(recommender, inputs), image_features=self._features(inputs["images"]))
+        logits = outputs.logits.flatten(0, 1)  # (P, V), of one packed row or of P whole prompts
         users = inputs["pairs"][0] if "pairs" in inputs else inputs["group_ids"]
-        differences = recommender.answer_logits(outputs.logits)
+        differences = recommender.answer_logits(logits)
         if self.pair_loss == "listwise":
             corrected = differences - log_q if self.log_q_correction else differences
             loss = listwise_loss(corrected, labels, users)
         else:
             answers = recommender.config.answer_token_ids
-            loss = answer_loss(outputs.logits, labels, answers, self._weights(labels, log_q))
+            loss = answer_loss(logits, labels, answers, self._weights(labels, log_q))
         mode = "train" if model.training else "eval"
         with torch.no_grad():
             right = ((differences > 0) == (labels > 0)).float().mean()
@@ -134,19 +124,29 @@ class PairTrainer(SFTTrainer):
         """The arguments of the model's forward; its logits are those of the answers."""
         if "pairs" in inputs:
             return pack_late(recommender, inputs["users"], inputs["items"], inputs["answer_ids"], inputs["pairs"])
-        batch = {name: value for name, value in inputs.items() if name not in OURS}
         try:
-            return pack_joint(recommender, batch, inputs["group_ids"])
+            return pack_joint(recommender, inputs["prompts"], inputs["group_ids"])
         except RowTooWide as error:
             logger.warning_once(f"prompts are computed whole, not packed: {error}")
-            return {**batch, "logits_to_keep": 1}
+            return {**inputs["prompts"], "logits_to_keep": 1}
 
-    def _features(self, images: dict[str, list[Any]]) -> list[torch.Tensor] | None:
+    def _image_features(self) -> ImageFeatureCache:
+        """The cache of what the decoder sees of images, which is kept in the memory of the CPU."""
+        recommender = self._recommender()
+        language = [recommender.get_decoder(), recommender.get_output_embeddings()]
+        after = {weight for module in language for weight in module.parameters()}
+        if any(weight.requires_grad for weight in recommender.parameters() if weight not in after):
+            raise ValueError("--cache_image_features needs all before the decoder to be frozen: train with --use_peft")
+        if sharded(self):
+            raise ValueError("--cache_image_features: no process has all weights of the vision tower; leave it out")
+        processor: Any = self.processing_class
+        return ImageFeatureCache(recommender.backbone, processor, torch.device("cpu"))
+
+    def _features(self, images: Sequence[tuple[str, PreparedImage]]) -> list[torch.Tensor] | None:
         """What the decoder sees of a batch's images, if that is kept."""
         if self.image_features is None:
             return None
-        pairs = zip(images["items"], images["prepared"], strict=True)
-        stand_ins = [self.image_features.stand_in(item, image) for item, image in pairs]
+        stand_ins = [self.image_features.stand_in(item, image) for item, image in images]
         return [features.to(self.accelerator.device) for features in self.image_features.features(stand_ins)]
 
     def _weights(self, labels: torch.Tensor, log_q: torch.Tensor | None) -> torch.Tensor:
@@ -170,10 +170,9 @@ def pair_trainer(
     items = PreparedItems(processor, data.items)
     collator: Any = PackedCollator(processor, items)
     if script_args.interaction == "late":
-        limits = (script_args.user_limit, script_args.item_limit)
-        if None in limits:
-            measured = measured_limits(processor, data.examples, data.items)
-            limits = (limits[0] or measured[0], limits[1] or measured[1])
+        user, item = script_args.user_limit, script_args.item_limit
+        measured = (0, 0) if user and item else measured_limits(processor, data.examples, data.items)
+        limits = (user or measured[0], item or measured[1])
         model.config.interaction, (model.config.user_limit, model.config.item_limit) = "late", limits
         tasks = load_table(script_args.dataset_name or "", "tasks", script_args.dataset_train_split)
         collator = LateCollator(
@@ -182,7 +181,7 @@ def pair_trainer(
             limits=limits,
             in_batch=script_args.in_batch_negatives,
             pairs_per_user=script_args.pairs_per_user,
-            chosen=chosen_items(data.examples, tasks),
+            chosen=chosen_items(data.examples, tasks, data.cut),
             log_frequency=log_item_frequency(data.examples),
         )
     training_args.prediction_loss_only = True  # the metrics come from whole tasks

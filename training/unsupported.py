@@ -134,8 +134,8 @@ def supports_bfloat16(use_cpu: bool) -> bool:
     return is_torch_bf16_gpu_available()
 
 
-def check_precision(values: Mapping[str, Any]) -> None:
-    """Raise ValueError if a precision is asked for that this machine has not."""
+def check_machine(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if something is asked for that needs a GPU which this machine has not."""
     cpu = values["use_cpu"]
     for name in ("bf16", "bf16_full_eval"):
         if values[name] and not cpu and not is_torch_bf16_gpu_available():
@@ -146,3 +146,5 @@ def check_precision(values: Mapping[str, Any]) -> None:
     for name in ("fp16", "fp16_full_eval"):
         if values[name] and (cpu or not torch.cuda.is_available()):
             raise ValueError(f"--{name}: float16 needs a GPU; give --{name} false (in a recipe `{name}: false`)")
+    if values["activation_offloading"] and (cpu or torch.accelerator.current_accelerator() is None):
+        raise ValueError("--activation_offloading: there is no GPU whose memory it would save; leave the flag out")

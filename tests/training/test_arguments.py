@@ -76,6 +76,7 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"positive_weight": 2.0, "loss_type": "dft"}, "cannot be combined with --positive_weight"),
         ({"bf16": True}, "no GPU that computes in bfloat16; give --bf16 false"),
         ({"fp16": True}, "float16 needs a GPU; give --fp16 false"),
+        ({"use_cpu": True, "activation_offloading": True}, "no GPU whose memory it would save"),
     ],
 )
 def test_flags_that_cannot_be_honoured_together_or_here_are_refused(flags, message, monkeypatch):

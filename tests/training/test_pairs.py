@@ -15,6 +15,7 @@ from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.examples import user_of
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.schema import CUT_INTERACTIONS
 from mllm_msr.training import sft
 from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.data import task_rows
@@ -67,12 +68,13 @@ def test_packed_loss_and_gradients_are_those_of_rows(small_run, examples, tasks,
     model.zero_grad()
     wanted = {row["task_id"] for row in chosen}
     batch = PackedCollator(processor, prepared)([task for task in tasks if task["task_id"] in wanted])
-    labels, images, group_ids = (batch.pop(name) for name in ("labels", "images", "group_ids"))
-    assert images["items"] == [item for task in tasks if task["task_id"] in wanted for item in task["item_id"]]
+    items = [item for task in tasks if task["task_id"] in wanted for item in task["item_id"]]
+    assert [item for item, _ in batch["images"]] == items
     model.use_block_attention()
-    loss = answer_loss(model(**pack_joint(model, batch, group_ids)).logits[0], labels, model.config.answer_token_ids)
+    packed = pack_joint(model, batch["prompts"], batch["group_ids"])
+    loss = answer_loss(model(**packed).logits[0], batch["labels"], model.config.answer_token_ids)
     loss.backward()
-    assert len(labels) == len(chosen)
+    assert len(batch["labels"]) == len(chosen)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
     for name, weight in model.named_parameters():
         if name in expected:
@@ -80,7 +82,9 @@ def test_packed_loss_and_gradients_are_those_of_rows(small_run, examples, tasks,
 
 
 def test_late_pairs_everybody_with_everything_but_what_they_chose(small_run, examples, tasks, prepared):
-    chosen = chosen_items(examples, small_run.table("tasks", "train"))
+    cut = CUT_INTERACTIONS.frame([(tasks[0]["user_id"], tasks[2]["item_id"][0])])
+    chosen = chosen_items(examples, small_run.table("tasks", "train"), cut)
+    assert tasks[2]["item_id"][0] in chosen[tasks[0]["user_id"]]
     frequency = log_item_frequency(examples)
     collator = LateCollator(small_run.processor, prepared, limits=LIMITS, chosen=chosen, log_frequency=frequency)
     rows = tasks[:8]
@@ -219,3 +223,19 @@ def test_cached_image_features_and_a_listwise_loss(small_run, tmp_path):
 def test_flags_that_do_not_go_together_are_refused(small_run, tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         sft.parse([], **flags(small_run, tmp_path, **wrong))
+
+
+@pytest.mark.parametrize("more", [{}, {"packed": True}, {"interaction": "late"}], ids=["rows", "packed", "late"])
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_mixed_precision_over_float32_weights_trains_and_ranks(small_run, tmp_path, more, use_peft):
+    """TRL's own defaults on a GPU, gradient checkpointing among them; here on the CPU."""
+    options = {"bf16": True, "use_cpu": True, "gradient_checkpointing": True, "use_peft": use_peft, "max_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "max_eval_samples": 21}
+    mixed, plain = (
+        sft.train(*sft.parse([], **flags(small_run, tmp_path / str(bf16), **options, **more) | {"bf16": bf16}))
+        for bf16 in (True, False)
+    )
+    assert losses(mixed) == pytest.approx(losses(plain), rel=0.1)
+    assert all(weight.dtype == torch.float32 for weight in mixed.model.parameters())
+    aucs = [entry["eval_auc"] for entry in mixed.state.log_history if "eval_auc" in entry]
+    assert len(aucs) == 1 and 0 <= aucs[0] <= 1
