@@ -18,7 +18,7 @@ from mllm_msr.records.public import public_name
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEM_SUMMARIES, PREFERENCES
-from mllm_msr.records.variants import OURS
+from mllm_msr.records.sections import OURS
 
 TAGS = ["mllm-msr", "recommendation", "sequential-recommendation", "multimodal"]
 # fmt: off

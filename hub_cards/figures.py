@@ -7,11 +7,12 @@ import polars as pl
 from markupsafe import Markup
 
 from mllm_msr.evaluation.places import hit_curve
+from mllm_msr.evaluation.variants import Variant
 from mllm_msr.hub_cards.charts import Interval, Line, interval_chart, line_chart
 from mllm_msr.hub_cards.facts import LossPoint
 from mllm_msr.hub_cards.view import DIVISIONS, SLICED, in_order, metric_label, percent, variant_of
 from mllm_msr.records.results import Results, Slice
-from mllm_msr.records.variants import OURS, Variant
+from mllm_msr.records.sections import OURS
 
 CURVES = (OURS, "blank_images", "no_sft", "sasrec", "knn", "popularity", "random", "oracle")  # where all are too many
 SLICED_CURVES = (OURS, "blank_images", "sasrec", "knn", "popularity")

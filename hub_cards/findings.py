@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mllm_msr.hub_cards.view import interval, percent, variant_of
 from mllm_msr.records.results import Results
-from mllm_msr.records.variants import OURS
+from mllm_msr.records.sections import OURS
 
 
 @dataclass(frozen=True)

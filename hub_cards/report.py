@@ -27,8 +27,8 @@ from mllm_msr.hub_cards.view import TableView, in_order, results_table, sections
 from mllm_msr.records.public import hide_secrets, public_recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES
+from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import write_text
-from mllm_msr.records.variants import OURS
 
 
 def write_report(run: RunFolder) -> Path:

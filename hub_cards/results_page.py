@@ -33,8 +33,8 @@ from mllm_msr.hub_cards.view import (
 from mllm_msr.records.results import Difference, Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import PREFERENCES, SCORES
+from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import write_text
-from mllm_msr.records.variants import OURS
 
 SIDE_BY_SIDE = ("auc", "hr@5", "mrr@5", "ndcg@5")
 

@@ -14,7 +14,7 @@ from mllm_msr.evaluation.places import rank_of_choice
 from mllm_msr.modeling.preference import split_history
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEM_SUMMARIES, ITEMS, PREFERENCES, TASKS, THUMBNAILS
-from mllm_msr.records.variants import OURS
+from mllm_msr.records.sections import OURS
 
 N_USERS = 6  # shown in full
 N_CANDIDATES = 8  # shown of each ranking, and the chosen item wherever it stands

@@ -9,8 +9,8 @@ from typing import Any
 from mllm_msr.hub_cards.charts import Interval, interval_chart, standalone
 from mllm_msr.hub_cards.view import Cell, Row, TableView, difference_cells, estimate_cell, metric_label, variant_of
 from mllm_msr.records.results import Difference, Estimate
+from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import write_text
-from mllm_msr.records.variants import OURS
 
 METRICS_SHOWN = ("auc", "hr@5", "ndcg@5")
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from mllm_msr.evaluation.variants import VARIANTS, Variant, variant_of
 from mllm_msr.records.results import Agreement, AgreementFigures, Difference, Estimate, FullCatalogue, Results
-from mllm_msr.records.variants import OURS, VARIANTS, Variant
+from mllm_msr.records.sections import OURS
 
 COMPARED = ("auc", "hr@5", "ndcg@5")
 AMONG_ALL = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
@@ -124,11 +125,6 @@ def markdown_cell(text: str) -> str:
     'a\\\\|b &lt;i> < 0.001'
     """
     return re.sub(r"<(?=[A-Za-z/!])", "&lt;", " ".join(text.split()).replace("|", "\\|"))
-
-
-def variant_of(name: str) -> Variant:
-    """The variant of this name; one that this version does not know keeps its name, in grey."""
-    return VARIANTS.get(name) or Variant(name, name.replace("_", " "), "", "reference", "grey", "3 2")
 
 
 def in_order(names: Iterable[str]) -> list[Variant]:

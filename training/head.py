@@ -17,9 +17,9 @@ from pathlib import Path
 from torch import Tensor
 from trl import TrlParser
 
-from mllm_msr.evaluation.baselines import training_interactions
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
 from mllm_msr.evaluation.item_vectors import read_vectors
+from mllm_msr.evaluation.rankers import training_interactions
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
 from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions, save_head
 from mllm_msr.records.run import RunFolder

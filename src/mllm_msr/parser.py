@@ -76,8 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("run", type=Path, help="folder of the run")
         if sub is not report:
             add_setting(sub, "a value of the run's recipe from now on, of the sections that the stage reads")
-    known = "popularity, random, knn, tfidf, svd, sasrec, gru4rec"
-    further = f"further variants on the same tasks, of {known}"
+    further = "further variants on the same tasks, such as knn,sasrec; an unknown name lists all"
     evaluate.add_argument("--baselines", metavar="A,B", type=names, default=[], help=further)
     evaluate.add_argument(
         "--model", metavar="RUN|REPO", type=text_of, help="rank with the model of another run, or of the Hub"

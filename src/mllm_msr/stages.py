@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from mllm_msr.data.sources.registry import read_source, source_fingerprint
+from mllm_msr.evaluation.variants import Variant
 from mllm_msr.proof import prove
 from mllm_msr.records.lock import is_first_process
 from mllm_msr.records.recipe import backbone_path
@@ -19,7 +20,6 @@ from mllm_msr.records.run import STAGES, RunFolder
 from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, TASKS, Table
 from mllm_msr.records.sections import SummaryOptions
 from mllm_msr.records.storage import folder_digest, whole_folder, write_text
-from mllm_msr.records.variants import Variant
 
 if TYPE_CHECKING:
     from mllm_msr.hub_cards.release import PublishOptions

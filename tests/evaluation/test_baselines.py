@@ -8,7 +8,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.metrics.pairwise import cosine_similarity
 
 from mllm_msr.data.tasks import TaskPlan
-from mllm_msr.evaluation import baselines
+from mllm_msr.evaluation import baselines, rankers
 from mllm_msr.evaluation.coded_tasks import CodedTasks
 from mllm_msr.evaluation.metrics import ranking_metrics
 from mllm_msr.evaluation.scoring import pairs
@@ -41,7 +41,7 @@ def prepared(protocol: str = "strict", **options):
 @pytest.mark.parametrize("protocol", ["strict", "paper", "global-cutoff"])
 def test_training_sees_exactly_what_popularity_counts(protocol):
     log, tasks, popularity, _ = prepared(protocol)
-    training = baselines.training_interactions(log, tasks, protocol, popularity)
+    training = rankers.training_interactions(log, tasks, protocol, popularity)
     counts = popularity.join(training.group_by("item_id").len("found"), on="item_id", how="left").fill_null(0)
     assert counts["found"].to_list() == counts["count"].to_list()
     held_out = tasks.filter(pl.col("split") != "train").select("user_id", "candidates", "labels")
@@ -53,7 +53,7 @@ def test_a_log_that_holds_more_than_training_is_refused():
     log, tasks, popularity, _ = prepared()
     fewer = popularity.with_columns(pl.col("count") - 1)
     with pytest.raises(ValueError, match=r"training interactions in interactions\.parquet.*prepare the run again"):
-        baselines.training_interactions(log, tasks, "strict", fewer)
+        rankers.training_interactions(log, tasks, "strict", fewer)
 
 
 def test_neighbours_are_those_of_cosine_similarity():
@@ -123,7 +123,7 @@ def trained(name: str) -> tuple[baselines.Ranker, pl.DataFrame, pl.DataFrame]:
     """(ranker, test tasks, items) of a small world."""
     log, tasks, popularity, items = prepared()
     validation = tasks.filter(split="validation")
-    training = baselines.training_interactions(log, tasks, "strict", popularity)
+    training = rankers.training_interactions(log, tasks, "strict", popularity)
     if name == "tfidf":
         ranker = baselines.tfidf(validation, items)
     else:

@@ -1,6 +1,7 @@
 """The stage as a whole: one scorer a variant, nothing scored twice, results that are those of the scores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from mllm_msr.evaluation import scorers
 from mllm_msr.evaluation.evaluate import evaluate, scorable, scores_folder, with_evaluation
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs
 from mllm_msr.evaluation.metrics import METRICS, paired_differences, ranking_metrics
+from mllm_msr.evaluation.variants import VARIANTS, check_rows, variant_of
 from mllm_msr.records.recipe import parse_recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, SCORES
-from mllm_msr.records.variants import OURS, VARIANTS
+from mllm_msr.records.sections import OURS
 
 RECIPE = {
     "name": "small",
@@ -49,6 +51,10 @@ class NoisyOracle(scorers.Oracle):
         return frame.with_columns((pl.col("logit") + pl.Series(noise)).cast(pl.Float32))
 
 
+def noisy(model: Model, noise: float, run: RunFolder) -> NoisyOracle:
+    return NoisyOracle(model, noise)
+
+
 @pytest.fixture
 def prepared(tmp_path: Path) -> RunFolder:
     """A run whose data is prepared, and nothing more."""
@@ -69,8 +75,8 @@ def trained(prepared: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Model:
     prepared.take_over("summarize users", "texts", [prepared.file(PREFERENCES)])
     prepared.take_over("train", "model", [prepared.model])
     model = Model(prepared)
-    monkeypatch.setitem(scorers.SCORERS, OURS, lambda run: NoisyOracle(model, 0.1))
-    monkeypatch.setitem(scorers.SCORERS, "text_only", lambda run: NoisyOracle(model, 5.0))
+    for name, noise in ((OURS, 0.1), ("text_only", 5.0)):
+        monkeypatch.setitem(VARIANTS, name, replace(VARIANTS[name], scorer=partial(noisy, model, noise)))
     return model
 
 
@@ -78,9 +84,38 @@ def scored(run: RunFolder, name: str) -> pl.DataFrame:
     return run.read(SCORES).filter(variant=name)
 
 
-def test_every_variant_has_a_scorer_and_every_scorer_is_of_a_variant():
-    assert scorers.SCORERS.keys() == VARIANTS.keys()
-    assert {name for name, variant in VARIANTS.items() if variant.needs_model} == scorers.MODELS.keys()
+def test_what_is_said_to_need_our_model_is_scored_by_it():
+    models = {
+        name for name, variant in VARIANTS.items() if getattr(variant.scorer, "func", None) is scorers.ModelScorer
+    }
+    assert {name for name, variant in VARIANTS.items() if variant.needs_model} == models
+    assert all(name == variant.name for name, variant in VARIANTS.items())
+
+
+def test_a_variant_of_another_version_keeps_its_name_and_is_not_scored(prepared):
+    variant = variant_of("of_tomorrow")
+    assert (variant.label, variant.needs_model) == ("of tomorrow", False)
+    with pytest.raises(ValueError, match="this version of mllm-msr does not know the variant"):
+        variant.scorer(prepared)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"evaluation": {"rows": ["populrity"]}},
+            "evaluation.rows: unknown variant 'populrity'; did you mean 'po",
+        ),
+        (
+            {"source": {"type": "movielens"}, "evaluation": {"rows": ["popularity", "oracle"]}},
+            "'oracle' knows the true taste, which only the source 'demo' has",
+        ),
+    ],
+)
+def test_a_recipe_names_variants_that_there_are(changes, message):
+    check_rows(parse_recipe(RECIPE))
+    with pytest.raises(ValueError, match=message):
+        check_rows(parse_recipe({**RECIPE, **changes}))
 
 
 def test_results_are_those_of_the_scores(trained):

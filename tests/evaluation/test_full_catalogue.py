@@ -8,7 +8,8 @@ import pytest
 
 from mllm_msr.evaluation.full_catalogue import places_in_catalogue
 from mllm_msr.evaluation.places import rank_of_choice
-from mllm_msr.evaluation.scorers import Popularity, Random, RankerScorer
+from mllm_msr.evaluation.rankers import Popularity, Random
+from mllm_msr.evaluation.scorers import RankerScorer
 
 N_ITEMS, N_USERS = 9, 7
 
@@ -51,7 +52,7 @@ def world() -> World:
 def counted(world: World) -> tuple[RankerScorer, pl.DataFrame]:
     """A scorer by counts that are equal in twos, and the counts."""
     counts = world.items.sort("item_id").with_columns(count=pl.int_range(pl.len()) // 2)
-    return RankerScorer(lambda run: Popularity(counts), None), counts
+    return RankerScorer(Popularity(counts)), counts
 
 
 @pytest.mark.parametrize("pairs", [1, 20, 10_000])
@@ -72,7 +73,7 @@ def test_repeated_choices_and_items_that_are_gone_change_nothing(world):
 
 def test_a_random_order_of_the_catalogue_depends_on_the_seed_alone(world):
     def ranked(scored_before: bool, seed: int = 0) -> pl.DataFrame:
-        scorer = RankerScorer(lambda run: Random(world.items, seed), None)
+        scorer = RankerScorer(Random(world.items, seed))
         if scored_before:
             scorer.score(world.tasks)
         return places_in_catalogue(world.tasks, world.items, world.chosen, scorer, pairs=20)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hub_run import SECRETS, change_recipe
 
+from mllm_msr.evaluation.variants import VARIANTS
 from mllm_msr.hub_cards.charts import Line, line_chart, nice_ticks
 from mllm_msr.hub_cards.figures import roc
 from mllm_msr.hub_cards.report import write_report
 from mllm_msr.hub_cards.stories import ItemCard, small_image, user_story
 from mllm_msr.records.schema import PREFERENCES, SCORES
-from mllm_msr.records.variants import VARIANTS
 
 VOID = {"meta", "img", "br"}
 

@@ -7,7 +7,6 @@ the validation tasks. Letters: U users, I items, D dimensions, W words, N (task,
 
 import re
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,61 +16,12 @@ import polars as pl
 import torch
 
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks, item_codes
+from mllm_msr.evaluation.rankers import Ranker
 
 RECENT = (5, 10, 20, 50, None)  # items of the history, from its end, that may count
 NEIGHBOURS = (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 MOST_PAIRS = 200_000_000  # of an item and a neighbour that are kept, 16 bytes each
 WORD = re.compile(r"\w+")
-
-
-class Ranker(ABC):
-    """What gives each candidate of a task, or each item of the catalogue, a value from a history.
-
-    Args:
-        items: ``item_id`` of the whole catalogue; item codes are places in ``items.sort("item_id")``.
-    """
-
-    def __init__(self, items: pl.DataFrame) -> None:
-        self.items = items.select("item_id")
-
-    def __call__(self, tasks: pl.DataFrame) -> Array:
-        """(N,): the value of every candidate, task after task, of ``history``, ``candidates``, ``labels``."""
-        coded = CodedTasks(tasks, self.items)
-        return self.score(coded.histories, coded.candidates)
-
-    @abstractmethod
-    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
-        """(N,): the value of every candidate, list after list."""
-
-    @abstractmethod
-    def score_catalogue(self, histories: CodedLists) -> Array:
-        """(U, I): the value of every item."""
-
-
-def training_interactions(
-    interactions: pl.DataFrame, tasks: pl.DataFrame, protocol: str, popularity: pl.DataFrame
-) -> pl.DataFrame:
-    """The rows of a run's log that a model may be trained on, so that no baseline sees what is held out.
-
-    ``strict``: all but each user's last two; ``paper``: all of the users who have training tasks; ``global-cutoff``:
-    all before the moment at which four fifths of the log lie. Never more of any item than ``popularity`` (``item_id``,
-    ``count``) says training has, or ValueError.
-    """
-    if protocol == "strict":
-        training = interactions.filter(pl.int_range(pl.len()).reverse().over("user_id") >= 2)
-    elif protocol == "paper":
-        learners = tasks.filter(split="train")["user_id"].unique()
-        training = interactions.filter(pl.col("user_id").is_in(learners.implode()))
-    else:
-        moments = interactions["timestamp"].sort()
-        training = interactions.filter(pl.col("timestamp") < moments[int(0.8 * len(moments))])
-    counts = training.group_by("item_id").len("found").join(popularity, on="item_id", how="left")
-    if wrong := counts.filter(pl.col("found") > pl.col("count").fill_null(0)).rows(named=True):
-        raise ValueError(
-            f"item {wrong[0]['item_id']!r} has {wrong[0]['found']} training interactions in interactions.parquet, but "
-            f"{wrong[0]['count']} in popularity.parquet: prepare the run again"
-        )
-    return training
 
 
 def knn(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame) -> "ItemKnn":

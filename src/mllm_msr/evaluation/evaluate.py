@@ -15,15 +15,16 @@ from mllm_msr.evaluation.diagnostics import SLICE_METRICS, checks, compared, mea
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs, measure_catalogue, rank_in_catalogue
 from mllm_msr.evaluation.metrics import Columns, user_columns
 from mllm_msr.evaluation.places import place_columns
-from mllm_msr.evaluation.scorers import SCORERS, Scorer
+from mllm_msr.evaluation.scorers import Scorer
 from mllm_msr.evaluation.scoring import random_tasks
+from mllm_msr.evaluation.variants import VARIANTS, Variant, baselines
 from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
 from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.results import Calibration, Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import PLACES, POPULARITY, SCORES, WAYS_OF_COMPUTING, Table
+from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import digest
-from mllm_msr.records.variants import OURS, VARIANTS, Variant, baselines
 
 
 def with_evaluation(
@@ -107,7 +108,7 @@ class ScoredVariant:
     @cached_property
     def scorer(self) -> Scorer:
         print(f"  {self.variant.label} ...", flush=True)
-        return SCORERS[self.variant.name](self.run)
+        return self.variant.scorer(self.run)
 
     @cached_property
     def tasks(self) -> pl.DataFrame:

@@ -1,9 +1,8 @@
-"""What scores each variant of the results table: one table from its name to what makes its scorer."""
+"""What scores a variant of the results table: our model under a view, a ranker of histories, or the truth."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,31 +10,19 @@ import polars as pl
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.sources.demo import true_utilities
-from mllm_msr.evaluation.baselines import Ranker, knn, svd, tfidf, training_interactions
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists
-from mllm_msr.evaluation.loading import load_backbone, load_catalogue, load_recommender
-from mllm_msr.evaluation.scoring import (
-    as_it_is,
-    of_another_user,
-    own_context,
-    pairs,
-    score_with_model,
-    score_with_values,
-    with_blank_images,
-    with_shuffled_images,
-    without_images,
-    without_preference,
-)
-from mllm_msr.evaluation.sequential_baselines import gru4rec, sasrec
+from mllm_msr.evaluation.loading import load_catalogue, load_recommender
+from mllm_msr.evaluation.rankers import Ranker
+from mllm_msr.evaluation.scoring import as_it_is, own_context, pairs, score_with_model, score_with_values
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.examples import users_of
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
 from mllm_msr.records.sections import DemoSource
-from mllm_msr.records.variants import OURS
 
 if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
+
+PROGRESS = "    pairs"  # label of the progress bar
 
 
 class Scorer(ABC):
@@ -62,23 +49,23 @@ class ModelView:
 class ModelScorer(Scorer):
     """Our model under one view; its tasks are contexts, see ``records.schema.CONTEXTS``."""
 
-    def __init__(self, name: str, view: ModelView, run: RunFolder) -> None:
-        self.name, self.view, self.seed = name, view, run.recipe.evaluation.seed
+    def __init__(self, view: ModelView, run: RunFolder) -> None:
+        self.view, self.seed = view, run.recipe.evaluation.seed
         self.recommender, self.catalogue = view.load(run), view.items(load_catalogue(run), self.seed)
 
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
-        return score_with_model(self.recommender, self.view.users(tasks, self.seed), self.catalogue, self.name)
+        return score_with_model(self.recommender, self.view.users(tasks, self.seed), self.catalogue, PROGRESS)
 
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
         users = users_of(self.view.users(tasks, self.seed))
-        return np.stack(self.recommender.score(users, [items] * len(users), self.catalogue, progress=self.name))
+        return np.stack(self.recommender.score(users, [items] * len(users), self.catalogue, progress=PROGRESS))
 
 
 class RankerScorer(Scorer):
-    """A ranker of histories, which is trained if it has to be."""
+    """A ranker of histories."""
 
-    def __init__(self, make: Callable[[RunFolder], Ranker], run: RunFolder) -> None:
-        self.ranker = make(run)
+    def __init__(self, ranker: Ranker) -> None:
+        self.ranker = ranker
 
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
         return score_with_values(tasks, self.ranker(tasks))
@@ -101,74 +88,3 @@ class Oracle(Scorer):
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
         every = tasks.select("user_id").join(pl.DataFrame({"item_id": items}), how="cross", maintain_order="left_right")
         return true_utilities(self.source, every).reshape(len(tasks), len(items))
-
-
-class Popularity(Ranker):
-    """Training interactions of every item; ``counts`` have ``item_id``, ``count``."""
-
-    def __init__(self, counts: pl.DataFrame) -> None:
-        super().__init__(counts)
-        self.counts = counts.sort("item_id")["count"].to_numpy().astype(np.float32)
-
-    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
-        return self.counts[candidates.codes]
-
-    def score_catalogue(self, histories: CodedLists) -> Array:
-        return np.tile(self.counts, (len(histories), 1))
-
-
-class Random(Ranker):
-    """A random order; one of its own for the whole catalogue, so that neither depends on the other."""
-
-    def __init__(self, items: pl.DataFrame, seed: int) -> None:
-        super().__init__(items)
-        self.of_candidates, self.of_catalogue = (np.random.default_rng(key) for key in (seed, [seed, 1]))
-
-    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
-        return self.of_candidates.random(len(candidates.codes))
-
-    def score_catalogue(self, histories: CodedLists) -> Array:
-        return self.of_catalogue.random((len(histories), len(self.items)), dtype=np.float32)
-
-
-def words(run: RunFolder) -> Ranker:
-    return tfidf(run.tasks("validation"), run.read(ITEMS, ["item_id", "title", "text"]))
-
-
-def collaborative(train: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Ranker], run: RunFolder) -> Ranker:
-    """A ranker trained on the run's training interactions: from validation tasks, items and interactions."""
-    training = training_interactions(
-        run.read(INTERACTIONS), run.tasks("train"), run.recipe.data.protocol, run.read(POPULARITY)
-    )
-    return train(run.tasks("validation"), run.read(ITEMS, ["item_id"]), training)
-
-
-def sequential(train: Callable[..., Ranker], run: RunFolder) -> Ranker:
-    """The same for a network, whose epochs are saved, so that a killed training goes on."""
-    seed, folder = run.recipe.evaluation.seed, run.trained_baselines
-    return collaborative(partial(train, seed=seed, folder=folder), run)
-
-
-MODELS = {
-    OURS: ModelView(),
-    "text_only": ModelView(items=without_images),
-    "blank_images": ModelView(items=with_blank_images),
-    "shuffled_images": ModelView(items=with_shuffled_images),
-    "no_preference": ModelView(users=without_preference),
-    "other_user": ModelView(users=of_another_user),
-    "no_sft": ModelView(load=load_backbone),
-}
-RANKERS: dict[str, Callable[[RunFolder], Ranker]] = {
-    "popularity": lambda run: Popularity(run.read(POPULARITY)),
-    "random": lambda run: Random(run.read(ITEMS, ["item_id"]), run.recipe.evaluation.seed),
-    "tfidf": words,
-    "knn": partial(collaborative, knn),
-    "svd": lambda run: collaborative(partial(svd, seed=run.recipe.evaluation.seed), run),
-    "sasrec": partial(sequential, sasrec),
-    "gru4rec": partial(sequential, gru4rec),
-}
-SCORERS: dict[str, Callable[[RunFolder], Scorer]] = {
-    **{name: partial(ModelScorer, name, view) for name, view in MODELS.items()},
-    **{name: partial(RankerScorer, make) for name, make in RANKERS.items()},
-    "oracle": Oracle,
-}

@@ -9,8 +9,8 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from mllm_msr.evaluation.baselines import Array, Ranker
-from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
+from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
+from mllm_msr.evaluation.rankers import Ranker
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit, score_candidates, score_catalogue
 from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig
 

@@ -25,7 +25,6 @@ from mllm_msr.records.recipe import FORMAT, CheckFlags, Recipe, load_content, pa
 from mllm_msr.records.results import Results
 from mllm_msr.records.schema import TASKS, Table
 from mllm_msr.records.storage import digest, file_digest, link_file, write_text
-from mllm_msr.records.variants import VARIANTS
 
 LIBRARIES = ("mllm-msr", "torch", "transformers", "trl", "peft", "datasets", "huggingface-hub", "polars")
 
@@ -53,11 +52,6 @@ def _user_texts(recipe: Recipe) -> Any:
     return [recipe.summaries.for_users().facts(), recipe.prompts, recipe.item_noun]
 
 
-def _scored(recipe: Recipe) -> tuple[str, ...]:
-    needs_model = any(VARIANTS[name].needs_model for name in recipe.evaluation.rows)
-    return ("prepare", "summarize users", "train") if needs_model else ("prepare",)
-
-
 STAGES: dict[str, StageSpec] = {  # in their order, by the command that does each
     "prepare": StageSpec(
         ("source", "data"), lambda recipe: [asdict(recipe.source), asdict(recipe.data)], lambda recipe: ()
@@ -67,7 +61,11 @@ STAGES: dict[str, StageSpec] = {  # in their order, by the command that does eac
         ("summaries", "prompts", "item_noun"), _user_texts, lambda recipe: ("summarize items",)
     ),
     "train": StageSpec(("training",), Recipe.training_flags, lambda recipe: ("summarize users",)),
-    "evaluate": StageSpec(("evaluation",), lambda recipe: asdict(recipe.evaluation), _scored),
+    "evaluate": StageSpec(  # of baselines alone it rests on the data only, as its entry in the provenance then says
+        ("evaluation",),
+        lambda recipe: asdict(recipe.evaluation),
+        lambda recipe: ("prepare", "summarize users", "train"),
+    ),
     "report": StageSpec(
         ("license",), lambda recipe: [recipe.name, recipe.license, recipe.item_noun], lambda recipe: ("evaluate",)
     ),

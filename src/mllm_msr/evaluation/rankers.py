@@ -1,0 +1,86 @@
+"""What ranks by a history: what all baselines have in common, what they may learn from, and the two simplest."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import polars as pl
+
+from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
+
+
+class Ranker(ABC):
+    """What gives each candidate of a task, or each item of the catalogue, a value from a history.
+
+    Args:
+        items: ``item_id`` of the whole catalogue; item codes are places in ``items.sort("item_id")``.
+    """
+
+    def __init__(self, items: pl.DataFrame) -> None:
+        self.items = items.select("item_id")
+
+    def __call__(self, tasks: pl.DataFrame) -> Array:
+        """(N,): the value of every candidate, task after task, of ``history``, ``candidates``, ``labels``."""
+        coded = CodedTasks(tasks, self.items)
+        return self.score(coded.histories, coded.candidates)
+
+    @abstractmethod
+    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
+        """(N,): the value of every candidate, list after list."""
+
+    @abstractmethod
+    def score_catalogue(self, histories: CodedLists) -> Array:
+        """(U, I): the value of every item."""
+
+
+def training_interactions(
+    interactions: pl.DataFrame, tasks: pl.DataFrame, protocol: str, popularity: pl.DataFrame
+) -> pl.DataFrame:
+    """The rows of a run's log that a model may be trained on, so that no baseline sees what is held out.
+
+    ``strict``: all but each user's last two; ``paper``: all of the users who have training tasks; ``global-cutoff``:
+    all before the moment at which four fifths of the log lie. Never more of any item than ``popularity`` (``item_id``,
+    ``count``) says training has, or ValueError.
+    """
+    if protocol == "strict":
+        training = interactions.filter(pl.int_range(pl.len()).reverse().over("user_id") >= 2)
+    elif protocol == "paper":
+        learners = tasks.filter(split="train")["user_id"].unique()
+        training = interactions.filter(pl.col("user_id").is_in(learners.implode()))
+    else:
+        moments = interactions["timestamp"].sort()
+        training = interactions.filter(pl.col("timestamp") < moments[int(0.8 * len(moments))])
+    counts = training.group_by("item_id").len("found").join(popularity, on="item_id", how="left")
+    if wrong := counts.filter(pl.col("found") > pl.col("count").fill_null(0)).rows(named=True):
+        raise ValueError(
+            f"item {wrong[0]['item_id']!r} has {wrong[0]['found']} training interactions in interactions.parquet, but "
+            f"{wrong[0]['count']} in popularity.parquet: prepare the run again"
+        )
+    return training
+
+
+class Popularity(Ranker):
+    """Training interactions of every item; ``counts`` have ``item_id``, ``count``."""
+
+    def __init__(self, counts: pl.DataFrame) -> None:
+        super().__init__(counts)
+        self.counts = counts.sort("item_id")["count"].to_numpy().astype(np.float32)
+
+    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
+        return self.counts[candidates.codes]
+
+    def score_catalogue(self, histories: CodedLists) -> Array:
+        return np.tile(self.counts, (len(histories), 1))
+
+
+class Random(Ranker):
+    """A random order; one of its own for the whole catalogue, so that neither depends on the other."""
+
+    def __init__(self, items: pl.DataFrame, seed: int) -> None:
+        super().__init__(items)
+        self.of_candidates, self.of_catalogue = (np.random.default_rng(key) for key in (seed, [seed, 1]))
+
+    def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
+        return self.of_candidates.random(len(candidates.codes))
+
+    def score_catalogue(self, histories: CodedLists) -> Array:
+        return self.of_catalogue.random((len(histories), len(self.items)), dtype=np.float32)

@@ -1,0 +1,256 @@
+"""The variants of the results table: what each is called, means and looks like, and what scores it; the one list."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import polars as pl
+
+from mllm_msr.evaluation.loading import load_backbone
+from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, training_interactions
+from mllm_msr.evaluation.scorers import ModelScorer, ModelView, Oracle, RankerScorer, Scorer
+from mllm_msr.evaluation.scoring import (
+    of_another_user,
+    with_blank_images,
+    with_shuffled_images,
+    without_images,
+    without_preference,
+)
+from mllm_msr.records.recipe import Recipe
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
+from mllm_msr.records.sections import OURS, source_type
+from mllm_msr.records.typed import did_you_mean
+
+Kind = Literal["ours", "ablation", "baseline", "reference", "oracle"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of scoring the same frozen tasks, one row of the results table.
+
+    Args:
+        name: in recipes, ``scores.parquet`` and ``metrics.json``.
+        label: for readers.
+        meaning: what it measures, in half a sentence.
+        kind: ``ours``; ``ablation``, our model with something taken away; ``baseline``, trained on the same
+            interactions; ``reference``, trained on nothing; ``oracle``, which knows the truth.
+        scorer: makes what scores it from a run; a baseline is trained by it.
+        colour: the CSS variable of its colour in charts.
+        dash: its SVG dash pattern; "" is a full line.
+    """
+
+    name: str
+    label: str
+    meaning: str
+    kind: Kind
+    scorer: Callable[[RunFolder], Scorer]
+    colour: str
+    dash: str = ""
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether it is scored by our model, trained or not."""
+        return self.kind in ("ours", "ablation")
+
+
+def ours(view: ModelView) -> Callable[[RunFolder], Scorer]:
+    """What scores by our model under a view."""
+    return partial(ModelScorer, view)
+
+
+def ranked_by(make: Callable[[RunFolder], Ranker]) -> Callable[[RunFolder], Scorer]:
+    """What scores by a ranker of histories."""
+    return lambda run: RankerScorer(make(run))
+
+
+def popularity(run: RunFolder) -> Ranker:
+    return Popularity(run.read(POPULARITY))
+
+
+def chance(run: RunFolder) -> Ranker:
+    return Random(run.read(ITEMS, ["item_id"]), run.recipe.evaluation.seed)
+
+
+# Trained baselines need torch, which is imported only where one is made.
+
+
+def tfidf(run: RunFolder) -> Ranker:
+    from mllm_msr.evaluation.baselines import tfidf
+
+    return tfidf(run.tasks("validation"), run.read(ITEMS, ["item_id", "title", "text"]))
+
+
+def knn(run: RunFolder) -> Ranker:
+    from mllm_msr.evaluation.baselines import knn
+
+    return knn(*learnt_from(run))
+
+
+def svd(run: RunFolder) -> Ranker:
+    from mllm_msr.evaluation.baselines import svd
+
+    return svd(*learnt_from(run), seed=run.recipe.evaluation.seed)
+
+
+def sasrec(run: RunFolder) -> Ranker:
+    from mllm_msr.evaluation.sequential_baselines import sasrec
+
+    return sasrec(*learnt_from(run), seed=run.recipe.evaluation.seed, folder=run.trained_baselines)
+
+
+def gru4rec(run: RunFolder) -> Ranker:
+    from mllm_msr.evaluation.sequential_baselines import gru4rec
+
+    return gru4rec(*learnt_from(run), seed=run.recipe.evaluation.seed, folder=run.trained_baselines)
+
+
+def learnt_from(run: RunFolder) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """What collaborative baselines are made from: validation tasks, items, training interactions."""
+    training = training_interactions(
+        run.read(INTERACTIONS), run.tasks("train"), run.recipe.data.protocol, run.read(POPULARITY)
+    )
+    return run.tasks("validation"), run.read(ITEMS, ["item_id"]), training
+
+
+def not_known(run: RunFolder) -> Scorer:
+    raise ValueError("this version of mllm-msr does not know the variant and cannot score it")
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            OURS, "MLLM-MSR", "the trained recommender: preference, title and image", "ours", ours(ModelView()), "blue"
+        ),
+        Variant(
+            "text_only",
+            "text only",
+            "the trained recommender without the candidate's image",
+            "ablation",
+            ours(ModelView(items=without_images)),
+            "sky",
+            "7 3",
+        ),
+        Variant(
+            "blank_images",
+            "blank images",
+            "the trained recommender, every candidate's image replaced by a blank one",
+            "ablation",
+            ours(ModelView(items=with_blank_images)),
+            "pink",
+            "2 3",
+        ),
+        Variant(
+            "shuffled_images",
+            "shuffled images",
+            "the trained recommender, every candidate with another item's image",
+            "ablation",
+            ours(ModelView(items=with_shuffled_images)),
+            "pink",
+            "6 2 2 2",
+        ),
+        Variant(
+            "no_preference",
+            "no preference",
+            "the trained recommender, given nothing about the user",
+            "ablation",
+            ours(ModelView(users=without_preference)),
+            "pink",
+            "6 2 2 2",
+        ),
+        Variant(
+            "other_user",
+            "another user's",
+            "the trained recommender, given another user's preference",
+            "ablation",
+            ours(ModelView(users=of_another_user)),
+            "pink",
+            "6 2 2 2",
+        ),
+        Variant(
+            "no_sft",
+            "no fine-tuning",
+            "the backbone with the same prompts, before any training",
+            "ablation",
+            ours(ModelView(load=load_backbone)),
+            "orange",
+            "9 3 2 3",
+        ),
+        Variant(
+            "sasrec",
+            "SASRec",
+            "self-attention over the sequence of item ids, trained on the same interactions",
+            "baseline",
+            ranked_by(sasrec),
+            "green",
+        ),
+        Variant(
+            "gru4rec",
+            "GRU4Rec",
+            "a recurrent network over the sequence of item ids, trained likewise",
+            "baseline",
+            ranked_by(gru4rec),
+            "green",
+            "6 3",
+        ),
+        Variant(
+            "svd", "PureSVD", "matrix factorisation of the training interactions", "baseline", ranked_by(svd), "orange"
+        ),
+        Variant(
+            "knn",
+            "item-kNN",
+            "similarity of the items' training users to the recent history",
+            "baseline",
+            ranked_by(knn),
+            "orange",
+            "6 3",
+        ),
+        Variant(
+            "tfidf",
+            "TF-IDF",
+            "similarity of the items' words to the recent history",
+            "baseline",
+            ranked_by(tfidf),
+            "sky",
+        ),
+        Variant(
+            "popularity",
+            "popularity",
+            "ranked by the number of training interactions",
+            "reference",
+            ranked_by(popularity),
+            "red",
+        ),
+        Variant("random", "random", "ranked by chance", "reference", ranked_by(chance), "grey", "4 4"),
+        Variant(
+            "oracle",
+            "oracle",
+            "ranked by the true taste, which only a generator knows: the best that is possible",
+            "oracle",
+            Oracle,
+            "green",
+            "12 4",
+        ),
+    )
+}
+
+
+def variant_of(name: str) -> Variant:
+    """The variant of this name; one that this version does not know keeps its name, in grey."""
+    return VARIANTS.get(name) or Variant(name, name.replace("_", " "), "", "reference", not_known, "grey", "3 2")
+
+
+def baselines() -> list[str]:
+    """The names of all variants that need no model of ours and no knowledge of the truth."""
+    return [name for name, variant in VARIANTS.items() if variant.kind in ("baseline", "reference")]
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Raise ValueError for a variant that is unknown, with the nearest known, or that the source does not have."""
+    for name in recipe.evaluation.rows:
+        if name not in VARIANTS:
+            raise ValueError(f"evaluation.rows: unknown variant {name!r}{did_you_mean(name, VARIANTS)}")
+        if VARIANTS[name].kind == "oracle" and source_type(recipe.source) != "demo":
+            raise ValueError(f"evaluation.rows: {name!r} knows the true taste, which only the source 'demo' has")
