@@ -21,6 +21,7 @@ from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_bucke
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 4
+ROUNDS = 4  # of fits in which the targets of a bucket that did worse weigh twice as much as before
 
 
 class Member(Protocol):
@@ -181,7 +182,7 @@ def fit_fusion(data: FusionTasks, names: Sequence[str]) -> ScoreFusion:
     least = listwise_loss(alone[best], data)
 
     fits: list[Callable[[FusionTasks], ScoreFusion]] = [lambda part: fit_shared(part, blank, range(n_members))]
-    fits += [partial(fit_buckets, blank=blank, penalty=penalty) for penalty in PENALTIES]
+    fits += [partial(fit_fairly, best=alone[best], penalty=penalty) for penalty in PENALTIES]
     chosen, value = alone[best], float(data.ndcg(alone[best]).mean())
     fold = torch.arange(len(data)) % FOLDS
     for fit in fits:
@@ -219,14 +220,31 @@ def fit_shared(data: FusionTasks, blank: ScoreFusion, members: Sequence[int]) ->
     return replace(blank, weights=fusion().weights.detach().clone())
 
 
-def fit_buckets(data: FusionTasks, blank: ScoreFusion, penalty: float) -> ScoreFusion:
-    """Weights and biases by bucket, of least loss plus ``penalty`` times their squared distance from shared ones."""
-    towards = fit_shared(data, blank, range(len(blank.members)))
+def fit_fairly(data: FusionTasks, best: ScoreFusion, penalty: float) -> ScoreFusion:
+    """As :func:`fit_buckets`, with weights of the targets under which, if it can be, none of a bucket does worse."""
+    shared = fit_shared(data, best, range(len(best.members)))
+    least, target = listwise_loss(best, data), data.buckets[:, 0]
+    counted = torch.ones(len(BUCKETS))
+    for _ in range(ROUNDS):
+        fusion = fit_buckets(data, shared, penalty, counted[target])
+        worse = worse_buckets(listwise_loss(fusion, data) - least, target)
+        if not worse.any():
+            break
+        counted = torch.where(worse, 2 * counted, counted)
+    return fusion
+
+
+def fit_buckets(data: FusionTasks, towards: ScoreFusion, penalty: float, counted: Tensor) -> ScoreFusion:
+    """Weights and biases by bucket, of least loss plus ``penalty`` times their squared distance from shared ones.
+
+    ``counted``: (T,), how much each task counts.
+    """
     weights, bias = towards.weights.clone().requires_grad_(), towards.bias.clone().requires_grad_()
 
     def loss() -> Tensor:
         away = (weights - towards.weights).square().sum() + (bias - towards.bias).square().sum()
-        return listwise_loss(replace(towards, weights=weights, bias=bias), data).mean() + penalty * away
+        losses = listwise_loss(replace(towards, weights=weights, bias=bias), data)
+        return (losses * counted).sum() / counted.sum() + penalty * away
 
     minimise(loss, [weights, bias])
     return replace(towards, weights=weights.detach(), bias=bias.detach())
