@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mllm_msr.hub_cards.view import interval, percent, variant_of
+from mllm_msr.records.public import hide_secrets
 from mllm_msr.records.results import Results
 from mllm_msr.records.sections import OURS
 
@@ -81,4 +82,4 @@ def conditions(results: Results) -> Sequence[str]:
         f"{results.split} split",
         f"seed {results.seed}",
     ]
-    return [*parts, f"model {results.model_of}"] if results.model_of else parts
+    return [*parts, f"model {hide_secrets(results.model_of)}"] if results.model_of else parts

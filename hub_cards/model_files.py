@@ -125,7 +125,7 @@ def _shipped() -> set[str]:
 
 
 def without_paths(text: str) -> str:
-    """A JSON configuration without the names of folders on this machine."""
+    """A JSON configuration without the names of folders on this machine, and without access tokens."""
 
     def clean(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -133,7 +133,8 @@ def without_paths(text: str) -> str:
         return {
             key: clean(inner)
             for key, inner in value.items()
-            if not (key.endswith("name_or_path") and isinstance(inner, str) and not is_hub_id(inner))
+            if not key.endswith(("auth_token", "hub_token"))
+            and not (key.endswith("name_or_path") and isinstance(inner, str) and not is_hub_id(inner))
         }
 
     return json.dumps(clean(json.loads(text)), indent=2, ensure_ascii=False) + "\n"

@@ -24,7 +24,7 @@ from mllm_msr.hub_cards.shards import PublishedTable, published, shard
 from mllm_msr.hub_cards.spaces import fill_metric, fill_space
 from mllm_msr.hub_cards.terms import RESTRICTED_SOURCES
 from mllm_msr.hub_cards.user_hashes import hash_users, user_key
-from mllm_msr.records.public import hide_secrets, public_name, public_recipe
+from mllm_msr.records.public import hide_secrets, public_name, public_recipe, public_revision
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, ITEMS, PUBLISHED, Table
@@ -161,9 +161,11 @@ def _public_texts(frame: pl.DataFrame) -> pl.DataFrame:
     if "generator" not in frame.columns:
         return frame
     names = {name: hide_secrets(public_name(name)) for name in frame["generator"].unique().drop_nulls()}
+    revisions = {revision: public_revision(revision) for revision in frame["revision"].unique().drop_nulls()}
     status = pl.col("status")
     return frame.with_columns(
         pl.col("generator").replace(names),
+        pl.col("revision").replace(revisions),
         pl.when(status.str.contains(STATUS)).then(status).otherwise(pl.lit("failed:other")).alias("status"),
     )
 

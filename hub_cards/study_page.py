@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm_msr.hub_cards.charts import Interval, interval_chart, standalone
 from mllm_msr.hub_cards.view import Cell, Row, TableView, difference_cells, estimate_cell, metric_label, variant_of
+from mllm_msr.records.public import hide_secrets
 from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import write_text
@@ -53,7 +54,8 @@ class StudyEntry:
     @property
     def label(self) -> str:
         """The cell's name; with the variant's, where that is not ours."""
-        return self.cell if self.variant == OURS else f"{self.cell}: {variant_of(self.variant).label}"
+        cell = hide_secrets(self.cell)
+        return cell if self.variant == OURS else f"{cell}: {variant_of(self.variant).label}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def study_page(study: StudyResults) -> str:
     if verdicts := [verdict for entry in study.entries[1:] if (verdict := _verdict(entry))]:
         parts.append("Beside the first:\n\n" + "\n".join(verdicts))
     if study.failures:
-        parts.append("Failed: " + "; ".join(study.failures) + ".")
+        parts.append("Failed: " + hide_secrets("; ".join(study.failures)) + ".")
     return "\n\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import os
 import secrets
 
 import polars as pl
@@ -20,9 +21,10 @@ def user_key(run: RunFolder) -> bytes:
         ValueError: the file of the key is no plain file of 32 bytes as hexadecimal digits.
     """
     path = run.user_hash_key
-    with run.lock(f"mllm-msr publish {run.path}"):
-        if not path.exists() and not path.is_symlink():
-            write_bytes(path, secrets.token_hex(KEY_BYTES).encode(), mode=0o600)
+    if not os.path.lexists(path):
+        with run.lock(f"mllm-msr publish {run.path}"):
+            if not os.path.lexists(path):  # another process may have made it meanwhile
+                write_bytes(path, secrets.token_hex(KEY_BYTES).encode(), mode=0o600)
     problem = "is not a plain file"
     if path.is_file() and not path.is_symlink():
         try:

@@ -198,6 +198,7 @@ def publish(run: RunFolder, options: "PublishOptions") -> None:
     """Release the run on the Hub, or show what a release would send."""
     from mllm_msr.hub_cards import release
 
+    run.require("report")
     prove(run)
     release.publish(run, options)
 

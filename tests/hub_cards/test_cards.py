@@ -4,12 +4,13 @@ import re
 
 import pytest
 from hub_run import SECRETS, change_recipe, write_json
-from huggingface_hub import DatasetCard, ModelCard
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 from jinja2.exceptions import UndefinedError
 
 from mllm_msr.hub_cards.cards import dataset_card, license_fields, model_card, render, size_category
 from mllm_msr.hub_cards.facts import Release
 from mllm_msr.hub_cards.shards import PublishedTable
+from mllm_msr.hub_cards.spaces import fill_space
 from mllm_msr.records.schema import ITEMS, TASKS
 
 RELEASE = Release(
@@ -90,7 +91,7 @@ def test_dataset_card_configs_are_those_published(finished_run):
     assert_nothing_blank(str(card))
 
 
-def test_names_and_licences_of_a_recipe_cannot_break_out_of_their_place(make_run):
+def test_names_and_licences_of_a_recipe_cannot_break_out_of_their_place(make_run, tmp_path):
     run = change_recipe(make_run(), name=HOSTILE, license=HOSTILE, item_noun="[thing]")
     prompts = {"recommendation": "{{ title }}\n```\n# A heading\n````", "item_summary": "```"}
     write_json(run.model / "processor_config.json", {"prompts": prompts})
@@ -102,6 +103,10 @@ def test_names_and_licences_of_a_recipe_cannot_break_out_of_their_place(make_run
         assert "<script>" not in again.text and "\nlicense: mit" not in again.text
         assert all(line.startswith("|") and line.endswith("|") for line in again.text.splitlines() if "|--" in line)
     assert dataset_card(run, PUBLISHED).data.pretty_name.startswith(HOSTILE)
+    fill_space(run, tmp_path, RELEASE)
+    space = SpaceCard.load(tmp_path / "README.md")
+    assert space.data.title == f"MLLM-MSR: {' '.join(HOSTILE.split())}" and space.data.license == "apache-2.0"
+    assert "<script>" not in space.text and space.data.models == [RELEASE.model]
 
 
 def test_fields_and_sizes():

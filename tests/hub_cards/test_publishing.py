@@ -216,10 +216,13 @@ def test_statuses_and_writers_leave_without_the_words_of_a_server(make_run):
     statuses = ["ok", "suspect:empty", "failed:http-400", "failed:RuntimeError: http://inner.example/secret-path: 400"]
     statuses += ["failed: sk-0123", "Bearer hf_secretsecret", "", "ok\nhttp://inner.example"]
     rows = pl.DataFrame({"status": (statuses * 4)[:30]})
-    frame = run.read(ITEM_SUMMARIES).with_columns(rows["status"], generator=pl.lit("https://me:pw@inner.example/v1/m"))
+    address, commit = pl.lit("https://me:pw@inner.example/v1/m"), "0123456789abcdef0123456789abcdef01234567"
+    frame = run.read(ITEM_SUMMARIES).with_columns(rows["status"], generator=address)
+    frame = frame.with_columns(pl.when(pl.int_range(30) < 3).then(pl.lit(commit)).otherwise(address).alias("revision"))
     run.write(ITEM_SUMMARIES, frame)
     table = tables_of(build_hub(finish(run))["dataset"])["item_summaries.train"]
     assert table["status"].to_list()[:8] == [*statuses[:3], *["failed:other"] * 5]
+    assert set(table["revision"]) == {commit, "***"}
     assert set(table["generator"]) == {"m"} and WRITER["generator"] not in str(table.rows())
 
 

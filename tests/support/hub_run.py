@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def _write_model(run: RunFolder, rng: np.random.Generator) -> None:
         },
     )
     write_json(run.model / "processor_config.json", {"prompts": {"recommendation": "{{ title }} {{ image }} Choose?"}})
-    write_json(run.model / "tokenizer_config.json", {"name_or_path": base})
+    write_json(run.model / "tokenizer_config.json", {"name_or_path": base, "use_auth_token": "hf_secretsecret"})
     for name, content in {
         "modeling_mllm_msr.py": "# shipped code\n",
         "notes.py": "# not shipped\n",
@@ -221,4 +222,5 @@ def _write_scores(run: RunFolder, world: World, rng: np.random.Generator) -> Non
         figures = ranking_metrics(users, labels, logit, n_bootstrap=100)
         variants[name] = {metric: Estimate.from_json(content) for metric, content in figures.items()}
     run.write(SCORES, pl.concat(frames))
-    Results("demo", "strict", "test", N_USERS, N_NEGATIVES + 1, 0, "5d41402abc4b2a76", variants).write(run.metrics)
+    results = Results("demo", "strict", "test", N_USERS, N_NEGATIVES + 1, 0, "5d41402abc4b2a76", variants)
+    replace(results, model_of="trained by https://me:pass@inner.example/secret-path").write(run.metrics)

@@ -63,8 +63,8 @@ def _public(name: str, value: Any) -> Any:
         return value
     if value and SECRET_NAMES.search(name.lower()):
         return MASK
-    if name.endswith("revision"):  # a commit is as long as a key
-        return value
+    if name.endswith("revision"):
+        return public_revision(value)
     if name == "model" or name.endswith("name_or_path"):
         return hide_secrets(public_name(value))
     if value.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:[\\/]|\\\\", value):
@@ -79,6 +79,11 @@ def hide_secrets(text: str) -> str:
     'key *** refused by ***'
     """
     return SECRETS.sub(MASK, ADDRESSES.sub(MASK, text))
+
+
+def public_revision(revision: str) -> str:
+    """A revision without an address; a commit, which is as long as a key, stays."""
+    return ADDRESSES.sub(MASK, revision)
 
 
 def is_hub_id(name: str | None) -> bool:
