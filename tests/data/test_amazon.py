@@ -77,6 +77,15 @@ def test_bad_lines_stop_or_are_counted(tmp_path: Path) -> None:
     assert raw.items.filter(item_id="B3")["title"].to_list() == ["3"]
 
 
+def test_metadata_names_no_file_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "private.jpg").write_bytes(b"image")
+    write(tmp_path / "Baby.jsonl", REVIEWS)
+    images = [picture("MAIN", str(tmp_path / "private.jpg"))]
+    write(tmp_path / "meta_Baby.jsonl", [*META, {"parent_asin": "B3", "title": "C", "images": images}])
+    places = dict(read_amazon(tmp_path, "Baby").items.select("item_id", "image_path").iter_rows())
+    assert places["B3"] == "https://x/MAIN_t.jpg"
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no Baby\.jsonl or Baby\.jsonl\.gz"):
         read_amazon(tmp_path, "Baby")

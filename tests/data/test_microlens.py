@@ -45,6 +45,15 @@ def test_pairs_as_tsv_and_titles_without_header(folder: Path) -> None:
     assert any("no times" in row["what"] for row in raw.skipped)
 
 
+def test_ids_that_were_floats_and_titles_with_open_marks(folder: Path) -> None:
+    (folder / "MicroLens-50k_pairs.csv").unlink()
+    (folder / "MicroLens-50k_pairs.tsv").write_text("7.0\t10.0 12.0\n8\t11\n")
+    (folder / "MicroLens-50k_titles.csv").write_text('item,title\n10,"Cats, and dogs\n11.0,NaN\n12,"A ""B"", C"\n')
+    raw = read_microlens(folder)
+    assert raw.interactions.collect().rows() == [("7", "10", 0), ("7", "12", 1), ("8", "11", 0)]
+    assert raw.items.select("item_id", "title").rows() == [("10", '"Cats, and dogs'), ("11", ""), ("12", 'A "B", C')]
+
+
 def test_bad_rows(folder: Path) -> None:
     with (folder / "MicroLens-50k_pairs.csv").open("a") as file:
         file.write("3,11\n")

@@ -50,6 +50,34 @@ def test_reads_ratings_films_and_posters(folder: Path) -> None:
     assert "7.9" not in str(items) and "10878" not in str(items)  # later popularity
 
 
+def test_flags_and_ids_in_any_spelling(folder: Path) -> None:
+    items = (folder / "items.csv").read_text()
+    lines = [
+        f"{movie}.0,Film {movie},0,{flag},{','.join('0' * 17)},1995,A plot,en,81,7,10" for movie, flag in FLAGS.items()
+    ]
+    (folder / "items.csv").write_text("\n".join([items.split("\n")[0], *lines]) + "\n")
+    raw = read_movielens(folder)
+    assert dict(raw.items.select("item_id", "text").iter_rows()) == {
+        "10": "Action. A plot",
+        "11": "Action. A plot",
+        "12": "A plot",
+        "267": "A plot",
+    }
+    with (folder / "items.csv").open("a") as file:
+        file.write(lines[0].replace("10.0", "13").replace(",True,", ",perhaps,") + "\n")
+    with pytest.raises(ValueError, match=r"items\.csv, row 6: Action is neither 0 nor 1"):
+        read_movielens(folder)
+
+
+FLAGS = {10: "True", 11: "1.0", 12: "", 267: "NaN"}
+
+
+def test_a_catalogue_of_other_films_stops(folder: Path) -> None:
+    (folder / "ratings.csv").write_text("user_id,movie_id,rating,unix_timestamp\n1,010,3,100\n1,0011,1,100\n")
+    with pytest.raises(ValueError, match=r"items\.csv: of the 2 items in the log, this catalogue has only 0"):
+        read_movielens(folder)
+
+
 def test_unknown_film_keeps_nothing_of_the_other_film(folder: Path) -> None:
     (unknown,) = read_movielens(folder).items.filter(item_id="267").to_dicts()
     assert (unknown["title"], unknown["text"], unknown["image_path"]) == ("", "", None)

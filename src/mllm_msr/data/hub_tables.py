@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+import pyarrow.compute as pc
+from datasets import Dataset, Image
 
+from mllm_msr.data.table_files import load_afresh
 from mllm_msr.records import schema
 
 RUN_TABLES = {table.name: table for table in schema.PUBLISHED}
@@ -19,15 +21,28 @@ def load_table(source: str, config: str, split: str) -> Dataset:
 
     Raises:
         FileNotFoundError: a run directory whose table has not been made yet.
+        ValueError: a data set of other people that names images in files instead of holding them.
     """
     run = Path(source)
     if not (run / "config.yaml").is_file():
         name, _, revision = (source, "", "") if run.exists() else source.partition("@")
-        return _facts(load_dataset(name, config, split=split, revision=revision or None))
+        table = _facts(load_afresh(name, name=config, split=split, revision=revision or None))
+        for column, feature in table.features.items():
+            if isinstance(feature, Image) and _names_files(table, column):
+                raise ValueError(
+                    f"{source}: {column!r} of {config!r} names files; images have to be in the table itself"
+                )
+        return table
     path = RUN_TABLES[config].path(run, split)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the earlier stages on {run} first (see mllm-msr run --help)")
     return _facts(Dataset.from_parquet(str(path), keep_in_memory=True))
+
+
+def _names_files(table: Dataset, column: str) -> bool:
+    """Whether an image is a path without bytes, which would be opened on this machine."""
+    images = table.with_format("arrow").select_columns(column)[:][column]
+    return pc.any(pc.and_(pc.is_valid(images), pc.is_null(pc.struct_field(images, "bytes")))).as_py() or False
 
 
 def _facts(table: Dataset) -> Dataset:

@@ -51,7 +51,7 @@ def encode(image: Image.Image) -> bytes:
     """Bytes to store: PNG up to 128 x 128 pixels, where JPEG would spoil most and saves least; JPEG above."""
     buffer = io.BytesIO()
     if max(image.size) <= SMALL:
-        image.save(buffer, "PNG", optimize=True)
+        image.save(buffer, "PNG")
     else:
         image.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()

@@ -26,7 +26,10 @@ def interactions_from(
         log, ticks, problems = with_times(log, path, bad)
         missing = {f"no {name}": pl.col(name).is_null() for name in ("user_id", "item_id")}
         log = bad.drop(log, {**missing, **problems}, path)
-        return log.select("user_id", "item_id", timestamp="(time)"), ticks
+        log = log.select("user_id", "item_id", timestamp="(time)")
+        if log.head(1).collect(engine="streaming").is_empty():
+            raise ValueError(f"{path}: no interactions: the log is empty, or every row of it was bad")
+        return log, ticks
 
 
 def join_text(*parts: pl.Expr) -> pl.Expr:

@@ -19,7 +19,7 @@ from mllm_msr.data.delimited import csv_blocks
 from mllm_msr.data.json_lines import json_blocks
 from mllm_msr.data.parts import SUFFIXES, Part, is_parts, table_format, table_parts
 from mllm_msr.data.raw import ROW, BadRows, need_columns, short
-from mllm_msr.data.spool import spool
+from mllm_msr.data.spool import spool, spool_folder
 from mllm_msr.data.text_files import reading, text_blocks
 
 ROWS = 10_000  # of a batch
@@ -83,7 +83,8 @@ class TableFile:
             kind, parts = table_parts(folder / place)
             return cls(place, kind, parts, root=(folder / place).parent)
         if kind is None:
-            return cls(place, "data set", data=_data_set(place, folder), root=inside or folder / place, inside=inside)
+            root = inside or folder / place.partition("?")[0]
+            return cls(place, "data set", data=_data_set(place, folder), root=root, inside=root)
         path = local_file(place) if hub else folder / place
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -168,6 +169,11 @@ def _numbered(batches: Any) -> Iterator[pl.DataFrame]:
         start += len(table)
 
 
+def load_afresh(path: str, **options: Any) -> Any:
+    """``load_dataset``, which of a folder with a README would return what once lay in a folder of the same name."""
+    return load_dataset(path, cache_dir=str(spool_folder()) if Path(path).is_dir() else None, **options)
+
+
 def _data_set(place: str, folder: Path) -> Dataset:
     name, _, query = re.sub("^hf:/+datasets/", "", place).partition("?")
     options = dict(parse_qsl(query))
@@ -182,7 +188,7 @@ def _data_set(place: str, folder: Path) -> Dataset:
         name = str(folder / name)
     name, _, revision = name.partition("@") if place.startswith("hf:") else (name, "", "")
     try:
-        data = load_dataset(name, **({"revision": revision} if revision else {}), **options)
+        data = load_afresh(name, **({"revision": revision} if revision else {}), **options)
     except Exception as error:  # of any library that reads one of its many formats
         raise ValueError(f"{place}: cannot be read as a data set ({type(error).__name__}: {short(error)})") from error
     if isinstance(data, DatasetDict):

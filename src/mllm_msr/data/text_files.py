@@ -46,8 +46,8 @@ def reading(path: Path | str) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise OSError(f"{path}: the packed file is cut short or damaged ({error}); fetch it anew") from error
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and (error.filename or str(path) in str(error)):
-            raise  # it names the file
+        if isinstance(error, OSError) and (error.errno or str(path) in str(error)):
+            raise  # of the system, such as a full disk, or one that names the file
         raise ValueError(f"{path}: cannot be read, it is damaged or of another kind ({short(error)})") from error
 
 

@@ -14,6 +14,7 @@ from mllm_msr.data.text_files import text_blocks
 from mllm_msr.records.sections import OnBadRows
 
 COLUMNS = {"user_id": "user", "item_id": "item", "timestamp": "timestamp"}
+IDS = ("user_id", "item_id")
 TITLES = ("item", "title")
 
 
@@ -61,15 +62,16 @@ def _sequences(path: Path, bad: BadRows) -> pl.LazyFrame:
     lines = spool(pl.DataFrame({"line": block.split("\n")[:-1]}) for block in text_blocks(path, bad))
     table = lines.with_row_index(ROW, offset=1).filter(pl.col("line").str.strip_chars() != "")
     parts = pl.col("line").str.split_exact("\t", 1).struct
-    table = table.select(ROW, "line", user_id=parts.field("field_0"), item_id=parts.field("field_1").str.strip_chars())
-    table = as_ids(table, ["user_id"], path, bad)
-    wrong = pl.col("user_id").is_null() | (pl.col("item_id").fill_null("") == "")
+    table = table.select(ROW, "line", user_id=parts.field("field_0"), item_id=parts.field("field_1"))
+    wrong = pl.any_horizontal(pl.col("user_id", "item_id").str.strip_chars().fill_null("") == "")
     table = bad.drop(table, {"not user<TAB>item item …": wrong}, path)
     table = table.with_columns(pl.col("item_id").str.extract_all(r"\S+"))
     users = table.select(pl.len()).collect(engine="streaming").item()
     bad.note(f"{path.name}: no times; the place in the sequence stands for the time", users, [])
     places = pl.int_ranges(pl.col("item_id").list.len()).alias("timestamp")
-    return table.select("user_id", "item_id", places).explode("item_id", "timestamp")
+    table = as_ids(table.select(ROW, "user_id", "item_id", places).explode("item_id", "timestamp"), IDS, path, bad)
+    missing = {f"no {name}": pl.col(name).is_null() for name in IDS}
+    return bad.drop(table, missing, path).drop(ROW)
 
 
 def _titles(path: Path, bad: BadRows) -> pl.DataFrame:

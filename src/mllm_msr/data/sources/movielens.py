@@ -36,7 +36,7 @@ def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:
     table = pl.concat(csv_blocks(path, bad))
     need_columns(table.columns, ["movie_id", "title", "overview", *GENRES], path)
     table = as_ids(table.lazy(), ["movie_id"], path, bad).collect()
-    flags = {genre: pl.col(genre).str.strip_chars().str.to_lowercase() for genre in GENRES}
+    flags = {genre: as_text(genre, pl.String()).str.to_lowercase() for genre in GENRES}
     problems = {f"{genre} is neither 0 nor 1": ~flag.is_in(YES + NO) for genre, flag in flags.items()}
     table = bad.drop(table, {"no movie_id": pl.col("movie_id").is_null(), **problems}, path)
     items = bad.unique_items(table.rename({"movie_id": "item_id"}), path)
