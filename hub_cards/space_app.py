@@ -8,6 +8,7 @@ import html
 import json
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ class Demo:
     def __init__(self, model: str, dataset: str, revision: str | None, block_size: int) -> None:
         self.block_size = block_size
         pinned: dict[str, Any] = {"revision": revision} if revision else {}
+        self.folder = tempfile.TemporaryDirectory()  # else a folder would be taken for another of its name, once read
+        cache = None if revision else self.folder.name
         task: Any = "sequential-recommendation"
         self.pipe: Any = pipeline(task, model=model, trust_remote_code=True, **pinned)
 
         def table(name: str, split: str = "train") -> Any:
-            return load_dataset(dataset, name, split=split, **pinned)
+            return load_dataset(dataset, name, split=split, cache_dir=cache, **pinned)
 
         items = table("items")
         self.place = {item: row for row, item in enumerate(items["item_id"])}
