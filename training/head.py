@@ -2,10 +2,10 @@
 
     python training/head.py \\
         --dataset_name runs/movielens-100k \\
-        --vectors runs/movielens-100k/vectors.parquet \\
+        --vectors runs/movielens-100k/vectors/items.parquet \\
         --output_dir runs/head-movielens
 
-``--vectors`` is a Parquet file with ``item_id`` and ``vector``, a list of numbers, for every item of the run. Without
+``--vectors`` is a file with ``item_id`` and ``vector`` of every item, such as ``RUN/vectors/items.parquet``. Without
 it the head knows items by their identity alone, which is SASRec; with ``--no_identity``, by their vectors alone. Every
 epoch is saved: run again after an interruption with the same ``--output_dir``, it goes on to the same result.
 """
@@ -14,11 +14,12 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from trl import TrlParser
 
+from mllm_msr.data.vector_files import read_vectors, vector_matrix
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
-from mllm_msr.evaluation.item_vectors import read_vectors
 from mllm_msr.evaluation.rankers import training_interactions
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
 from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions, save_head
@@ -32,7 +33,7 @@ class HeadArguments:
     """What is learnt from, and where to."""
 
     dataset_name: str = flag("", "A prepared run's folder.")
-    vectors: str | None = flag(None, "A Parquet file with item_id and vector for every item; none: identity alone.")
+    vectors: str | None = flag(None, "A file with item_id and vector of every item; none: identity alone.")
     output_dir: str = flag("", "Folder of the trained head and of its epochs.")
     seed: int = flag(0, "Of weights, batches and dropout.")
 
@@ -46,7 +47,9 @@ def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: Fi
     items, folder = run.read(ITEMS, ["item_id"]), Path(arguments.output_dir)
 
     # Data
-    content = None if arguments.vectors is None else read_vectors(Path(arguments.vectors), items)
+    content = None
+    if arguments.vectors is not None:
+        content = torch.from_numpy(vector_matrix(read_vectors(Path(arguments.vectors), items)))
     data = load_data(run, content)
 
     # Training

@@ -62,6 +62,8 @@ def existing_run(options: argparse.Namespace, stage: str | None = None) -> "RunF
     from mllm_msr.opening import open_run, parse_setting
 
     settings = {key: parse_setting(key, text) for key, text in getattr(options, "set", ())}
+    if getattr(options, "vectors", None):
+        settings["vectors.file"] = str(Path(options.vectors).resolve())
     return open_run(options.run, stage, settings)
 
 
@@ -186,6 +188,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": run,
     "prepare": stage,
     "summarize": stage,
+    "vectors": stage,
     "train": stage,
     "evaluate": evaluate,
     "report": stage,

@@ -19,6 +19,7 @@ stages, each alone on a run; what is finished is skipped, what was interrupted g
   mllm-msr prepare recipes/movielens_100k.yaml --data DIR --output RUN
   mllm-msr summarize items RUN
   mllm-msr summarize users RUN
+  mllm-msr vectors RUN
   mllm-msr train RUN
   mllm-msr evaluate RUN
   mllm-msr report RUN
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     stages = [
         command("items", "summarise each item's image and words", parts),
         command("users", "write preferences by history blocks", parts),
+        vectors := command("vectors", "let a language model make a vector of each item, for the sequence head"),
         command("train", "fine-tune the recommender on the run's examples"),
         evaluate := command("evaluate", "score the frozen tasks with every variant of the table, compute the metrics"),
         report := command("report", "write report.html and results.md"),
@@ -76,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("run", type=Path, help="folder of the run")
         if sub is not report:
             add_setting(sub, "a value of the run's recipe from now on, of the sections that the stage reads")
+    own = "own vectors: Parquet, CSV or npz with item_id and vector for every item"
+    vectors.add_argument("--vectors", metavar="FILE", type=text_of, help=own)
     further = "further variants on the same tasks, such as knn,sasrec; an unknown name lists all"
     evaluate.add_argument("--baselines", metavar="A,B", type=names, default=[], help=further)
     evaluate.add_argument(

@@ -17,9 +17,18 @@ from mllm_msr.proof import prove
 from mllm_msr.records.lock import is_first_process
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import STAGES, RunFolder
-from mllm_msr.records.schema import EXAMPLES, INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES, TASKS, Table
+from mllm_msr.records.schema import (
+    EXAMPLES,
+    INTERACTIONS,
+    ITEM_SUMMARIES,
+    ITEM_VECTORS,
+    ITEMS,
+    PREFERENCES,
+    TASKS,
+    Table,
+)
 from mllm_msr.records.sections import SummaryOptions
-from mllm_msr.records.storage import folder_digest, whole_folder, write_text
+from mllm_msr.records.storage import file_digest, folder_digest, whole_folder, write_text
 
 if TYPE_CHECKING:
     from mllm_msr.hub_cards.release import PublishOptions
@@ -139,6 +148,41 @@ def forget_failures(run: RunFolder, table: Table) -> None:
         run.file(table).unlink()
 
 
+def vectors(run: RunFolder) -> None:
+    """What a language model makes of each item, for the sequence head: computed, or read from a file."""
+    from mllm_msr.data.vector_files import read_vectors
+    from mllm_msr.processing.vectors import item_encoder, vector_table
+
+    options, flags = run.recipe.vectors, run.recipe.training
+    name = backbone_path(options.model or flags.get("model_name_or_path") or "")
+    if not name and options.file is None:
+        raise ValueError("vectors.model: name the model whose vectors items get, or a file of them by --vectors")
+    revision = options.revision if options.model else flags.get("model_revision")
+    source = Path(options.file or name)
+    content = file_digest(source) if source.is_file() else folder_digest(source) if source.is_dir() else None
+    facts = [STAGES["vectors"].settings(run.recipe), content]
+
+    def work(key: str) -> None:
+        items = run.read(ITEMS)
+        if options.file is not None:
+            frame = read_vectors(source, items).with_columns(pl.lit(content).alias("key"))
+            run.write(ITEM_VECTORS, frame.cast(dict(ITEM_VECTORS.columns)))
+            return
+        summaries: dict[str, str] = {}
+        if run.recipe.vectors_read_summaries:
+            summaries = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
+
+        def load() -> Any:
+            dtype = options.dtype or flags.get("dtype")
+            prompts = {name: text for name, text in run.recipe.prompts.items() if name == "late_item"}
+            return item_encoder(name, revision, dtype, prompts, run.recipe.item_noun, options.token_budget)
+
+        frame = vector_table(items, summaries, load, facts, run.vectors, options.batch_size, options.images)
+        run.write(ITEM_VECTORS, frame)
+
+    run.stage("vectors", work, writes=[run.file(ITEM_VECTORS)], facts=facts)
+
+
 def train(run: RunFolder) -> None:
     """Stage 3: fine-tune the recommender; the model folder is what would be pushed.
 
@@ -232,6 +276,7 @@ FUNCTIONS: dict[str, Callable[[RunFolder], None]] = {
     "prepare": prepare,
     "summarize items": summarize_items,
     "summarize users": summarize_users,
+    "vectors": vectors,
     "train": train,
     "evaluate": evaluate,
     "report": report,

@@ -12,9 +12,11 @@ import yaml
 from mllm_msr.records.sections import (
     SOURCES,
     EvaluationOptions,
+    HeadOptions,
     PrepareOptions,
     Source,
     SummaryOptions,
+    VectorOptions,
     source_type,
 )
 from mllm_msr.records.typed import build, check_names, did_you_mean
@@ -23,6 +25,8 @@ FORMAT = 2  # of a run's folder, noted in its recipe; a run of another one is re
 SECTIONS: dict[str, type[Any]] = {
     "data": PrepareOptions,
     "summaries": SummaryOptions,
+    "vectors": VectorOptions,
+    "head": HeadOptions,
     "evaluation": EvaluationOptions,
 }
 
@@ -35,7 +39,7 @@ class Recipe:
         name: of the data set, for reports and cards.
         source: where the raw data comes from; ``type`` (demo, movielens, microlens, amazon, tables) in the file.
         item_noun: what an item is called in prompts.
-        data, summaries, evaluation: see the sections' types.
+        data, summaries, vectors, head, evaluation: see the sections' types.
         prompts: templates that replace the default ones, by name.
         training: flags of training/sft.py.
         license: of the derived data and model, for the cards.
@@ -47,7 +51,9 @@ class Recipe:
     data: PrepareOptions = field(default_factory=PrepareOptions)
     summaries: SummaryOptions = field(default_factory=lambda: SummaryOptions(engine="extractive"))
     prompts: dict[str, str] = field(default_factory=dict)
+    vectors: VectorOptions = field(default_factory=VectorOptions)
     training: dict[str, Any] = field(default_factory=dict)
+    head: HeadOptions = field(default_factory=HeadOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     license: str | None = None
 
@@ -57,6 +63,12 @@ class Recipe:
         if self.prompts:
             flags["prompts"] = json.dumps(self.prompts)
         return flags
+
+    @property
+    def vectors_read_summaries(self) -> bool:
+        """Whether item vectors rest on item summaries: on those that a model wrote, if on any."""
+        by_model = self.summaries.engine not in ("extractive", "titles")
+        return by_model and self.vectors.summaries and self.vectors.file is None
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, defaults included, as it stands in a run's ``config.yaml``."""

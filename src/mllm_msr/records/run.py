@@ -52,6 +52,15 @@ def _user_texts(recipe: Recipe) -> Any:
     return [recipe.summaries.for_users().facts(), recipe.prompts, recipe.item_noun]
 
 
+def _item_vectors(recipe: Recipe) -> Any:
+    model = [recipe.training.get(name) for name in ("model_name_or_path", "model_revision", "dtype")]
+    return [recipe.vectors.facts(), model, recipe.prompts.get("late_item"), recipe.item_noun]
+
+
+def _read_by_vectors(recipe: Recipe) -> tuple[str, ...]:
+    return ("summarize items",) if recipe.vectors_read_summaries else ("prepare",)
+
+
 STAGES: dict[str, StageSpec] = {  # in their order, by the command that does each
     "prepare": StageSpec(
         ("source", "data"), lambda recipe: [asdict(recipe.source), asdict(recipe.data)], lambda recipe: ()
@@ -60,6 +69,7 @@ STAGES: dict[str, StageSpec] = {  # in their order, by the command that does eac
     "summarize users": StageSpec(
         ("summaries", "prompts", "item_noun"), _user_texts, lambda recipe: ("summarize items",)
     ),
+    "vectors": StageSpec(("vectors",), _item_vectors, _read_by_vectors),
     "train": StageSpec(("training",), Recipe.training_flags, lambda recipe: ("summarize users",)),
     "evaluate": StageSpec(  # of baselines alone it rests on the data only, as its entry in the provenance then says
         ("evaluation",),
@@ -142,6 +152,11 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def vectors(self) -> Path:
+        """All item vectors by content, as they are made."""
+        return self.path / "cache/vectors"
 
     @property
     def training_log(self) -> Path:

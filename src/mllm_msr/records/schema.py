@@ -199,6 +199,13 @@ ITEM_SUMMARIES = Table(
     "each item in words, written from its title, text and image",
     notes=PROVENANCE,
 )
+ITEM_VECTORS = Table(
+    "item_vectors",
+    {"item_id": pl.String, "vector": pl.List(pl.Float16), "key": pl.String},
+    "vectors/items.parquet",
+    "what a language model makes of each item: the mean of its last hidden states over the item's tokens",
+    notes="`key`: a hash of all that the vector depends on",
+)
 PREFERENCES = Table(
     "preferences",
     {

@@ -195,6 +195,65 @@ class SummaryOptions:
 
 
 @dataclass(frozen=True)
+class VectorOptions:
+    """Section ``vectors``: what the vectors of items are made of, and by which model; or a file that has them."""
+
+    file: str | None = None  # Parquet, CSV or npz with item_id and vector, in place of a model
+    model: str | None = None  # Hub id or folder; None: the backbone that is trained
+    revision: str | None = None
+    summaries: bool = True  # read the item summaries of a model, after the item's own text
+    images: bool = True
+    dtype: str | None = None  # of the model; None: as training has it
+    # the means
+    token_budget: int = 8192  # tokens of one forward
+    batch_size: int = 512  # items that are decoded, and saved, at a time
+
+    def __post_init__(self) -> None:
+        check_types(self, "vectors")
+        at_least(self, token_budget=1, batch_size=1)
+
+    def facts(self) -> dict[str, Any]:
+        """All that a vector depends on."""
+        return {each.name: getattr(self, each.name) for each in fields(self)[:-2]}
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Section ``head``: the sequence head over item vectors; see ``modeling/sequence_head.py`` for what each means."""
+
+    enabled: bool = True
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 2
+    dropout: float = 0.3
+    identity_dropout: float = 0.3
+    gate: bool = False
+    max_length: int = 100
+    # training
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    most_classes: int = 2048
+    max_epochs: int = 100
+    patience: int = 5
+    stop_by: Literal["candidates", "catalogue"] = "candidates"
+    seed: int = 0
+    # fusion
+    fusion_tasks: int = 4000  # validation tasks on which weights are fitted, at most
+    hidden_share: float = 0.1  # of trained items, taken as never chosen while weights are fitted
+
+    def __post_init__(self) -> None:
+        check_types(self, "head")
+        at_least(self, hidden=1, layers=1, heads=1, max_length=1, batch_size=1, most_classes=1)
+        at_least(self, max_epochs=0, patience=1, seed=0, fusion_tasks=1)
+        for name in ("dropout", "identity_dropout", "hidden_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
+
+
+@dataclass(frozen=True)
 class EvaluationOptions:
     """Section ``evaluation``: which variants are scored on which tasks."""
 
