@@ -11,7 +11,8 @@ from mllm_msr.data.sources.registry import check_source, source_places
 from mllm_msr.evaluation.variants import check_rows
 from mllm_msr.proof import check_templates
 from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, with_settings
-from mllm_msr.records.run import STAGES, RunFolder
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.stage_specs import STAGES
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mllm_msr.evaluation.variants import Variant
 from mllm_msr.proof import prove
 from mllm_msr.records.lock import is_first_process
 from mllm_msr.records.recipe import backbone_path
-from mllm_msr.records.run import STAGES, RunFolder
+from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import (
     EXAMPLES,
     INTERACTIONS,
@@ -28,6 +28,7 @@ from mllm_msr.records.schema import (
     Table,
 )
 from mllm_msr.records.sections import SummaryOptions
+from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.storage import file_digest, folder_digest, whole_folder, write_text
 
 if TYPE_CHECKING:

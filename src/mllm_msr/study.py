@@ -14,8 +14,9 @@ import polars as pl
 from mllm_msr.opening import absolute, check_recipe
 from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, with_settings
 from mllm_msr.records.results import Difference, Estimate
-from mllm_msr.records.run import STAGES, RunFolder
+from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES
+from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.typed import build, check_types
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_runs import tiny_recipe
 
-from mllm_msr.records.run import STAGES, RunFolder
+from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import TASKS
+from mllm_msr.records.stage_specs import STAGES
 
 
 @pytest.fixture

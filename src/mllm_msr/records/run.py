@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,62 +24,10 @@ from mllm_msr.records.lock import is_first_process, write_lock
 from mllm_msr.records.recipe import FORMAT, CheckFlags, Recipe, load_content, parse_recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.schema import TASKS, Table
+from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.storage import digest, file_digest, link_file, write_text
 
 LIBRARIES = ("mllm-msr", "torch", "transformers", "trl", "peft", "datasets", "huggingface-hub", "polars")
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """A stage.
-
-    Args:
-        sections: of the recipe that its command may change by ``--set``.
-        settings: what of the recipe its output depends on.
-        after: the stages it rests on.
-    """
-
-    sections: tuple[str, ...]
-    settings: Callable[[Recipe], Any]
-    after: Callable[[Recipe], tuple[str, ...]]
-
-
-def _item_texts(recipe: Recipe) -> Any:
-    return [recipe.summaries.facts(), recipe.prompts, recipe.item_noun]
-
-
-def _user_texts(recipe: Recipe) -> Any:
-    return [recipe.summaries.for_users().facts(), recipe.prompts, recipe.item_noun]
-
-
-def _item_vectors(recipe: Recipe) -> Any:
-    model = [recipe.training.get(name) for name in ("model_name_or_path", "model_revision", "dtype")]
-    return [recipe.vectors.facts(), model, recipe.prompts.get("late_item"), recipe.item_noun]
-
-
-def _read_by_vectors(recipe: Recipe) -> tuple[str, ...]:
-    return ("summarize items",) if recipe.vectors_read_summaries else ("prepare",)
-
-
-STAGES: dict[str, StageSpec] = {  # in their order, by the command that does each
-    "prepare": StageSpec(
-        ("source", "data"), lambda recipe: [asdict(recipe.source), asdict(recipe.data)], lambda recipe: ()
-    ),
-    "summarize items": StageSpec(("summaries", "prompts", "item_noun"), _item_texts, lambda recipe: ("prepare",)),
-    "summarize users": StageSpec(
-        ("summaries", "prompts", "item_noun"), _user_texts, lambda recipe: ("summarize items",)
-    ),
-    "vectors": StageSpec(("vectors",), _item_vectors, _read_by_vectors),
-    "train": StageSpec(("training",), Recipe.training_flags, lambda recipe: ("summarize users",)),
-    "evaluate": StageSpec(  # of baselines alone it rests on the data only, as its entry in the provenance then says
-        ("evaluation",),
-        lambda recipe: asdict(recipe.evaluation),
-        lambda recipe: ("prepare", "summarize users", "train"),
-    ),
-    "report": StageSpec(
-        ("license",), lambda recipe: [recipe.name, recipe.license, recipe.item_noun], lambda recipe: ("evaluate",)
-    ),
-}
 
 
 @dataclass(frozen=True)
