@@ -9,11 +9,12 @@ import polars as pl
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.hub_cards.facts import Release, RunFacts, slug
 from mllm_msr.hub_cards.findings import findings, headline
 from mllm_msr.hub_cards.shards import PublishedTable
 from mllm_msr.hub_cards.terms import SOURCE_TERMS, backbone_license, conflicts
-from mllm_msr.hub_cards.view import TableView, in_order, metric_label, percent, results_table
+from mllm_msr.hub_cards.view import TableView, in_order, percent, results_table
 from mllm_msr.records.public import public_name
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder

@@ -6,11 +6,12 @@ import numpy as np
 import polars as pl
 from markupsafe import Markup
 
+from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.evaluation.places import hit_curve
 from mllm_msr.evaluation.variants import Variant
 from mllm_msr.hub_cards.charts import Interval, Line, interval_chart, line_chart
 from mllm_msr.hub_cards.facts import LossPoint
-from mllm_msr.hub_cards.view import DIVISIONS, SLICED, in_order, metric_label, percent, variant_of
+from mllm_msr.hub_cards.view import DIVISIONS, SLICED, in_order, percent, variant_of
 from mllm_msr.records.results import Results, Slice
 from mllm_msr.records.sections import OURS
 

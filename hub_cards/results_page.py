@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from mllm_msr.evaluation.diagnostics import agreement
-from mllm_msr.evaluation.metrics import paired_differences
+from mllm_msr.evaluation.metrics import metric_label, paired_differences
 from mllm_msr.hub_cards.findings import conditions, headline
 from mllm_msr.hub_cards.view import (
     AGREEMENT_HEAD,
@@ -24,7 +24,6 @@ from mllm_msr.hub_cards.view import (
     differences_table,
     estimate_cell,
     in_order,
-    metric_label,
     percent,
     results_table,
     sections,

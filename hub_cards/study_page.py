@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.hub_cards.charts import Interval, interval_chart, standalone
-from mllm_msr.hub_cards.view import Cell, Row, TableView, difference_cells, estimate_cell, metric_label, variant_of
+from mllm_msr.hub_cards.view import Cell, Row, TableView, difference_cells, estimate_cell, variant_of
 from mllm_msr.records.public import hide_secrets
 from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.sections import OURS

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.evaluation.variants import VARIANTS, Variant, variant_of
 from mllm_msr.records.results import Agreement, AgreementFigures, Difference, Estimate, FullCatalogue, Results
 from mllm_msr.records.sections import OURS
@@ -131,14 +132,6 @@ def in_order(names: Iterable[str]) -> list[Variant]:
     """Variants in reading order: ours, its ablations, baselines, those we do not know, the oracle last."""
     places = {name: (variant.kind == "oracle", place) for place, (name, variant) in enumerate(VARIANTS.items())}
     return [variant_of(name) for name in sorted(names, key=lambda name: places.get(name, (False, len(places))))]
-
-
-def metric_label(name: str) -> str:
-    """
-    >>> metric_label("ndcg@10"), metric_label("auc_user")
-    ('NDCG@10', 'AUC per user')
-    """
-    return "AUC per user" if name == "auc_user" else name.upper()
 
 
 def metrics_of(results: Results) -> list[str]:

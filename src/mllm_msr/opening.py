@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from mllm_msr.data.sources.registry import check_source, source_places
-from mllm_msr.evaluation.variants import check_rows
+from mllm_msr.evaluation.variants import check_evaluation
 from mllm_msr.proof import check_templates
 from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, with_settings
 from mllm_msr.records.run import RunFolder
@@ -122,13 +122,13 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
 
 
 def check_recipe(content: Mapping[str, Any]) -> Recipe:
-    """A recipe from its mapping, with flags of training, templates and variants checked as well; ValueError for the
-    first mistake. Raw data is not looked for: later stages can do without."""
+    """A recipe from its mapping, its flags of training, templates, metrics and variants checked as well; ValueError for
+    the first mistake. Raw data is not looked for: later stages can do without."""
     from mllm_msr.training.arguments import effective_flags  # here, as TRL takes a while to load
 
     recipe = parse_recipe(content, effective_flags)
     check_templates(recipe.prompts)
-    check_rows(recipe)
+    check_evaluation(recipe)
     return recipe
 
 

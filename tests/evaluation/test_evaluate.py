@@ -13,7 +13,7 @@ from mllm_msr.evaluation import scorers
 from mllm_msr.evaluation.evaluate import evaluate, scorable, scores_folder, with_evaluation
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs
 from mllm_msr.evaluation.metrics import METRICS, paired_differences, ranking_metrics
-from mllm_msr.evaluation.variants import VARIANTS, check_rows, variant_of
+from mllm_msr.evaluation.variants import VARIANTS, check_evaluation, variant_of
 from mllm_msr.records.recipe import parse_recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
@@ -113,9 +113,9 @@ def test_a_variant_of_another_version_keeps_its_name_and_is_not_scored(prepared)
     ],
 )
 def test_a_recipe_names_variants_that_there_are(changes, message):
-    check_rows(parse_recipe(RECIPE))
+    check_evaluation(parse_recipe(RECIPE))
     with pytest.raises(ValueError, match=message):
-        check_rows(parse_recipe({**RECIPE, **changes}))
+        check_evaluation(parse_recipe({**RECIPE, **changes}))
 
 
 def test_results_are_those_of_the_scores(trained):
@@ -252,7 +252,7 @@ def test_the_recipe_says_which_metrics(prepared):
     assert all(list(figures.full) == wanted[:2] for figures in results.full_catalogue.variants.values())
     for wrong in (["recall@5"], ["hr@0"], ["hr"], []):
         with pytest.raises(ValueError, match=r"evaluation\.metrics"):
-            parse_recipe({**RECIPE, "evaluation": {"metrics": wrong}})
+            check_evaluation(parse_recipe({**RECIPE, "evaluation": {"metrics": wrong}}))
     with pytest.raises(ValueError, match=r"evaluation\.full_catalogue=0: must be at least 1"):
         parse_recipe({**RECIPE, "evaluation": {"full_catalogue": 0}})
 

@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import average_precision_score, ndcg_score, roc_auc_score
 
 from mllm_msr.evaluation import metrics
+from mllm_msr.records.sections import EvaluationOptions
 
 RNG = np.random.default_rng(0)
 
@@ -305,3 +306,11 @@ def test_normal_limit_of_the_paired_bootstrap():
     fast = np.quantile(metrics.resampled_means(values, 1000, 0), [0.025, 0.975])
     slow = np.quantile(metrics.resampled_means(values[:-1], 1000, 0), [0.025, 0.975])
     assert fast == pytest.approx(slow, abs=6e-4)
+
+
+def test_a_recipe_s_metrics_are_those_that_are_measured_unless_it_names_others():
+    assert EvaluationOptions().metrics == list(metrics.METRICS)
+
+
+def test_readers_see_metrics_by_their_usual_names():
+    assert [metrics.metric_label(name) for name in ("ndcg@10", "auc_user", "map")] == ["NDCG@10", "AUC per user", "MAP"]

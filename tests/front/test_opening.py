@@ -55,6 +55,10 @@ def test_a_number_of_negatives_ends_the_full_catalogue() -> None:
     [
         ("summaries.engin=titles", "summaries: unknown key 'engin'; did you mean 'engine'?"),
         ("evaluation.rows=[mllm_msr, populrity]", "unknown variant 'populrity'; did you mean 'popularity'?"),
+        (
+            "evaluation.metrics=[auc, recall@5]",
+            "evaluation.metrics: unknown metric 'recall@5': known are auc, auc_user",
+        ),
         ("evaluation.splitt=validation", "evaluation: unknown key 'splitt'; did you mean 'split'?"),
         ("data.kcore=3", "data: unknown key 'kcore'; did you mean 'k_core_users'?"),
         ("prompts.recomendation=x", "prompts: unknown key 'recomendation'; did you mean 'recommendation'?"),

@@ -9,6 +9,7 @@ sort serves all metrics. Metrics go by name: ``auc`` (pooled), ``auc_user``, ``m
 ``ndcg@K`` for any K. Letters: N rows (user-candidate pairs), U users, P positives.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -21,6 +22,7 @@ Array = np.ndarray
 Values = Sequence | Array | pl.Series
 Columns = Mapping[str, Array]  # metric to (U,) values
 METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "map")
+LABELS = {"auc_user": "AUC per user"}  # for readers, where capitals do not do
 NORMAL_FROM = 100_000  # users; from here on a bootstrapped mean is normal to more digits than anyone prints
 
 
@@ -251,13 +253,23 @@ class TieGroups:
 
 
 def metric_column(groups: TieGroups, name: str) -> Array:
-    """(U,) values of one metric by its name."""
+    """(U,) values of one metric but the pooled AUC, by its name."""
+    check_metric(name, pooled=())
     family, _, cut = name.partition("@")
-    if name in _OF_LISTS:
-        return _OF_LISTS[name](groups)
-    if family in _AT_K and cut.isdecimal() and int(cut):
-        return _AT_K[family](groups, int(cut))
-    raise ValueError(f"unknown metric {name!r}: known are auc, auc_user, map, and hr@K, mrr@K, ndcg@K for any K")
+    return _AT_K[family](groups, int(cut)) if cut else _OF_LISTS[name](groups)
+
+
+def check_metric(name: str, pooled: Sequence[str] = ("auc",)) -> None:
+    """Raise ValueError for a name that is no metric's."""
+    family, at, cut = name.partition("@")
+    if family not in _AT_K or not re.fullmatch("[1-9][0-9]*", cut) if at else name not in {*pooled, *_OF_LISTS}:
+        known = ", ".join(["auc", *_OF_LISTS, *(f"{family}@K" for family in _AT_K)])
+        raise ValueError(f"unknown metric {name!r}: known are {known} for any K")
+
+
+def metric_label(name: str) -> str:
+    """A metric's name for readers, such as NDCG@10 or AUC per user."""
+    return LABELS.get(name, name.upper())
 
 
 def missed_by_rank(groups: TieGroups, k: int) -> Iterator[Array]:

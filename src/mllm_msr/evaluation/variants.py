@@ -8,6 +8,7 @@ from typing import Literal
 import polars as pl
 
 from mllm_msr.evaluation.loading import load_backbone
+from mllm_msr.evaluation.metrics import check_metric
 from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, training_interactions
 from mllm_msr.evaluation.scorers import ModelScorer, ModelView, Oracle, RankerScorer, Scorer
 from mllm_msr.evaluation.scoring import (
@@ -247,8 +248,13 @@ def baselines() -> list[str]:
     return [name for name, variant in VARIANTS.items() if variant.kind in ("baseline", "reference")]
 
 
-def check_rows(recipe: Recipe) -> None:
-    """Raise ValueError for a variant that is unknown, with the nearest known, or that the source does not have."""
+def check_evaluation(recipe: Recipe) -> None:
+    """Raise ValueError for an unknown metric or variant, with what is known, or a variant that the source lacks."""
+    for name in recipe.evaluation.metrics:
+        try:
+            check_metric(name)
+        except ValueError as error:
+            raise ValueError(f"evaluation.metrics: {error}") from error
     for name in recipe.evaluation.rows:
         if name not in VARIANTS:
             raise ValueError(f"evaluation.rows: unknown variant {name!r}{did_you_mean(name, VARIANTS)}")
