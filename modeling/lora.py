@@ -32,10 +32,18 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
+def trained_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The names and modules that are trained whole beside live adapters (PEFT's `modules_to_save`)."""
+    if is_peft_available():
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        yield from [(name, part) for name, part in model.named_modules() if isinstance(part, AuxiliaryTrainingWrapper)]
+
+
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """For as long as it lasts, a live adapter is switched off: the backbone writes texts as it always did."""
-    layers = [layer for _, layer in adapter_layers(model) if not layer.disable_adapters]
+    layers = [layer for _, layer in [*adapter_layers(model), *trained_modules(model)] if not layer.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -46,11 +54,15 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Add what live adapters have learnt to the weights below them, and take the adapters away."""
+    """Add what live adapters have learnt to the weights below them, and take the adapters away, in place."""
     for name, layer in adapter_layers(model):
         layer.merge(safe_merge=True)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    for name, wrapper in trained_modules(model):
+        parent, _, leaf = name.rpartition(".")
+        trained = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        setattr(model.get_submodule(parent), leaf, trained)
     for module in model.modules():
         if vars(module).pop("_hf_peft_config_loaded", False):  # else it would go on saving adapters, under their names
             vars(module).pop("_weight_conversions", None)
@@ -72,8 +84,8 @@ def save_adapter(
         raise ValueError(f"one adapter can be saved at a time; active are {sorted(active)}")
     adapter = active.pop()
     config = copy.deepcopy(peft_config[adapter])
-    if config.modules_to_save:
-        raise ValueError("an adapter with modules_to_save is not a plain one: merge() it before saving")
+    trained = dict(trained_modules(backbone))
+    config.modules_to_save = sorted(trained) or None
     targets = config.target_modules
     config.target_modules = targets.removeprefix(r"backbone\.") if isinstance(targets, str) else sorted(layers)
     config.inference_mode = True
@@ -84,7 +96,11 @@ def save_adapter(
         for key, value in layer.state_dict().items():
             if not key.startswith("base_layer.") and f".{adapter}" in key:
                 plain = key.replace(f".{adapter}", "", 1)
-                weights[f"base_model.model.{name}.{plain}"] = value.detach().cpu().contiguous()
+                weights[f"base_model.model.{name}.{plain}"] = value
+    for name, wrapper in trained.items():
+        for key, value in wrapper.adapter_state_dict(adapter, wrapper.state_dict()).items():
+            weights[f"base_model.model.{name}.{key}"] = value
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)

@@ -94,10 +94,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         given = {"attn_implementation": attn_implementation, "quantization_config": quantization_config, "dtype": dtype}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if vlm_config.model_type == cls.config_class.model_type:  # one of ours, to be trained further
-            model: Any = cls.from_pretrained(id_or_path, **where, **kwargs)
-            merge_adapter(model)
-            for name in ("adapter", "backbone_name_or_path", "backbone_revision"):  # no adapter could name it
-                setattr(model.config, name, None)
+            model: Any = cls.from_pretrained(id_or_path, **where, **kwargs).merge()
+            model.config.backbone_name_or_path = model.config.backbone_revision = None  # no adapter could name it
             return model
         config = cls.config_class(
             vlm_config=vlm_config,
@@ -259,6 +257,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """Merge a live adapter into the weights, in place."""
         merge_adapter(self)
         self.config.adapter = None
+        if self.get_output_embeddings().weight is not self.get_input_embeddings().weight:  # one was trained whole
+            self.config.vlm_config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
         return self
 
     def export_backbone(self, path: str | os.PathLike) -> None:

@@ -49,7 +49,9 @@ def _write(model: Any, processor: Any, folder: Path, merge: bool) -> None:
     name = model.config.backbone_name_or_path
     on_hub = name is not None and not Path(name).exists()
     if isinstance(model, PeftModel):
-        model = model.get_base_model() if on_hub and not merge else model.merge_and_unload()
+        model = model.get_base_model()
+        if merge or not on_hub:
+            model.merge()
     model.config.use_cache = True  # the trainer switched it off for its own sake
     if not on_hub:
         model.config.backbone_name_or_path = None  # a path of this machine says nothing to others

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, WITHOUT_PACKAGE, picture, randomise
 from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature, TorchAoConfig, pipeline
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
-from mllm_msr.modeling.lora import language_model_lora_targets
+from mllm_msr.modeling.lora import language_model_lora_targets, without_adapter
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SCORE = """
@@ -142,6 +142,29 @@ def test_a_trained_recommender_can_be_the_start_of_training(backbone, name: str,
         assert torch.allclose(score(start, again), expected, atol=1e-4)
         assert start.config.adapter is None and start.config.backbone_name_or_path is None
         adapt(start)  # a fresh adapter goes on top
+
+
+@FAMILY
+def test_weights_trained_whole_beside_an_adapter_are_saved_loaded_and_merged(backbone, name: str, tmp_path) -> None:
+    model, processor = make(backbone(name))
+    batch = pairs(processor)
+    plain = model.score(**batch).logits
+    targets = language_model_lora_targets(model)
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, modules_to_save=["lm_head"])
+    get_peft_model(model, config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(-1)
+    expected = model.score(**batch).logits
+    assert (expected - plain).abs().min() > 1e-3
+    with without_adapter(model):
+        torch.testing.assert_close(model.score(**batch).logits, plain)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = MllmMsrForRecommendation.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(loaded.score(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    loaded.merge().save_pretrained(tmp_path / "merged")
+    merged = MllmMsrForRecommendation.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged.score(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not [key for key in merged.state_dict() if "modules_to_save" in key or "lora" in key]
 
 
 def test_an_adapter_repository_holds_the_adapter_and_no_other_weights(backbone, tmp_path: Path) -> None:
