@@ -156,10 +156,10 @@ def index(options: argparse.Namespace) -> None:
 def publish(options: argparse.Namespace) -> None:
     from importlib.metadata import version
 
-    from mllm_msr.hub_cards.release import Contents, PublishOptions
+    from mllm_msr.hub_cards.release import Contents, Part, PublishOptions
     from mllm_msr.stages import publish
 
-    parts = {"model": "model", "datasets": "dataset", "metric": "metric", "space": "space"}
+    parts: dict[str, Part] = {"model": "model", "datasets": "dataset", "metric": "metric", "space": "space"}
     release = PublishOptions(
         options.namespace,
         tag=options.tag or f"v{version('mllm-msr')}",

@@ -12,7 +12,6 @@ import argparse
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -20,7 +19,7 @@ import polars as pl
 from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.processing.examples import training_examples
 from mllm_msr.processing.prompts import PROMPTS
-from mllm_msr.records.recipe import load_recipe
+from mllm_msr.records.recipe import load_content, parse_recipe, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
 from mllm_msr.stages import prepare
@@ -31,20 +30,20 @@ def rebuild(published: Path, data: str, output: Path) -> None:
 
     Raises ``ValueError`` if the source, once prepared, is not what the data set was made of.
     """
-    recipe = load_recipe(published / "recipe.yaml")
-    recipe = replace(recipe, source=replace(recipe.source, folder=str(Path(data).resolve())))
+    folder = {"source.folder": str(Path(data).resolve())}
+    recipe = parse_recipe(with_settings(load_content(published / "recipe.yaml"), folder))
     if output.exists():
         raise ValueError(f"{output} exists already: name another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".rebuilding-") as folder:
-        run = RunFolder.create(Path(folder) / "run", recipe)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".rebuilding-") as scratch:
+        run = RunFolder.create(Path(scratch) / "run", recipe)
         prepare(run)
         items = pl.read_parquet(published / "items/*.parquet")
         compare("items", items, run.read(ITEMS), ["item_id", "title"])
         tasks = run.tasks("train", "validation", "test")
         compare("tasks", pl.read_parquet(published / "tasks/*.parquet"), tasks, ["split", "cutoff", "candidates"])
 
-        whole = Path(folder) / "whole"
+        whole = Path(scratch) / "whole"
         shutil.copytree(published, whole, ignore=shutil.ignore_patterns("items", "sft", ".*", "README.md"))
         for table in ("items", "sft"):
             (whole / table).mkdir()

@@ -7,14 +7,12 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-try:
-    import fcntl
-except ImportError:  # this system has no such lock
-    fcntl = None  # type: ignore[assignment]
-
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None  # None on a system that has no such lock
 POLL = 0.2  # seconds
 _depth: dict[Path, int] = {}  # how many blocks of this process are within the lock of a folder
 
