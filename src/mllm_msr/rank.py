@@ -114,6 +114,8 @@ def claim(folder: Path, key: str, first: bool) -> None:
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["key"] != key:
         raise ValueError(f"{folder} holds another ranking (other model, users or top-k): remove it or name another")
     if first and not mark.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no ranking: name another folder by --output")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(mark, json.dumps({"key": key}))
 

@@ -30,6 +30,7 @@ from mllm_msr.records.schema import (
 from mllm_msr.records.sections import SummaryOptions
 from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.storage import file_digest, folder_digest, whole_folder, write_text
+from mllm_msr.samples import prompt_samples, task_samples
 
 if TYPE_CHECKING:
     from mllm_msr.hub_cards.release import PublishOptions
@@ -61,7 +62,7 @@ def prepare(run: RunFolder) -> None:
         raw = read_source(run.recipe.source, options.on_bad_rows)
         with whole_folder(run.data) as folder:
             report = write_data(raw, folder, options, run.recipe.name, popularity_figures, inputs=tables)
-        print(statistics_table(report))
+        print(statistics_table(report), task_samples(run), sep="\n")
 
     facts = source_fingerprint(run.recipe.source)
     tables = [fact for fact in facts[1:] if isinstance(fact, str) or isinstance(fact[1], str)]  # not each image
@@ -119,6 +120,7 @@ def summarize_users(run: RunFolder) -> None:
                 examples = training_examples(run_contexts(run, split), items, prompt, run.recipe.item_noun)
                 EXAMPLES.write(examples, folder / f"{split}.parquet")
             prove(run, folder)
+        print(prompt_samples(run))
 
     with run.lock(f"mllm-msr summarize users {run.path}"):
         forget_failures(run, PREFERENCES)

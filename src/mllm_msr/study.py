@@ -1,5 +1,6 @@
 """Studies: one recipe under many settings, as runs that share what they have in common; and one table of them all."""
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -112,6 +113,7 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
     """
     study = Study.load(path)
     plan = study.plan(only)
+    refuse_other_study(output, path.stem)
     content = load_content(demo_recipe() if study.recipe == "demo" else path.parent / study.recipe)
     under = {"summaries.cache": str((output / "texts").resolve())}
     over = {"source.folder": absolute(data)} if data else {}
@@ -139,6 +141,15 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(plan)} runs failed: " + "; ".join(failures))
     return output
+
+
+def refuse_other_study(output: Path, name: str) -> None:
+    """Raise ValueError if ``output`` holds a run, or a study that is called otherwise."""
+    if (output / "config.yaml").is_file():
+        raise ValueError(f"{output} holds a run: name another folder by --output")
+    results = output / "study.json"
+    if results.is_file() and (other := json.loads(results.read_text(encoding="utf-8"))["study"]) != name:
+        raise ValueError(f"{output} holds the study {other!r}: name another folder by --output")
 
 
 def start_cell(folder: Path, recipe: Recipe, donors: Sequence[RunFolder]) -> RunFolder:

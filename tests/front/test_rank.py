@@ -158,6 +158,13 @@ def test_a_user_who_has_chosen_all_candidates_is_one_sentence(finished: RunFolde
         main(["rank", str(finished.path), "--user", "u0000", "--items", ",".join(old)])
 
 
+def test_a_folder_of_other_things_takes_no_rankings(finished: RunFolder) -> None:
+    before = sorted(finished.path.iterdir())
+    with pytest.raises(SystemExit, match="is not empty and holds no ranking"):
+        main(["rank", str(finished.path), "--users", "all", "--output", str(finished.path)])
+    assert sorted(finished.path.iterdir()) == before
+
+
 def test_a_joint_model_has_nothing_to_index(finished: RunFolder) -> None:
     with pytest.raises(SystemExit, match=r"interaction='joint'.*nothing to index; `mllm-msr rank` works without"):
         main(["index", str(finished.path)])

@@ -113,6 +113,17 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
         run_study(path, tmp_path / "out", only=["ful"])
 
 
+def test_a_folder_of_a_run_or_of_another_study_is_refused(tmp_path):
+    path = write(tmp_path / "mine.yaml", recipe="demo", cells={"a": None})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/study.json").write_text('{"study": "theirs"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds the study 'theirs': name another folder"):
+        run_study(path, tmp_path / "other")
+    run = RunFolder.create(tmp_path / "run", demo_under({}))
+    with pytest.raises(ValueError, match="holds a run: name another folder"):
+        run_study(path, run.path)
+
+
 def test_seeds_are_averaged_and_folds_put_together(tmp_path):
     rng, runs, by_seed = np.random.default_rng(0), [], []
     for seed in (0, 1, 2):
