@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -243,7 +244,7 @@ def _checked(known: Mapping[str, tuple[Any, Sequence[Any]]], flags: Mapping[str,
     checked = {}
     for name, given in flags.items():
         hint, choices = known[name]
-        kinds = get_args(hint) or (hint,)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if given is None and type(None) not in kinds:
             continue
         value = as_number(given, hint)

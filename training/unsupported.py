@@ -104,6 +104,8 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         for name in ("label_smoothing_factor", "loss_type"):
             if values[name] not in WITH_WHOLE_TASKS[name].neutral:
                 yield f"--{name} {values[name]}: it cannot be combined with --positive_weight; leave one of the two out"
+    if "beta" in values and values["label_smoothing_factor"]:  # of DPOConfig
+        yield f"--label_smoothing_factor {values['label_smoothing_factor']}: give --label_smoothing, which is DPO's own"
     evaluates = values["eval_strategy"] != "no"
     if values["early_stopping_patience"] is not None and not (evaluates and values["metric_for_best_model"]):
         yield "--early_stopping_patience: give --eval_strategy and --metric_for_best_model, such as eval_auc, as well"

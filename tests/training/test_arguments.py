@@ -85,6 +85,13 @@ def test_flags_that_cannot_be_honoured_together_or_here_are_refused(flags, messa
         sft.parse([], **{**NAMED, "model_name_or_path": "org/name", **flags})
 
 
+def test_flags_of_dpo_are_read_and_one_without_effect_is_refused():
+    _, training_args, _ = dpo.parse([], **NAMED, loss_type="ipo", beta=1)
+    assert training_args.loss_type == ["ipo"] and training_args.beta == 1.0
+    with pytest.raises(ValueError, match="give --label_smoothing, which is DPO's own"):
+        dpo.parse([], **NAMED, label_smoothing_factor=0.1)
+
+
 def test_whole_modules_are_saved_with_whole_weights():
     whole = {"lora_modules_to_save": ["lm_head"], "use_peft": True}
     sft.parse([], **NAMED, **whole)  # a backbone in a folder

@@ -1,6 +1,8 @@
 """training/dpo.py: what a pair is, that a right answer gains on the wrong one, and what is saved."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -86,6 +88,19 @@ def test_an_interrupted_training_goes_on(small_run, fine_tuned, tmp_path):
     (tmp_path / "checkpoint-4/trainer_state.json").unlink()
     resumed = dpo.train(*dpo.parse([], **flags(small_run, fine_tuned, tmp_path)))
     assert all(torch.equal(ends[name], value) for name, value in resumed.model.state_dict().items())
+
+
+def test_training_works_under_the_defaults_of_trl_alone(small_run, fine_tuned, tmp_path):
+    names = {"model_name_or_path": str(fine_tuned), "dataset_name": str(small_run.folder), "output_dir": str(tmp_path)}
+    assert dpo.train(*dpo.parse([], **names, max_steps=1)).state.global_step == 1
+
+
+def test_a_late_recommender_is_refused(small_run, fine_tuned, tmp_path):
+    late = shutil.copytree(fine_tuned, tmp_path / "late")
+    config = json.loads((late / "config.json").read_text(encoding="utf-8"))
+    (late / "config.json").write_text(json.dumps({**config, "interaction": "late"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="late is a late recommender; dpo.py trains joint ones"):
+        dpo.train(*dpo.parse([], **flags(small_run, late, tmp_path / "out")))
 
 
 def test_an_unknown_flag_is_named(small_run, fine_tuned, tmp_path):
