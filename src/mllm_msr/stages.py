@@ -15,7 +15,7 @@ from mllm_msr.data.sources.registry import read_source, source_fingerprint
 from mllm_msr.evaluation.variants import Variant
 from mllm_msr.proof import prove
 from mllm_msr.records.lock import is_first_process
-from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.recipe import Recipe, backbone_path
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import (
     EXAMPLES,
@@ -40,11 +40,7 @@ MORE_TASKS = "lower data.min_history, raise data.max_train_targets or bring more
 
 def run_all(run: RunFolder) -> None:
     """Every stage in order; what training would refuse stops the run before it begins."""
-    from mllm_msr.training.arguments import check_flags
-
-    if not run.recipe.training.get("model_name_or_path"):
-        raise ValueError("training.model_name_or_path: name the model to fine-tune in the recipe, or by --backbone")
-    check_flags(run.recipe.training_flags())
+    check_training(run.recipe)
     with run.lock(f"mllm-msr run, in {run.path}"):
         for name in STAGES:
             FUNCTIONS[name](run)
@@ -186,6 +182,20 @@ def vectors(run: RunFolder) -> None:
     run.stage("vectors", work, writes=[run.file(ITEM_VECTORS)], facts=facts)
 
 
+def check_training(recipe: Recipe) -> None:
+    """Raise ValueError for what the stage ``train`` would refuse on this machine."""
+    from mllm_msr.training.arguments import check_flags
+
+    if not recipe.training.get("model_name_or_path"):
+        raise ValueError("training.model_name_or_path: name the model to fine-tune in the recipe, or by --backbone")
+    if recipe.training.get("push_to_hub"):
+        raise ValueError("training.push_to_hub: a run is released by `mllm-msr publish`; leave the flag out")
+    for name in ("dataset_name", "output_dir"):
+        if recipe.training.get(name):
+            raise ValueError(f"training.{name}: a run trains on its own data into its own folder; leave the flag out")
+    check_flags(recipe.training_flags())
+
+
 def train(run: RunFolder) -> None:
     """Stage 3: fine-tune the recommender; the model folder is what would be pushed.
 
@@ -197,11 +207,10 @@ def train(run: RunFolder) -> None:
     def work(key: str) -> None:
         if run.scan(EXAMPLES, split="train").head(1).collect().is_empty():
             raise ValueError(f"{run.path} has no training task: {MORE_TASKS}")
+        check_training(run.recipe)
         checkpoints = run.checkpoints / key  # other settings never resume from these
         flags = {**run.recipe.training_flags(), "dataset_name": str(run.path), "output_dir": str(checkpoints)}
         script_args, training_args, model_args = sft.parse([], **flags)
-        if training_args.push_to_hub:
-            raise ValueError("training.push_to_hub: a run is released by `mllm-msr publish`; leave the flag out")
         trainer = sft.train(script_args, training_args, model_args)
         if is_first_process():
             with whole_folder(run.model) as folder:

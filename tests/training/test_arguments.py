@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import yaml
 from trl import ModelConfig, SFTConfig
 
+from mllm_msr import stages
 from mllm_msr.records.recipe import demo_recipe, load_recipe
 from mllm_msr.training import dpo, sft
 from mllm_msr.training.arguments import RecommenderArguments, check_flags, effective_flags
@@ -190,3 +191,19 @@ def test_training_works_under_the_defaults_of_trl_alone(small_run, tmp_path):
         )
     )
     assert trainer.state.global_step == 1 and trainer.args.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"push_to_hub": True}, "training.push_to_hub: .*mllm-msr publish"),
+        ({"output_dir": "elsewhere"}, "training.output_dir: .* its own folder"),
+        ({"model_name_or_path": None}, "training.model_name_or_path: name the model to fine-tune"),
+        ({"padding_free": True}, "--padding_free True: tasks are packed by --packed"),
+    ],
+)
+def test_a_run_says_what_its_training_would_refuse_before_its_first_stage(small_run, flags, message):
+    recipe = small_run.run.recipe
+    with pytest.raises(ValueError, match=message):
+        stages.check_training(replace(recipe, training={**recipe.training, **flags}))
+    stages.check_training(recipe)

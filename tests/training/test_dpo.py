@@ -99,7 +99,7 @@ def test_a_late_recommender_is_refused(small_run, fine_tuned, tmp_path):
     late = shutil.copytree(fine_tuned, tmp_path / "late")
     config = json.loads((late / "config.json").read_text(encoding="utf-8"))
     (late / "config.json").write_text(json.dumps({**config, "interaction": "late"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="late is a late recommender; dpo.py trains joint ones"):
+    with pytest.raises(ValueError, match=r"late is a late recommender; dpo\.py trains joint ones"):
         dpo.train(*dpo.parse([], **flags(small_run, late, tmp_path / "out")))
 
 
