@@ -45,25 +45,28 @@ class ItemCache:
     """
 
     def __init__(self, folder: Path, model: RecommendationModel, processor: RecommendationProcessor) -> None:
+        self.device = model.device
         self.folder = Path(folder) / fingerprint(model, processor)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, candidate: Candidate) -> Path:
-        """The file of a candidate with this title, text and image."""
-        content = hashlib.sha256(json.dumps([candidate.title, candidate.text]).encode())
+        """The file of a candidate with this title, text and image; under autocast another than without it."""
+        kind = self.device.type
+        precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+        content = hashlib.sha256(json.dumps([candidate.title, candidate.text, precision]).encode())
         if candidate.image is not None:
             content.update(content_key(candidate.image))
         digest = content.hexdigest()
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
-    def load(self, path: Path, device: torch.device) -> KVCache | None:
+    def load(self, path: Path) -> KVCache | None:
         """The keys and values of one candidate, if they are there."""
         try:
-            tensors = load_file(path, device=str(device))
+            tensors = load_file(path, device=str(self.device))
         except (FileNotFoundError, SafetensorError):
             return None
         keys, values = tensors["keys"], tensors["values"]
-        inside = torch.ones(1, keys.shape[2], dtype=torch.bool, device=device)
+        inside = torch.ones(1, keys.shape[2], dtype=torch.bool, device=self.device)
         return KVCache([(key[None], value[None]) for key, value in zip(keys, values, strict=True)], inside)
 
     def save(self, path: Path, prefixes: KVCache, row: int) -> None:

@@ -135,7 +135,7 @@ class LatePlan:
         found: dict[str, KVCache | None] = dict.fromkeys(names)
         if self.cache is not None:
             paths = {name: self.cache.path(candidate) for name, candidate in candidates.items()}
-            found = {name: self.cache.load(path, self.model.device) for name, path in paths.items()}
+            found = {name: self.cache.load(path) for name, path in paths.items()}
         if missing := [name for name, prefixes in found.items() if prefixes is None]:
             images = ImageFeatureCache(self.model.backbone, self.processor)
             prepared = PreparedCatalogue(images, candidates, "late_item")

@@ -126,6 +126,36 @@ def test_ranking_late_gives_the_same_in_any_order_and_memory(backbone, family, t
     assert len(list(tmp_path.glob("*/*/*.safetensors"))) == len(ITEMS)
 
 
+@pytest.mark.parametrize("interaction", ["joint", "late"])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_autocast_over_float32_weights_changes_no_more_than_rounding(
+    backbone, family, interaction, either_way, tmp_path
+):
+    model, processor = recommender_of(backbone(family), interaction)
+    cache = {"cache": tmp_path} if interaction == "late" else {}
+    candidates = [list(CATALOGUE)] * len(USERS)
+    plain = Recommender(model, processor, **cache).score(USERS, candidates, CATALOGUE)
+    for again in range(2):  # the second time from the cache
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = Recommender(model, processor, **cache).score(USERS, candidates, CATALOGUE)
+        for ours, theirs in zip(mixed, plain, strict=True):
+            assert 0 < np.abs(ours - theirs).max() < 0.3 and np.abs(ours - theirs).mean() < 0.1, (
+                again
+            )  # as with bf16 weights
+    exact = Recommender(model, processor, **cache).score(USERS, candidates, CATALOGUE)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(exact, plain, strict=True))
+
+
+def test_a_packed_row_is_trained_under_autocast(backbone):
+    model, processor = recommender_of(backbone("llava"), "late")
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**late_batch(model, processor)).logits
+    model.answer_logits(logits).sum().backward()
+    gradients = [weight.grad for weight in model.get_decoder().parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
 def test_gradient_checkpointing_changes_nothing(backbone):
     model, processor = recommender_of(backbone("llava"))
     batch, group_ids = prompts(processor), torch.tensor([0, 0, 1, 1, 0, 2])
