@@ -1,6 +1,6 @@
 """The few facts in which families of backbones differ for the model; everything else is one code path for all.
 
-What the processor needs to know of a family is in its own room, in `pictures.py`.
+What the processor needs to know of a family is in its own room, in `backbone_images.py`.
 """
 
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from typing import NamedTuple
 class Family(NamedTuple):
     """What the model must know of a backbone's family, by its `model_type`.
 
-    one_tensor: its decoder takes the features of all pictures in one tensor, and not one tensor for each.
-    grid_positions: its pictures have rows and columns for positions, which its `get_rope_index` tells from a whole
+    one_tensor: its decoder takes the features of all images in one tensor, and not one tensor for each.
+    grid_positions: its images have rows and columns for positions, which its `get_rope_index` tells from a whole
         prompt only; else positions are the plain running count.
     """
 

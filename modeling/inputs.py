@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from PIL import Image
+
 
 @dataclass(frozen=True)
 class HistoryItem:
@@ -70,9 +72,10 @@ class Candidate:
             ValueError: a mapping that shows nothing, or with a key that is unknown.
         """
         candidate = _from(cls, value, "a candidate")
-        if isinstance(candidate.image, str | bytes | list | tuple | Mapping):
+        image = candidate.image
+        if image is not None and not isinstance(image, Image.Image) and not hasattr(image, "tensors"):
             raise TypeError(
-                f"`image` of a candidate is one opened image (PIL.Image) or None, not {_kind(candidate.image)}"
+                f"`image` of a candidate is one opened image (PIL.Image) or None, not {_kind(image)}"
             )
         return candidate
 

@@ -78,9 +78,9 @@ class ItemCache:
         save_file({"keys": keys.contiguous(), "values": values.contiguous()}, part)
         os.replace(part, path)
 
-    def prune(self, kept: Iterable[Path]) -> int:
-        """Delete the files of candidates that are no more; return how many."""
-        stale = set(self.folder.glob("*/*")) - set(kept)
+    def prune(self, paths: Iterable[Path]) -> int:
+        """Delete all files but these; return how many."""
+        stale = set(self.folder.glob("*/*")) - set(paths)
         for path in stale:
             path.unlink(missing_ok=True)
         return len(stale)

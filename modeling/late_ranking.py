@@ -132,11 +132,11 @@ class LatePlan:
     def _encode_items(self, catalogue: Mapping[str, Any], names: Sequence[str]) -> KVCache:
         """From the cache, or computed and put there."""
         candidates = {name: Candidate.of(catalogue[name]) for name in names}
-        found: dict[str, KVCache | None] = dict.fromkeys(names)
+        prefixes: dict[str, KVCache | None] = dict.fromkeys(names)
         if self.cache is not None:
             paths = {name: self.cache.path(candidate) for name, candidate in candidates.items()}
-            found = {name: self.cache.load(path) for name, path in paths.items()}
-        if missing := [name for name, prefixes in found.items() if prefixes is None]:
+            prefixes = {name: self.cache.load(path) for name, path in paths.items()}
+        if missing := [name for name, prefix in prefixes.items() if prefix is None]:
             images = ImageFeatureCache(self.model.backbone, self.processor)
             prepared = PreparedCatalogue(images, candidates, "late_item")
             batch = self.processor.late_items([prepared[name] for name in missing], self.model.config.item_limit)
@@ -144,9 +144,9 @@ class LatePlan:
             if self.cache is None:
                 return computed
             for row, name in enumerate(missing):
-                found[name] = computed.select(np.array([row]))
+                prefixes[name] = computed.select(np.array([row]))
                 self.cache.save(paths[name], computed, row)
-        return KVCache.join([prefixes for prefixes in found.values() if prefixes is not None])
+        return KVCache.join([prefix for prefix in prefixes.values() if prefix is not None])
 
     def _encode(self, batch: BatchFeature, side: Literal["user", "item"], features: list[torch.Tensor]) -> KVCache:
         packed = pack_late_prefixes(self.model, batch.to(self.model.device), side)

@@ -152,7 +152,9 @@ class SequentialRecommendationPipeline(Pipeline):
         requests: list[Request] = input_tensors["requests"]
         top_k = forward_parameters.pop("top_k", None)
         users = self._users(requests, Writing(**forward_parameters))
-        names = [[f"{number} {place}" for place in range(len(one.candidates))] for number, one in enumerate(requests)]
+        names = [
+            [f"{number} {place}" for place in range(len(request.candidates))] for number, request in enumerate(requests)
+        ]
         catalogue = {
             name: candidate
             for row, request in zip(names, requests, strict=True)

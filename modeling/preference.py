@@ -1,7 +1,7 @@
 """The recurrence h_k = LLM(block_k, h_(k-1)) of a user's preference, and the rule of which preference is in force.
 
 A history is cut into history blocks of equal size, oldest first; what is left at its end is no block yet. The
-preference in force after n items is that after the last whole block, and the items since then are told as they are.
+preference in force after n items is that after the last whole block; the items since then are shown as they are.
 Training examples, rankings, the pipeline and the demo page all go by this file.
 """
 
@@ -67,25 +67,26 @@ def preference_waves(
         write: texts for the steps of one wave, in their order.
 
     >>> def write(steps):
-    ...     return [(one.previous or "") + "+".join(one.items) + ";" for one in steps]
+    ...     return [(step.previous or "") + "+".join(step.items) + ";" for step in steps]
     >>> [text for wave in preference_waves(["abcde"], 2, write) for _, text in wave]
     ['a+b;', 'a+b;c+d;']
     """
     in_force: dict[int, str] = {}
     blocks = [split_history(history, block_size)[0] for history in histories]
+    numbers = range(1, max(map(len, blocks), default=0) + 1)
+    users = range(len(blocks))
 
     def step(user: int, number: int) -> PreferenceStep[Item]:
         if recurrent:
             return PreferenceStep(user, number, blocks[user][number - 1], in_force.get(user))
         return PreferenceStep(user, number, histories[user][: number * block_size], None)
 
-    steps = [(user, number) for user in range(len(blocks)) for number in range(1, len(blocks[user]) + 1)]
-    last = max((number for _, number in steps), default=0)
-    waves = [[one for one in steps if one[1] == number] for number in range(1, last + 1)] if recurrent else [steps]
-    for wave in filter(None, waves):
-        asked = [step(*one) for one in wave]
+    waves = [[number] for number in numbers] if recurrent else [list(numbers)]
+    for wave in waves:
+        steps = [step(user, number) for user in users for number in wave if number <= len(blocks[user])]
         written = []
-        for one, text in zip(asked, write(asked), strict=True):
-            in_force[one.user] = text or in_force.get(one.user, "")
-            written.append((one, in_force[one.user]))
-        yield written
+        for current, text in zip(steps, write(steps) if steps else (), strict=True):
+            in_force[current.user] = text or in_force.get(current.user, "")
+            written.append((current, in_force[current.user]))
+        if written:
+            yield written

@@ -25,8 +25,8 @@ class Field:
 def addition(text: str, plain: str) -> str:
     """What ``text`` has that ``plain`` has not, in one piece."""
     start = next((i for i, (a, b) in enumerate(zip(text, plain, strict=False)) if a != b), min(len(text), len(plain)))
-    kept = len(plain) - start  # as many characters at the end may be alike
-    end = next((i for i in range(kept) if text[-1 - i] != plain[-1 - i]), kept)
+    rest = len(plain) - start  # as many characters at the end may be alike
+    end = next((i for i in range(rest) if text[-1 - i] != plain[-1 - i]), rest)
     return text[start : len(text) - end]
 
 
