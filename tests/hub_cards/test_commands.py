@@ -57,11 +57,12 @@ def publish(run: Path, hub: Hub, *flags: str) -> str:
 
 def test_a_dry_run_shows_all_four_and_asks_the_hub_nothing(run):
     with Hub() as hub:
-        said = publish(run, hub, "--collection", "--public", "--create-pr", "--dry-run")
+        output = publish(run, hub, "--collection", "--public", "--create-pr", "--dry-run")
         assert hub.log == []
-    for one in (f"model {MODEL[1]} (public)", f"dataset {DATA[1]}", f"space {SPACE[1]}", f"metric {METRIC[1]}"):
-        assert one in said
-    assert "model.safetensors" in said and "    | # mllm-msr-small" in said and "dry run: nothing was sent" in said
+    for title in (f"model {MODEL[1]} (public)", f"dataset {DATA[1]}", f"space {SPACE[1]}", f"metric {METRIC[1]}"):
+        assert title in output
+    assert "model.safetensors" in output and "    | # mllm-msr-small" in output
+    assert "dry run: nothing was sent" in output
 
 
 def test_the_whole_command_then_parts_of_it(run):
@@ -74,7 +75,7 @@ def test_the_whole_command_then_parts_of_it(run):
         assert collection["title"] == "small v0.1.0" and len(collection["items"]) == 4 and not collection["private"]
 
         publish(run, hub, "--datasets", "--tag", "v2", "--without-images", "--anonymise")
-        assert [one for one, repo in hub.repos.items() if "refs/tags/v2" in repo["refs"]] == [DATA]
+        assert [name for name, repo in hub.repos.items() if "refs/tags/v2" in repo["refs"]] == [DATA]
         items = next(path for path in hub.files(*DATA) if path.startswith("items/"))
         assert pl.read_parquet(hub.files(*DATA)[items])["image"].null_count() == 40
         users = pl.read_parquet(hub.files(*DATA)["preferences/train-00000-of-00001.parquet"])["user_id"]
@@ -82,7 +83,7 @@ def test_the_whole_command_then_parts_of_it(run):
 
         publish(run, hub, "--model", "--create-pr", "--tag", "v3")
         assert [pull["title"] for pull in hub.repos[MODEL]["pulls"]] == ["Release v3"]
-        assert not any(repo["pulls"] for one, repo in hub.repos.items() if one != MODEL)
+        assert not any(repo["pulls"] for name, repo in hub.repos.items() if name != MODEL)
         assert hub.history(*MODEL) == ["Release v0.1.0", "initial commit"]
 
 
@@ -109,11 +110,11 @@ def test_the_licence_of_the_backbone_is_looked_up_at_its_pinned_revision(run, tm
         hub.push("model", "org/base", "README.md", b"---\nlicense: mit\n---\n")
         backbone = {"model_name_or_path": "org/base", "model_revision": pinned}
         change_recipe(copy, training=copy.recipe.training | backbone)
-        shown = publish(copy.path, hub, "--model", "--dry-run")
+        output = publish(copy.path, hub, "--model", "--dry-run")
         assert f"/api/models/org/base/revision/{pinned}" in [path for _, path, _ in hub.log]
         assert set(hub.repos) == {("model", "org/base")}
     warning = "the backbone's licence is gemma, which apache-2.0 on this model cannot widen: state gemma"
-    assert f"warning: {warning}" in shown
+    assert f"warning: {warning}" in output
     card = (copy.hub / "model/README.md").read_text(encoding="utf-8")
     assert f"> **Conflict:** {warning}." in card and "The backbone's is `gemma`" in card
 
@@ -127,7 +128,7 @@ def test_a_writer_in_a_folder_of_this_machine_is_named_without_it(run, tmp_path)
     finish(change_recipe(copy, summaries=copy.recipe.to_dict()["summaries"] | {"model": "/home/someone/models/writer"}))
     with Hub() as hub:
         publish(copy.path, hub)
-        files = {f"{one[1]}/{path}": content for one in hub.repos for path, content in hub.files(*one).items()}
+        files = {f"{name[1]}/{path}": content for name in hub.repos for path, content in hub.files(*name).items()}
     tables = {path: pl.read_parquet(content) for path, content in files.items() if path.endswith(".parquet")}
     plain = {path: content.decode(errors="replace") for path, content in files.items() if path not in tables}
     texts = plain | {path: str(frame.rows()) for path, frame in tables.items()}
@@ -144,6 +145,6 @@ def test_the_published_recipe_prepares_the_same_tasks(run, tmp_path):
         recipe, again = run / "hub" / part / "recipe.yaml", tmp_path / part
         done = typed(tmp_path, "http://127.0.0.1:9", "prepare", str(recipe), "--output", str(again))
         assert done.returncode == 0, done.stderr[-3000:]
-        found = json.loads((again / "data/report.json").read_text(encoding="utf-8"))["protocol"]["candidate_hash"]
-        assert found in (run / "hub" / part / "README.md").read_text(encoding="utf-8")
+        candidates = json.loads((again / "data/report.json").read_text(encoding="utf-8"))["protocol"]["candidate_hash"]
+        assert candidates in (run / "hub" / part / "README.md").read_text(encoding="utf-8")
         assert pl.read_parquet(again / "data/tasks.parquet").equals(pl.read_parquet(run / "data/tasks.parquet"))

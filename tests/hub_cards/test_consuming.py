@@ -133,9 +133,9 @@ def fresh(hub: Hub, home: Path, *command: str) -> str:
 
 
 def snippets(folder: Path) -> list[str]:
-    found = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert found
-    return found
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code
+    return code
 
 
 def numbers(output: str) -> list[float]:
@@ -168,13 +168,13 @@ def test_every_config_of_the_data_set_and_the_metric(hub, published, tmp_path):
     }
     configs["tasks"] = ["train", "validation", "test"]
     wanted = {(config, split) for config, splits in configs.items() for split in splits}
-    assert rows.keys() == {(streaming, *one) for one in wanted for streaming in ("False", "True")}
-    assert all(rows["True", *one] == rows["False", *one] > 0 for one in wanted)
-    found = json.loads(re.findall(r"^FOUND (.*)$", output, re.MULTILINE)[0])
+    assert rows.keys() == {(streaming, *split) for split in wanted for streaming in ("False", "True")}
+    assert all(rows["True", *split] == rows["False", *split] > 0 for split in wanted)
+    figures = json.loads(re.findall(r"^FOUND (.*)$", output, re.MULTILINE)[0])
     expected = ranking_metrics(columns["user_id"], columns["label"], columns["logit"])
     for name, result in expected.items():
-        assert found[name] == pytest.approx(result["value"], abs=1e-12)
-        assert found[f"{name}_ci95"] == pytest.approx(result["ci95"], abs=1e-12)
+        assert figures[name] == pytest.approx(result["value"], abs=1e-12)
+        assert figures[f"{name}_ci95"] == pytest.approx(result["ci95"], abs=1e-12)
 
 
 def test_an_adapter_on_a_pinned_base_that_has_moved_on(hub, tmp_path):
@@ -240,8 +240,8 @@ def test_the_demo_space_shows_model_and_data_by_their_ids(hub, published, tmp_pa
         port = str(free.getsockname()[1])
     environment = {**knowing(hub, tmp_path), "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": port}
     environment |= {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"}
-    start, said = len(hub.log), tmp_path / "said.txt"
-    with said.open("w") as log:
+    start, log_file = len(hub.log), tmp_path / "log.txt"
+    with log_file.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", "\n".join([WITHOUT_PACKAGE, APP])],
             env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True,
@@ -249,12 +249,12 @@ def test_the_demo_space_shows_model_and_data_by_their_ids(hub, published, tmp_pa
     try:
         assert process.stdout is not None
         line = next((line for line in process.stdout if "http://" in line), None)
-        assert line, said.read_text()[-3000:]
+        assert line, log_file.read_text()[-3000:]
         page = Client(line.split()[-1], verbose=False)
         user = sorted(published.run.tasks("test")["user_id"])[0]
         past, words, ranking = page.predict(user, True, True, api_name="/choose")
         assert len(past) >= 7 and words.count('class="step"') == len(past) // 3
-        captions = [one["caption"].removeprefix("★ ") for one in ranking]
+        captions = [tile["caption"].removeprefix("★ ") for tile in ranking]
         assert [caption.split(".")[0] for caption in captions] == [str(place) for place in range(1, 11)]
         scores = [float(caption.split()[1]) for caption in captions]
         assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
@@ -266,4 +266,4 @@ def test_the_demo_space_shows_model_and_data_by_their_ids(hub, published, tmp_pa
         ("model", "org/mllm-msr-demo"), ("dataset", "org/mllm-msr-demo-data"))}  # fmt: skip
     for kind, file in (("model", "model.safetensors"), ("dataset", "items/train-00000-of-00001.parquet")):
         assert any(path.endswith(f"/resolve/{tags[kind]}/{file}") for path in read)
-    assert READ not in said.read_text() and hub.leaks == []
+    assert READ not in log_file.read_text() and hub.leaks == []

@@ -59,7 +59,7 @@ def release(make_run, monkeypatch) -> Publisher:
 def assert_whole(hub: Hub, send, titles=COMMIT_TITLES, repositories=ALL) -> None:
     """Every repository equals its folder, in one commit that bears the tag; and no token went astray."""
     for repository in repositories:
-        assert shown(hub, repository, "v1") == built(send, repository)
+        assert visible(hub, repository, "v1") == built(send, repository)
         assert hub.history(*repository) == titles
         refs = hub.repos[repository]["refs"]
         assert refs["refs/heads/main"] == refs["refs/tags/v1"]
@@ -67,7 +67,7 @@ def assert_whole(hub: Hub, send, titles=COMMIT_TITLES, repositories=ALL) -> None
     assert hub.leaks == []
 
 
-def shown(hub: Hub, repository: tuple[str, str], revision: str = "main") -> dict[str, bytes]:
+def visible(hub: Hub, repository: tuple[str, str], revision: str = "main") -> dict[str, bytes]:
     return {path: content for path, content in hub.files(*repository, revision).items() if path != ".gitattributes"}
 
 
@@ -80,9 +80,9 @@ def test_a_release_is_one_commit_a_repository_and_repeating_it_sends_nothing(rel
     with Hub() as hub:
         commits = release(hub, collection=True)
         assert_whole(hub, release)
-        assert all(hub.repos[one]["private"] for one in ALL)
+        assert all(hub.repos[repository]["private"] for repository in ALL)
         (collection,) = hub.collections.values()
-        assert collection["private"] and {(one["type"], one["id"]) for one in collection["items"]} == set(ALL)
+        assert collection["private"] and {(item["type"], item["id"]) for item in collection["items"]} == set(ALL)
         sent = Counter(route for route, _, _ in hub.log)
         assert release(hub, collection=True) == commits
         again = Counter(route for route, _, _ in hub.log)
@@ -160,17 +160,17 @@ def test_no_main_branch_moves_before_every_commit_has_been_tried(release):
     """A public release follows another; its second trial is refused, and then all goes well."""
     with Hub() as hub:
         release(hub, tag="v0", public=True)
-        before = {repository: shown(hub, repository) for repository in ALL}
+        before = {repository: visible(hub, repository) for repository in ALL}
         release.change("tokenizer.json", '{"version": 2}')
         hub.faults = [SERVED, ("commit", "403 Private repository storage limit reached")]
         with pytest.raises(RuntimeError, match="storage quota is used up"):
             release(hub)
-        assert {repository: shown(hub, repository) for repository in ALL} == before
+        assert {repository: visible(hub, repository) for repository in ALL} == before
         assert not any("refs/tags/v1" in repo["refs"] for repo in hub.repos.values())
         start = len(hub.log)
         release(hub)
         assert_whole(hub, release, ["Release v1", "Release v0", "initial commit"], [MODEL, DATA, SPACE])
-        assert shown(hub, METRIC, "v1") == before[METRIC]  # nothing of it has changed: a tag, and no commit
+        assert visible(hub, METRIC, "v1") == before[METRIC]  # nothing of it has changed: a tag, and no commit
         log = [(route, path) for route, path, _ in hub.log[start:]]
         moved = [place for place, (route, path) in enumerate(log) if route == "commit" and "/commit/main" in path]
         tried = [place for place, (route, path) in enumerate(log) if route == "commit" and "/commit/main" not in path]
@@ -211,10 +211,10 @@ def test_public_does_not_open_the_histories_of_a_source_that_forbids_it(release,
     release.run = change_recipe(release.run, source={"type": "movielens"})
     with Hub() as hub:
         release(hub, public=True, collection=True)
-        assert {one for one, repo in hub.repos.items() if repo["private"]} == {DATA, SPACE}
-    said = capsys.readouterr().out
-    assert "dataset org/mllm-msr-demo-data (private)" in said and "model org/mllm-msr-demo (public)" in said
-    assert "warning: dataset and space stay private: they show histories of MovieLens" in said
+        assert {name for name, repo in hub.repos.items() if repo["private"]} == {DATA, SPACE}
+    output = capsys.readouterr().out
+    assert "dataset org/mllm-msr-demo-data (private)" in output and "model org/mllm-msr-demo (public)" in output
+    assert "warning: dataset and space stay private: they show histories of MovieLens" in output
 
 
 @pytest.mark.parametrize(("route", "number"), [("store", 2), ("commit", 2), ("commit", 5), ("tag", 2)])
@@ -229,7 +229,7 @@ def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route,
         before = {}
         if route != "store":
             release(hub, tag="v0", public=True)
-            before = {repository: shown(hub, repository) for repository in ALL}
+            before = {repository: visible(hub, repository) for repository in ALL}
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(release.run.path)],
             env={**os.environ, **environment, "HF_ENDPOINT": hub.url},
@@ -238,19 +238,19 @@ def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route,
         )
         kill = (route, lambda: (process.send_signal(signal.SIGKILL), process.wait()))
         hub.faults = [(route, lambda: None)] * (number - 1) + [kill]
-        said = process.communicate()[0]
+        output = process.communicate()[0]
         assert process.returncode == -signal.SIGKILL and hub.faults == []
         tagged = [name for name, repo in hub.repos.items() if "refs/tags/v1" in repo["refs"]]
         assert MODEL not in tagged and (route == "tag" or not tagged)  # the model's is the last
-        now = {repository: shown(hub, repository) for repository in before}
+        now = {repository: visible(hub, repository) for repository in before}
         new = [repository for repository in before if now[repository] != before[repository]]
         assert all(now[repository] == built(release, repository) for repository in new)  # each whole, at any moment
         assert bool(new) == (number > 2 or route == "tag")
         release(hub)
         titles = ["Release v1", *(["Release v0"] if before else []), "initial commit"]
         assert_whole(hub, release, titles, [MODEL, DATA, SPACE])
-        assert shown(hub, METRIC, "v1") == built(release, METRIC)
-        assert WRITE.encode() not in said
+        assert visible(hub, METRIC, "v1") == built(release, METRIC)
+        assert WRITE.encode() not in output
     left = [path for place in (tmp_path, release.run.path) for path in place.rglob("*") if path.is_file()]
     assert left and not [path for path in left if WRITE.encode() in path.read_bytes()]
 
@@ -268,7 +268,7 @@ def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route,
         ({}, [("info", "429")] * 9, "asks to slow down: try again later"),
     ],
 )
-def test_what_the_hub_refuses_is_said_with_its_remedy(release, options, faults, message):
+def test_what_the_hub_refuses_is_output_with_its_remedy(release, options, faults, message):
     with Hub() as hub:
         hub.faults = list(faults)
         with pytest.raises(RuntimeError, match=message):

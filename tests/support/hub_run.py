@@ -127,8 +127,8 @@ def _write_data(
             negatives = rng.choice(np.setdiff1d(np.arange(N_ITEMS), history), N_NEGATIVES, replace=False)
             candidates = rng.permutation([history[end], *negatives])
             chosen = [int(item == history[end]) for item in candidates]
-            read, shown = [ids[item] for item in history[:end]], [ids[item] for item in candidates]
-            tasks.append((f"{split}-{user}", split, f"u{user}", read, 1_000 + 60 * end, shown, chosen, end, 1))
+            read, offered = [ids[item] for item in history[:end]], [ids[item] for item in candidates]
+            tasks.append((f"{split}-{user}", split, f"u{user}", read, 1_000 + 60 * end, offered, chosen, end, 1))
     run.write(INTERACTIONS, INTERACTIONS.frame(interactions))
     run.write(TASKS, TASKS.frame(tasks))
     counts = run.read(INTERACTIONS).group_by("item_id").len("count").sort("item_id")

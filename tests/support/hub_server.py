@@ -66,7 +66,7 @@ ROUTES: list[tuple[str, re.Pattern, str, Callable]] = []
 def route(methods: str, pattern: str) -> Callable:
     def register(serve: Callable) -> Callable:
         kinds = {"{T}": "(?P<kind>models|datasets|spaces)", "{ID}": "(?P<name>[^/]+/[^/]+?)", "{REV}": "(?P<rev>[^/]+)"}
-        full = re.sub(r"\{\w+\}", lambda found: kinds.get(found[0], found[0]), pattern)
+        full = re.sub(r"\{\w+\}", lambda match: kinds.get(match[0], match[0]), pattern)
         ROUTES.append((methods, re.compile(f"{full}$"), serve.__name__, serve))
         return serve
 
@@ -83,10 +83,10 @@ class Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         self.query, self.user = parse_qs(split.query), None
         name, serve, values = "unknown", None, {}
-        for methods, pattern, known, function in ROUTES:
-            if self.command in methods.split("|") and (found := pattern.match(split.path)):
-                name, serve = known, function
-                values = {key: unquote(value) for key, value in found.groupdict().items() if value is not None}
+        for methods, pattern, route_name, function in ROUTES:
+            if self.command in methods.split("|") and (match := pattern.match(split.path)):
+                name, serve = route_name, function
+                values = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                 break
         fault = self.server.fault(name)
         length = int(self.headers.get("Content-Length") or 0)
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
                 errors += [] if short else ["short_description is too long"]
         except (yaml.YAMLError, IndexError) as error:
             errors = [str(error)]
-        return (400 if errors else 200), {"errors": [{"message": one} for one in errors], "warnings": []}, {}
+        return (400 if errors else 200), {"errors": [{"message": error} for error in errors], "warnings": []}, {}
 
     @route("POST", "/api/repos/create")
     def create(self):
@@ -202,23 +202,23 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.server.repo(kind, name, self.user)
         sha = self.server.resolve(repo, rev)
         siblings = [{"rfilename": path} for path in repo["commits"][sha]["files"]]
-        told = {"id": name, "sha": sha, "private": repo["private"], "siblings": siblings, "tags": []}
+        reply = {"id": name, "sha": sha, "private": repo["private"], "siblings": siblings, "tags": []}
         readme = self.server.files(kind, name, sha).get("README.md", b"").decode()
         if readme.startswith("---"):
-            told["cardData"] = yaml.safe_load(readme.split("---")[1])
-        return 200, told, {"X-Repo-Commit": sha}
+            reply["cardData"] = yaml.safe_load(readme.split("---")[1])
+        return 200, reply, {"X-Repo-Commit": sha}
 
     @route("GET", "/api/{T}/{ID}/tree/{REV}(?:/(?P<folder>.+))?")
     def tree(self, kind, name, rev, folder=""):
         repo = self.server.repo(kind, name, self.user)
         files = repo["commits"][self.server.resolve(repo, rev)]["files"]
         rows = {}
-        for path, one in files.items():
+        for path, file in files.items():
             parts = path.split("/")
             for depth in range(1, len(parts)):
                 above = "/".join(parts[:depth])
                 rows[above] = {"type": "directory", "path": above, "oid": "0" * 40, "size": 0}
-            rows[path] = entry(path, one)
+            rows[path] = entry(path, file)
         within = f"{folder}/" if folder else ""
         deep = self.query.get("recursive", ["false"])[0].lower() == "true"
         kept = [
@@ -236,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
         rows: list[dict[str, Any]] = [entry(path, files[path]) for path in asked if path in files]
         for path in asked:
-            if any(one.startswith(f"{path}/") for one in files):
+            if any(file.startswith(f"{path}/") for file in files):
                 rows.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
         return 200, rows, {}
 
@@ -245,8 +245,8 @@ class Handler(BaseHTTPRequestHandler):
         refs = self.server.repo(kind, name, self.user)["refs"]
 
         def below(prefix: str) -> list[dict[str, str]]:
-            found = {ref.removeprefix(prefix): (ref, sha) for ref, sha in refs.items() if ref.startswith(prefix)}
-            return [{"name": name, "ref": ref, "targetCommit": sha} for name, (ref, sha) in found.items()]
+            named = {ref.removeprefix(prefix): (ref, sha) for ref, sha in refs.items() if ref.startswith(prefix)}
+            return [{"name": name, "ref": ref, "targetCommit": sha} for name, (ref, sha) in named.items()]
 
         return 200, {"branches": below("refs/heads/"), "tags": below("refs/tags/"), "converts": []}, {}
 
@@ -282,21 +282,21 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.server.repo(kind, name, self.user, write="create_pr" not in self.query)
         files = repo["commits"][self.server.resolve(repo, rev)]["files"]
         rows = []
-        for one in json.loads(self.body)["files"]:
-            mode = "lfs" if one["path"].endswith((".safetensors", ".parquet")) else "regular"
-            row = {"path": one["path"], "uploadMode": mode, "shouldIgnore": False}
-            if known := files.get(one["path"]):
-                row["oid"] = known["sha256"] if known["lfs"] else known["oid"]
+        for file in json.loads(self.body)["files"]:
+            mode = "lfs" if file["path"].endswith((".safetensors", ".parquet")) else "regular"
+            row = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            if stored := files.get(file["path"]):
+                row["oid"] = stored["sha256"] if stored["lfs"] else stored["oid"]
             rows.append(row)
         return 200, {"files": rows}, {}
 
     @route("POST", "/(?:(?P<kind>datasets|spaces)/)?{ID}\\.git/info/lfs/objects/batch")
     def lfs_batch(self, name):
         rows = []
-        for one in json.loads(self.body)["objects"]:
-            missing = one["oid"] not in self.server.blobs
-            actions = {"actions": {"upload": {"href": f"{self.server.url}/store/{one['oid']}"}}} if missing else {}
-            rows.append({"oid": one["oid"], "size": one["size"], **actions})
+        for file in json.loads(self.body)["objects"]:
+            missing = file["oid"] not in self.server.blobs
+            actions = {"actions": {"upload": {"href": f"{self.server.url}/store/{file['oid']}"}}} if missing else {}
+            rows.append({"oid": file["oid"], "size": file["size"], **actions})
         return 200, {"transfer": "basic", "objects": rows}, {}
 
     @route("PUT", "/store/(?P<oid>[0-9a-f]{64})")
@@ -330,13 +330,13 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = {"oid": pointer, "sha256": value["oid"], "size": size, "lfs": True}
             elif line["key"] == "deletedFile":
                 files.pop(value["path"])
-        told: dict[str, Any] = {"commitUrl": f"{self.server.url}/{name}/commit/"}
+        reply: dict[str, Any] = {"commitUrl": f"{self.server.url}/{name}/commit/"}
         if proposes:
             number = len(repo["pulls"]) + 1
             repo["pulls"].append({"num": number, "title": header["summary"]})
             repo["refs"][f"refs/pr/{number}"], ref = head, f"refs/pr/{number}"
-            told["pullRequestUrl"] = f"{self.server.url}/{name}/discussions/{number}"
-        return 200, told | {"commitOid": self.server.commit(repo, ref, files, header["summary"])}, {}
+            reply["pullRequestUrl"] = f"{self.server.url}/{name}/discussions/{number}"
+        return 200, reply | {"commitOid": self.server.commit(repo, ref, files, header["summary"])}, {}
 
     @route("GET", "/api/{T}/{ID}/discussions")
     def discussions(self, kind, name):
@@ -355,13 +355,13 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, kind, name, rev, path):
         repo = self.server.repo(kind, name, self.user)
         sha = self.server.resolve(repo, rev)
-        one = repo["commits"][sha]["files"].get(path)
-        if one is None:
-            raise Refused(404, "Entry not found", "EntryNotFound", headers={"X-Repo-Commit": sha})
-        content, status, etag = self.server.blobs[one["sha256"]], 200, one["sha256"] if one["lfs"] else one["oid"]
+        file = repo["commits"][sha]["files"].get(path)
+        if file is None:
+            raise Refused(404, "Entry not collection", "EntryNotFound", headers={"X-Repo-Commit": sha})
+        content, status, etag = self.server.blobs[file["sha256"]], 200, file["sha256"] if file["lfs"] else file["oid"]
         headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             content, status = content[first : last + 1], 206
         return status, content, headers
@@ -381,10 +381,12 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("GET|POST", "/api/collections/(?P<slug>[^/]+/[^/]+?)(?P<items>/items)?")
     def collection(self, slug, items=""):
-        found = self.server.collections[slug]
+        collection = self.server.collections[slug]
         if items:
             item = json.loads(self.body)["item"]
-            if any((one["id"], one["type"]) == (item["id"], item["type"]) for one in found["items"]):
+            if any((other["id"], other["type"]) == (item["id"], item["type"]) for other in collection["items"]):
                 raise Refused(409, "Item already in collection")
-            found["items"].append({"_id": f"{len(found['items']):024x}", "position": len(found["items"]), **item})
-        return 200, found, {}
+            collection["items"].append(
+                {"_id": f"{len(collection['items']):024x}", "position": len(collection["items"]), **item}
+            )
+        return 200, collection, {}

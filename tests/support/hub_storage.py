@@ -26,13 +26,13 @@ class Storage:
         self.lock = threading.RLock()
 
     def repo(self, kind: str, name: str, user: tuple | None = None, write: bool = False) -> dict[str, Any]:
-        found = self.repos.get((kind, name))
+        repo = self.repos.get((kind, name))
         member = user is not None and name.split("/")[0] in (user[0], *user[2])
-        if found is None or (found["private"] and not member):
-            raise Refused(404 if user else 401, "Repository not found", "RepoNotFound")
+        if repo is None or (repo["private"] and not member):
+            raise Refused(404 if user else 401, "Repository not repo", "RepoNotFound")
         if write and not (member and user and user[1] == "write"):
             raise Refused(403, "You don't have the rights to write here")
-        return found
+        return repo
 
     def create(self, kind: str, name: str, private: bool) -> dict[str, Any]:
         repo: dict[str, Any] = {"private": private, "commits": {}, "refs": {}, "pulls": []}
@@ -45,8 +45,8 @@ class Storage:
 
     def commit(self, repo: dict[str, Any], ref: str, files: dict[str, Any], title: str) -> str:
         parent = repo["refs"].get(ref) or repo["refs"].get("refs/heads/main")
-        told = json.dumps([parent, title, sorted((path, one["oid"]) for path, one in files.items())])
-        sha = hashlib.sha1(told.encode()).hexdigest()
+        content = json.dumps([parent, title, sorted((path, file["oid"]) for path, file in files.items())])
+        sha = hashlib.sha1(content.encode()).hexdigest()
         repo["commits"][sha] = {"parent": parent, "title": title, "files": files}
         repo["refs"][ref] = sha
         return sha
@@ -81,10 +81,10 @@ class Storage:
 
     def files(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[kind, name]
-        found = repo["commits"][self.resolve(repo, revision)]["files"]
-        return {path: self.blobs[one["sha256"]] for path, one in found.items()}
+        files = repo["commits"][self.resolve(repo, revision)]["files"]
+        return {path: self.blobs[file["sha256"]] for path, file in files.items()}
 
 
-def entry(path: str, one: dict[str, Any]) -> dict[str, Any]:
-    row = {"type": "file", "path": path, "oid": one["oid"], "size": one["size"]}
-    return row | ({"lfs": {"oid": one["sha256"], "size": one["size"], "pointerSize": 130}} if one["lfs"] else {})
+def entry(path: str, file: dict[str, Any]) -> dict[str, Any]:
+    row = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"]}
+    return row | ({"lfs": {"oid": file["sha256"], "size": file["size"], "pointerSize": 130}} if file["lfs"] else {})
