@@ -9,6 +9,7 @@ import polars as pl
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mllm_msr.data.sources.registry import SOURCES
 from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.hub_cards.facts import Release, RunFacts, slug
 from mllm_msr.hub_cards.findings import findings, headline
@@ -44,7 +45,7 @@ def model_card(run: RunFolder, release: Release | None = None) -> ModelCard:
     name = slug(recipe.name)
     data = ModelCardData(
         **license_fields(recipe.license, facts.source),
-        language=_language(facts.source),
+        language=SOURCES[facts.source].language,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=TAGS,
@@ -112,7 +113,7 @@ def dataset_card(
     recipe = facts.recipe
     data = DatasetCardData(
         **license_fields(recipe.license, facts.source),
-        language=_language(facts.source),
+        language=SOURCES[facts.source].language,
         pretty_name=f"{recipe.name}: summaries, preferences and ranking tasks for MLLM-MSR",
         tags=TAGS,
         task_categories=["text-ranking", "image-text-to-text"],
@@ -214,11 +215,6 @@ def size_category(rows: int) -> str:
     if place == 0:
         return "n<1K"
     return f"{units[place - 1]}<n<{units[place]}" if place < len(units) else "n>1T"
-
-
-def _language(source: str) -> str | None:
-    """The sources we read are in English; of own tables we do not know."""
-    return None if source == "tables" else "en"
 
 
 def _backbone_words(facts: RunFacts) -> str:

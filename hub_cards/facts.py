@@ -13,7 +13,6 @@ from mllm_msr.records.public import is_hub_id
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.sections import source_type
 
 TAG = re.compile(r"(?!.*\.\.)[A-Za-z0-9_](?:[\w.+-]{0,98}[\w+-])?(?<!\.lock)", re.ASCII)
 
@@ -130,7 +129,7 @@ class RunFacts:
 
     @property
     def source(self) -> str:
-        return source_type(self.recipe.source)
+        return self.recipe.source.type
 
     @property
     def backbone(self) -> str | None:

@@ -15,6 +15,7 @@ from typing import Literal
 import polars as pl
 import yaml
 
+from mllm_msr.data.sources.registry import SOURCES
 from mllm_msr.hub_cards.bare_images import bare_images
 from mllm_msr.hub_cards.cards import dataset_card, model_card
 from mllm_msr.hub_cards.chat_table import write_chat_table
@@ -28,7 +29,6 @@ from mllm_msr.records.public import hide_secrets, public_name, public_recipe, pu
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, ITEMS, PUBLISHED, Table
-from mllm_msr.records.sections import source_type
 from mllm_msr.records.storage import link_file, scratch_folder, whole_folder
 
 Part = Literal["dataset", "metric", "space", "model"]
@@ -38,7 +38,6 @@ FOLDERS: dict[Part, str] = {  # in RUN/hub; in the order of a release, as the mo
     "space": "space",
     "model": "model",
 }
-OWN_SOURCES = ("demo",)  # drawn by us: no person behind a user, no one else's rights in an item
 LEFT_OUT = (
     "The source's terms do not let its texts and images be passed on, so `text` and `image` of `items` are empty here "
     "and `sft` has no chat messages; `rebuild.py` adds them from the source. User ids are keyed hashes."
@@ -114,9 +113,9 @@ def fill_model(run: RunFolder, folder: Path, release: Release | None) -> None:
 
 def fill_dataset(run: RunFolder, folder: Path, release: Release | None, contents: Contents) -> None:
     """The derived data set: every table, checked; its card; the recipe; and the way back to what is left out."""
-    source = source_type(run.recipe.source)
+    source = run.recipe.source.type
     restricted = source in RESTRICTED_SOURCES
-    key = None if source in OWN_SOURCES and not contents.anonymise else user_key(run)
+    key = None if SOURCES[source].drawn and not contents.anonymise else user_key(run)
     tables: list[PublishedTable] = []
     for table in PUBLISHED:
         splits = {}

@@ -1,13 +1,13 @@
 """From a recipe file or own tables, and what the command line overrides, to a checked recipe and its run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from mllm_msr.data.sources.registry import check_source, source_places
+from mllm_msr.data.sources.registry import check_source, effective_source, source_options
 from mllm_msr.evaluation.variants import check_evaluation
 from mllm_msr.proof import check_templates
 from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, with_settings
@@ -122,11 +122,14 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
 
 
 def check_recipe(content: Mapping[str, Any]) -> Recipe:
-    """A recipe from its mapping, its flags of training, templates, metrics and variants checked as well; ValueError for
-    the first mistake. Raw data is not looked for: later stages can do without."""
+    """A recipe from its mapping, with all that rooms know of its sections checked; ValueError for the first mistake.
+
+    Raw data is not looked for: later stages can do without.
+    """
     from mllm_msr.training.arguments import effective_flags  # here, as TRL takes a while to load
 
     recipe = parse_recipe(content, effective_flags)
+    recipe = replace(recipe, source=effective_source(recipe.source))
     check_templates(recipe.prompts)
     check_evaluation(recipe)
     return recipe
@@ -139,7 +142,9 @@ def refuse_other_data(path: Path, recipe: Recipe) -> None:
     """
     if not (path / "config.yaml").is_file():
         return
-    earlier, wanted = (source_places(source)[:1] for source in (RunFolder.open(path).recipe.source, recipe.source))
+    earlier, wanted = (
+        source_options(source).roots()[:1] for source in (RunFolder.open(path).recipe.source, recipe.source)
+    )
     if earlier != wanted and any(isinstance(place, str) or place.exists() for place in earlier):
         raise ValueError(f"{path} holds a run of {earlier[0]}, not of {wanted[0]}: name another folder by --output")
 

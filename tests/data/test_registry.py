@@ -4,16 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mllm_msr.data.sources.registry import check_source, read_source, source_fingerprint
+from mllm_msr.data.sources.registry import check_source, effective_source, read_source, source_fingerprint
 from mllm_msr.records.recipe import load_recipe
-from mllm_msr.records.sections import (
-    AmazonSource,
-    DemoSource,
-    MicroLensSource,
-    MovieLensSource,
-    Source,
-    TablesSource,
-)
+from mllm_msr.records.sections import Source
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +25,15 @@ def test_recipes_of_the_paper_come_in_both_protocols(path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (MovieLensSource(), "'movielens' needs a folder: give --data DIR"),
-        (MicroLensSource(), "'microlens' needs a folder"),
-        (AmazonSource(folder="x"), "'amazon' needs 'category'"),
-        (TablesSource(), "'tables' needs 'interactions'"),
+        (Source("movielens"), "'movielens' needs a folder: give --data DIR"),
+        (Source("microlens"), "'microlens' needs a folder"),
+        (Source("amazon", {"folder": "x"}), "'amazon' needs 'category'"),
+        (Source("tables"), "'tables' needs 'interactions'"),
+        (Source("tables", {"interaction": "x"}), "source: unknown key 'interaction'; did you mean 'interactions'"),
+        (Source("demo", {"sed": 5}), "source: unknown key 'sed'; did you mean 'seed'?"),
+        (Source("demo", {"drawn": False}), "source: unknown key 'drawn'"),
+        (Source("demo", {"seed": "five"}), "source.seed='five': must be a whole number"),
+        (Source("dmo"), "source.type='dmo' is unknown; did you mean 'demo'?"),
     ],
 )
 def test_what_a_source_lacks_is_named(source: Source, message: str) -> None:
@@ -46,13 +44,18 @@ def test_what_a_source_lacks_is_named(source: Source, message: str) -> None:
 
 
 def test_every_source_has_a_reader(tmp_path: Path) -> None:
-    assert read_source(DemoSource(n_users=3, n_items=30)).items.height == 30
+    assert read_source(Source("demo", {"n_users": 3, "n_items": 30})).items.height == 30
     (tmp_path / "log.csv").write_text("who,item_id,timestamp\nann,1,5\n,2,6\n")
-    own = TablesSource(interactions="log.csv", columns={"user_id": "who"}, folder=str(tmp_path))
+    own = Source("tables", {"interactions": "log.csv", "columns": {"user_id": "who"}, "folder": str(tmp_path)})
     assert read_source(own, "skip").interactions.collect().rows() == [("ann", "1", 5)]
-    for source in (MovieLensSource(str(tmp_path)), MicroLensSource(str(tmp_path)), AmazonSource(str(tmp_path), "Toys")):
+    for name, more in (("movielens", {}), ("microlens", {}), ("amazon", {"category": "Toys"})):
         with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-            read_source(source)
+            read_source(Source(name, {"folder": str(tmp_path), **more}))
+
+
+def test_the_effective_source_has_every_default() -> None:
+    assert effective_source(Source("demo", {"n_users": 5})).options == {"seed": 7, "n_users": 5, "n_items": 360}
+    assert effective_source(Source("microlens", {"folder": "x"})).options == {"folder": "x", "covers": None}
 
 
 def test_fingerprint_sees_the_content_of_images_and_of_part_files(tmp_path: Path) -> None:
@@ -61,17 +64,18 @@ def test_fingerprint_sees_the_content_of_images_and_of_part_files(tmp_path: Path
     for name in ("ratings.csv", "posters/1.jpg", "posters/2.jpg", "log.parquet/part-0.parquet", ".hidden"):
         (movies / name).parent.mkdir(exist_ok=True)
         (movies / name).write_text("a")
-    before = source_fingerprint(MovieLensSource(str(movies)))
+    before = source_fingerprint(Source("movielens", {"folder": str(movies)}))
     assert [fact[0] for fact in before[1:]] == ["log.parquet/part-0.parquet", "ratings.csv", "2 images"]
     for name in ("posters/2.jpg", "log.parquet/part-0.parquet"):
         (movies / name).write_text("b")
-        assert source_fingerprint(MovieLensSource(str(movies))) != before
+        assert source_fingerprint(Source("movielens", {"folder": str(movies)})) != before
         (movies / name).write_text("a")
 
 
 def test_fingerprint_sees_contents_and_not_places(tmp_path: Path) -> None:
-    def source(folder: Path, columns: dict[str, str] | None = None) -> TablesSource:
-        return TablesSource("log.csv", "goods.csv", columns=columns or {}, folder=str(folder))
+    def source(folder: Path, columns: dict[str, str] | None = None) -> Source:
+        tables = {"interactions": "log.csv", "items": "goods.csv", "folder": str(folder)}
+        return Source("tables", {**tables, "columns": columns or {}})
 
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n1,1,1\n")
     (tmp_path / "goods.csv").write_text("item_id,image\n1,mug\n")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mllm_msr.data.sources.demo import read_demo, true_utilities
+from mllm_msr.data.sources.demo import DemoSource, read_demo, true_utilities
 from mllm_msr.data.sources.world import (
     COLOURS,
     SIZE,
@@ -17,7 +17,6 @@ from mllm_msr.data.sources.world import (
     preference_text,
     random_item,
 )
-from mllm_msr.records.sections import DemoSource
 
 VISIBLE = ("colour", "pattern", "kind", "badge")
 

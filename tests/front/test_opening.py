@@ -10,7 +10,6 @@ from mllm_msr.cli import main
 from mllm_msr.opening import Overrides, open_recipe, open_run
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
-from mllm_msr.records.sections import TablesSource
 from mllm_msr.stages import check_serving
 
 
@@ -67,6 +66,7 @@ def test_a_number_of_negatives_ends_the_full_catalogue() -> None:
         ("training.lerning_rate=1", "training: unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
         ("training.learning_rate=fast", "training.learning_rate='fast'"),
         ("source.type=dmo", "source.type='dmo' is unknown; did you mean 'demo'?"),
+        ("source.n_user=5", "source: unknown key 'n_user'; did you mean 'n_users'?"),
         ("traning.seed=1", "'traning.seed' is not a section and a name.*did you mean 'training'?"),
     ],
 )
@@ -100,7 +100,7 @@ def test_tables_that_have_moved_are_those_of_the_run(shop: Shop, capsys: pytest.
     main(["prepare", *moved.arguments, "--output", str(shop.run)])
     assert "prepare: up to date" in capsys.readouterr().out
     source = RunFolder.open(shop.run).recipe.source
-    assert isinstance(source, TablesSource) and source.interactions == str(moved.log)
+    assert source.type == "tables" and source.options["interactions"] == str(moved.log)
 
 
 def test_a_catalogue_may_be_added_to_a_run_of_the_same_log(shop: Shop) -> None:

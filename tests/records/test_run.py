@@ -76,7 +76,7 @@ def test_a_folder_of_other_things_is_refused_and_an_empty_one_taken(tmp_path: Pa
         (None, FileNotFoundError, "is not a run .* start with `mllm-msr prepare`"),
         ("name: x\nsource: {type: demo}", ValueError, "of an older version of mllm-msr; make it anew"),
         ("format: 3\nname: x\nsource: {type: demo}", ValueError, "a run of format 3, .* reads format 2"),
-        ("format: 2\nname: x\nsource: {type: dmo}", ValueError, r"config\.yaml: source\.type='dmo' is unknown"),
+        ("format: 2\nname: x\nsource: {type: demo}\ndata: {kcore: 3}", ValueError, r"config\.yaml: data: unknown key"),
     ],
 )
 def test_what_is_no_run_of_ours_is_not_opened(

@@ -14,7 +14,7 @@ from mllm_msr.data.hub_tables import load_table
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path, demo_recipe, load_recipe
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.sections import DemoSource
+from mllm_msr.records.sections import Source
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SmallRun:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    recipe = replace(load_recipe(demo_recipe()), source=DemoSource(n_users=10, n_items=40))
+    recipe = replace(load_recipe(demo_recipe()), source=Source("demo", {"n_users": 10, "n_items": 40}))
     run = RunFolder.create(tmp_path_factory.mktemp("runs") / "small", recipe)
     stages.prepare(run)
     stages.summarize_items(run)

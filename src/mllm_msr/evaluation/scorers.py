@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 
 from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.sources.demo import true_utilities
+from mllm_msr.data.sources.demo import DemoSource, true_utilities
+from mllm_msr.data.sources.registry import source_options
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists
 from mllm_msr.evaluation.loading import load_catalogue, load_recommender
 from mllm_msr.evaluation.rankers import Ranker
@@ -17,7 +18,6 @@ from mllm_msr.evaluation.scoring import as_it_is, own_context, pairs, score_with
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.examples import users_of
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.sections import DemoSource
 
 if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
@@ -78,9 +78,10 @@ class Oracle(Scorer):
     """The true taste, which only the demo's drawn world has."""
 
     def __init__(self, run: RunFolder) -> None:
-        if not isinstance(run.recipe.source, DemoSource):
+        options = source_options(run.recipe.source)
+        if not isinstance(options, DemoSource):
             raise ValueError("the variant 'oracle' needs a drawn world: only the demo has one")
-        self.source = run.recipe.source
+        self.source = options
 
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
         return score_with_values(tasks, true_utilities(self.source, pairs(tasks)))

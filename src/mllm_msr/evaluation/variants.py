@@ -21,7 +21,7 @@ from mllm_msr.evaluation.scoring import (
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
-from mllm_msr.records.sections import OURS, source_type
+from mllm_msr.records.sections import OURS
 from mllm_msr.records.typed import did_you_mean
 
 Kind = Literal["ours", "ablation", "baseline", "reference", "oracle"]
@@ -258,5 +258,5 @@ def check_evaluation(recipe: Recipe) -> None:
     for name in recipe.evaluation.rows:
         if name not in VARIANTS:
             raise ValueError(f"evaluation.rows: unknown variant {name!r}{did_you_mean(name, VARIANTS)}")
-        if VARIANTS[name].kind == "oracle" and source_type(recipe.source) != "demo":
+        if VARIANTS[name].kind == "oracle" and recipe.source.type != "demo":
             raise ValueError(f"evaluation.rows: {name!r} knows the true taste, which only the source 'demo' has")

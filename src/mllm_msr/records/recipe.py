@@ -10,14 +10,12 @@ from typing import Any
 import yaml
 
 from mllm_msr.records.sections import (
-    SOURCES,
     EvaluationOptions,
     HeadOptions,
     PrepareOptions,
     Source,
     SummaryOptions,
     VectorOptions,
-    source_type,
 )
 from mllm_msr.records.typed import build, check_names, did_you_mean
 
@@ -37,7 +35,7 @@ class Recipe:
 
     Args:
         name: of the data set, for reports and cards.
-        source: where the raw data comes from; ``type`` (demo, movielens, microlens, amazon, tables) in the file.
+        source: where the raw data comes from; in the file, its options stand beside its ``type``.
         item_noun: what an item is called in prompts.
         data, summaries, vectors, head, evaluation: see the sections' types.
         prompts: templates that replace the default ones, by name.
@@ -73,7 +71,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, defaults included, as it stands in a run's ``config.yaml``."""
         content = asdict(self)
-        return {**content, "source": {"type": source_type(self.source), **content["source"]}}
+        return {**content, "source": {"type": self.source.type, **content["source"]["options"]}}
 
 
 CheckFlags = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -116,10 +114,7 @@ def parse_recipe(content: Any, check_training: CheckFlags = dict) -> Recipe:
 def _source(content: Any) -> Source:
     if not isinstance(content, Mapping):
         raise ValueError(f"section 'source' is a mapping with a `type`, not {content!r}")
-    kind = content.get("type")
-    if kind not in SOURCES:
-        raise ValueError(f"source.type={kind!r} is unknown{did_you_mean(str(kind), SOURCES)}")
-    return build(SOURCES[kind], {name: value for name, value in content.items() if name != "type"}, "source")
+    return Source(content.get("type", ""), {name: value for name, value in content.items() if name != "type"})
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -48,7 +48,7 @@ class RunFolder:
         """
         if (path / "config.yaml").is_file():
             earlier = cls.open(path).recipe
-            if earlier.name != recipe.name or type(earlier.source) is not type(recipe.source):
+            if earlier.name != recipe.name or earlier.source.type != recipe.source.type:
                 raise ValueError(
                     f"{path} holds a run of another recipe, {earlier.name!r}: name another folder by --output"
                 )

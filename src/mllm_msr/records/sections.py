@@ -3,6 +3,7 @@
 The section ``training`` alone is not one of them: its fields are the flags of ``training/sft.py``, which are TRL's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -33,61 +34,11 @@ def at_least(section: Any, **least: float) -> None:
 
 
 @dataclass(frozen=True)
-class DemoSource:
-    """The drawn world of the demo."""
+class Source:
+    """Section ``source``: the name of a reader in ``data/sources``, and options that it knows and checks itself."""
 
-    seed: int = 7
-    n_users: int = 400
-    n_items: int = 360
-
-
-@dataclass(frozen=True)
-class MovieLensSource:
-    """MovieLens-100k with overviews and posters. ``folder`` has ratings.csv, items.csv and posters/."""
-
-    folder: str | None = None
-
-
-@dataclass(frozen=True)
-class MicroLensSource:
-    """A MicroLens release. ``folder`` has the pairs and titles; ``covers`` defaults to a folder named so within it."""
-
-    folder: str | None = None
-    covers: str | None = None
-
-
-@dataclass(frozen=True)
-class AmazonSource:
-    """A category of Amazon Reviews 2023, in a folder or on the Hub."""
-
-    folder: str | None = None
-    category: str | None = None
-
-
-@dataclass(frozen=True)
-class TablesSource:
-    """Own tables: files relative to ``folder``, or data sets of the Hub; ``columns`` maps our names to theirs."""
-
-    interactions: str | None = None
-    items: str | None = None
-    images: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    folder: str = "."
-
-
-Source = DemoSource | MovieLensSource | MicroLensSource | AmazonSource | TablesSource
-SOURCES: dict[str, type[Any]] = {
-    "demo": DemoSource,
-    "movielens": MovieLensSource,
-    "microlens": MicroLensSource,
-    "amazon": AmazonSource,
-    "tables": TablesSource,
-}
-
-
-def source_type(source: Source) -> str:
-    """The name by which a recipe calls this kind of source."""
-    return next(name for name, kind in SOURCES.items() if type(source) is kind)
+    type: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

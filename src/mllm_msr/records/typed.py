@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,7 +19,7 @@ def build(kind: type[Section], content: Any, section: str) -> Section:
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"section {section!r} is a mapping of names to values, not {content!r}")
-    hints = get_type_hints(kind)
+    hints = declared(kind)
     check_names(content, hints, section)
     values = {name: as_number(value, hints[name]) for name, value in content.items()}
     try:
@@ -39,9 +39,14 @@ def check_names(content: Iterable[Any], known: Iterable[str], section: str) -> N
 
 def check_types(section: Any, name: str) -> None:
     """Raise ValueError, naming section and field, for a field of a dataclass that has not its declared type."""
-    assert is_dataclass(section)
-    for key, hint in get_type_hints(type(section)).items():
+    for key, hint in declared(type(section)).items():
         check_type(getattr(section, key), hint, f"{name}.{key}")
+
+
+def declared(kind: type[Any]) -> dict[str, Any]:
+    """The fields of a dataclass with their types."""
+    hints = get_type_hints(kind)
+    return {each.name: hints[each.name] for each in fields(kind)}
 
 
 def check_type(value: Any, hint: Any, where: str) -> None:

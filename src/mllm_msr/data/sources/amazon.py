@@ -1,5 +1,6 @@
 """Amazon Reviews 2023: ``<Category>.jsonl[.gz]`` and ``meta_<Category>.jsonl[.gz]``, on disk or on the Hub."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mllm_msr.data.image_places import URL
 from mllm_msr.data.json_lines import json_blocks
 from mllm_msr.data.logs import interactions_from, join_text
 from mllm_msr.data.raw import ROW, BadRows, RawData
+from mllm_msr.data.sources.interface import SourceOptions, Terms
 from mllm_msr.data.spool import spool
 from mllm_msr.data.table_files import local_file
 from mllm_msr.records.sections import OnBadRows
@@ -24,6 +26,31 @@ META: dict[str, Any] = {
     "categories": pl.List(pl.String),
     "images": pl.List(pl.Struct({"thumb": pl.String, "large": pl.String, "hi_res": pl.String, "variant": pl.String})),
 }
+
+
+@dataclass(frozen=True)
+class AmazonSource(SourceOptions):
+    """A category of Amazon Reviews 2023, in a folder or on the Hub."""
+
+    folder: str | None = None
+    category: str | None = None
+
+    required = ("folder", "category")
+    terms = Terms(
+        name="Amazon Reviews (McAuley Lab, UCSD)",
+        allows="research, citing the paper; the lab says that it cannot assign a licence",
+        forbids="nothing beyond that is granted: texts and images belong to reviewers, sellers and Amazon",
+        link="https://amazon-reviews-2023.github.io",
+        images="product images belong to sellers and Amazon",
+        log="no licence, so no permission to pass it on",
+        read="the lab's answers to questions about the licence, as quoted by others, November 2026",
+    )
+
+    def read(self, on_bad_rows: OnBadRows) -> RawData:
+        return read_amazon(str(self.folder), str(self.category), on_bad_rows)
+
+    def reads(self, path: Path) -> bool:
+        return str(self.category) in path.name
 
 
 def read_amazon(folder: Path | str, category: str, on_bad_rows: OnBadRows = "error") -> RawData:

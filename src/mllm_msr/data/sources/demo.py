@@ -1,16 +1,32 @@
 """The demo's world as raw data, and its oracle."""
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
 from mllm_msr.data.raw import CATALOGUE, RawData
+from mllm_msr.data.sources.interface import SourceOptions
 from mllm_msr.data.sources.world import DrawnItem, draw, make_world
 from mllm_msr.records.schema import INTERACTIONS
-from mllm_msr.records.sections import DemoSource
+from mllm_msr.records.sections import OnBadRows
 
 DAY = 86_400  # seconds between a user's choices
+
+
+@dataclass(frozen=True)
+class DemoSource(SourceOptions):
+    """The drawn world of the demo."""
+
+    seed: int = 7
+    n_users: int = 400
+    n_items: int = 360
+
+    drawn = True
+
+    def read(self, on_bad_rows: OnBadRows) -> RawData:
+        return read_demo(self.seed, self.n_users, self.n_items)
 
 
 def read_demo(seed: int = 7, n_users: int = 400, n_items: int = 360) -> RawData:
@@ -29,7 +45,7 @@ def true_utilities(source: DemoSource, pairs: pl.DataFrame) -> np.ndarray:
     """What each user would give each item at the last choice, by the taste that drew the world: (N,) float.
 
     Args:
-        source: the recipe's source section.
+        source: the options that the world was drawn by.
         pairs: ``user_id``, ``item_id`` as :func:`read_demo` writes them, N rows.
     """
     world = make_world(source.seed, source.n_users, source.n_items)

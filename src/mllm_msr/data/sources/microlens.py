@@ -1,5 +1,6 @@
 """MicroLens: ``*_pairs.csv`` or ``*_pairs.tsv``, ``*_titles.csv``, and covers in a folder as ``<item>.jpg``."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -9,6 +10,7 @@ from mllm_msr.data.ids import as_ids, as_text, check_join
 from mllm_msr.data.image_places import images_by_id
 from mllm_msr.data.logs import interactions_from
 from mllm_msr.data.raw import ROW, BadRows, RawData
+from mllm_msr.data.sources.interface import SourceOptions, Terms
 from mllm_msr.data.spool import spool
 from mllm_msr.data.text_files import text_blocks
 from mllm_msr.records.sections import OnBadRows
@@ -16,6 +18,28 @@ from mllm_msr.records.sections import OnBadRows
 COLUMNS = {"user_id": "user", "item_id": "item", "timestamp": "timestamp"}
 IDS = ("user_id", "item_id")
 TITLES = ("item", "title")
+
+
+@dataclass(frozen=True)
+class MicroLensSource(SourceOptions):
+    """A MicroLens release. ``folder`` has the pairs and titles; ``covers`` defaults to a folder named so within it."""
+
+    folder: str | None = None
+    covers: str | None = None
+
+    required = ("folder",)
+    terms = Terms(
+        name="MicroLens (Westlake University)",
+        allows="use in research, citing the paper; its page names no licence",
+        forbids="offering changed copies of the data set for download; share the code that makes them instead",
+        link="https://github.com/westlake-repl/MicroLens",
+        images="titles, covers and videos belong to the authors of the videos",
+        log="a split of it is a changed copy: not to be passed on",
+        read="readme of its repository, as of commit 033cac7, November 2026",
+    )
+
+    def read(self, on_bad_rows: OnBadRows) -> RawData:
+        return read_microlens(Path(str(self.folder)), self.covers and Path(self.covers), on_bad_rows)
 
 
 def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadRows = "error") -> RawData:

@@ -1,5 +1,6 @@
 """MovieLens-100k with overviews and posters: ``ratings.csv``, ``items.csv``, ``posters/<movie_id>.jpg``."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -9,6 +10,7 @@ from mllm_msr.data.ids import as_ids, as_text, check_join
 from mllm_msr.data.image_places import images_by_id
 from mllm_msr.data.logs import interactions_from, join_text
 from mllm_msr.data.raw import BadRows, RawData, need_columns
+from mllm_msr.data.sources.interface import SourceOptions, Terms
 from mllm_msr.data.spool import spool
 from mllm_msr.records.sections import OnBadRows
 
@@ -18,6 +20,27 @@ GENRES = (
 )
 COLUMNS = {"user_id": "user_id", "item_id": "movie_id", "timestamp": "unix_timestamp"}
 YES, NO = ("1", "1.0", "true", "t", "yes", "y"), ("0", "0.0", "false", "f", "no", "n")
+
+
+@dataclass(frozen=True)
+class MovieLensSource(SourceOptions):
+    """MovieLens-100k with overviews and posters. ``folder`` has ratings.csv, items.csv and posters/."""
+
+    folder: str | None = None
+
+    required = ("folder",)
+    terms = Terms(
+        name="MovieLens (GroupLens)",
+        allows="research; acknowledge GroupLens in publications",
+        forbids="redistribution and commercial use without permission; implying endorsement",
+        link="https://grouplens.org/datasets/movielens/",
+        images="posters and overviews belong to the studios and to TMDB, whose own terms apply",
+        log="100k and 1M: not to be passed on without permission; ml-latest and 32M: only under the same conditions",
+        read="readmes of 100k, 1M, ml-latest-small and 32M, in others' copies, November 2026",
+    )
+
+    def read(self, on_bad_rows: OnBadRows) -> RawData:
+        return read_movielens(Path(str(self.folder)), on_bad_rows)
 
 
 def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:

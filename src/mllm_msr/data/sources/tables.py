@@ -1,6 +1,7 @@
 """Own data: a log and a catalogue as CSV, TSV, Parquet, JSON lines or a data set of the Hub, with any column names."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
@@ -10,11 +11,46 @@ from mllm_msr.data.ids import as_ids, as_text, check_join
 from mllm_msr.data.image_places import ImageColumn, images_by_id
 from mllm_msr.data.logs import interactions_from
 from mllm_msr.data.raw import ROW, BadRows, RawData, need_columns
+from mllm_msr.data.sources.interface import SourceOptions, local_or_hub
 from mllm_msr.data.table_files import TableFile
-from mllm_msr.records.sections import OnBadRows, TablesSource
+from mllm_msr.records.sections import OnBadRows
 
 LOG_COLUMNS = ("user_id", "item_id", "timestamp")
 ITEM_COLUMNS = ("item_id", "title", "text", "image")
+
+
+@dataclass(frozen=True)
+class TablesSource(SourceOptions):
+    """Own tables: files relative to ``folder``, or data sets of the Hub; ``columns`` maps our names to theirs."""
+
+    interactions: str | None = None
+    items: str | None = None
+    images: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    folder: str = "."
+
+    required = ("interactions",)
+    places = ("folder", "interactions", "items", "images")
+    language = None
+
+    def read(self, on_bad_rows: OnBadRows) -> RawData:
+        return read_tables(str(self.interactions), self.items, self.columns, self.images, self.folder, on_bad_rows)
+
+    def roots(self) -> list[Path | str]:
+        """Only what is named below ``folder``, and not all of it."""
+        named = (self.interactions, self.items, self.images)
+        return [local_or_hub(place, Path(self.folder)) for place in named if place is not None]
+
+    def named_images(self) -> Iterator[Path]:
+        """The files of this machine that a catalogue's image column names as texts."""
+        table = TableFile.find(self.items, Path(self.folder)) if self.items else None
+        if table is None or table.inside:
+            return
+        places = ImageColumn(Path(self.folder) / self.images if self.images else table.root)
+        column = self.columns.get("image", "image")
+        batches = table.batches((), (column,), column, BadRows("skip"))
+        for batch in takewhile(lambda batch: batch.schema.get(column) == pl.String, batches):
+            yield from (Path(path) for value in batch[column].drop_nulls() if (path := places.file(value)))
 
 
 def read_tables(
@@ -90,15 +126,3 @@ def _catalogue(place: str, columns: Mapping[str, str], folder: Path, images: Pat
     items = as_ids(pl.concat(batches, how="diagonal_relaxed").lazy(), ["item_id"], place, bad).collect()
     items = bad.drop(items, {"no item_id": pl.col("item_id").is_null()}, place)
     return bad.unique_items(items.drop(ROW, *([] if places.given else ["image_path"]), strict=False), place)
-
-
-def named_images(source: TablesSource) -> Iterator[Path]:
-    """The files of this machine that a catalogue's image column names as texts."""
-    table = TableFile.find(source.items, Path(source.folder)) if source.items else None
-    if table is None or table.inside:
-        return
-    places = ImageColumn(Path(source.folder) / source.images if source.images else table.root)
-    column = source.columns.get("image", "image")
-    batches = table.batches((), (column,), column, BadRows("skip"))
-    for batch in takewhile(lambda batch: batch.schema.get(column) == pl.String, batches):
-        yield from (Path(path) for value in batch[column].drop_nulls() if (path := places.file(value)))
