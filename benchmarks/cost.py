@@ -1,4 +1,4 @@
-"""GPU hours of a run, computed from its tokens: python benchmarks/cost.py [RUN] [--gpu h100] [--picture-tokens 576]
+"""GPU hours of a run, computed from its tokens: python benchmarks/cost.py [RUN] [--gpu h100] [--image-tokens 576]
 
 Without a run: the paper's three data sets by the counts of its table. With one that has been prepared: its own counts.
 Work is counted as 2 N floating-point operations a token forward (N parameters, attention left out), as much again for
@@ -49,16 +49,16 @@ class Counts:
 def hours(counts: Counts, options: argparse.Namespace) -> list[tuple[str, float, float, float]]:
     """(stage, millions of tokens read, millions written, GPU hours) of each stage."""
     arithmetic, bandwidth = (USED * one for one in GPUS[options.gpu])
-    n, picture, text, answer = options.parameters, options.picture_tokens, options.text_tokens, options.answer_tokens
+    n, image, text, answer = options.parameters, options.image_tokens, options.text_tokens, options.answer_tokens
 
     def seconds(read: float, written: float, per_token: float = 2) -> float:
         return per_token * n * read / arithmetic + written / options.batch * 2 * n / bandwidth
 
     calls = {  # (times, tokens read, tokens written)
-        "item summaries": (counts.items, picture + 3 * text + 2 * answer, 3 * answer),  # image, text, fusion
+        "item summaries": (counts.items, image + 3 * text + 2 * answer, 3 * answer),  # image, text, fusion
         "preferences": (counts.blocks, 2 * text + 3 * answer + 2 * answer, 2 * answer),
-        "training": (counts.examples * options.epochs, picture + text + 2 * answer, 0),
-        "ranking, each row with pictures": (counts.pairs, picture + text, 0),
+        "training": (counts.examples * options.epochs, image + text + 2 * answer, 0),
+        "ranking, each row with images": (counts.pairs, image + text, 0),
     }
     rows = []
     for stage, (times, read, written) in calls.items():
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a prepared run directory")
     parser.add_argument("--gpu", choices=GPUS, default="a100")
     parser.add_argument("--parameters", type=float, default=7.2e9, help="of the language model (7.2e9: Mistral-7B)")
-    parser.add_argument("--picture-tokens", type=int, default=2880, help="LLaVA-1.6: up to 2,880; one tile alone: 576")
+    parser.add_argument("--image-tokens", type=int, default=2880, help="LLaVA-1.6: up to 2,880; one tile alone: 576")
     parser.add_argument("--text-tokens", type=int, default=120, help="instructions and title")
     parser.add_argument("--answer-tokens", type=int, default=60, help="a summary; a preference has twice as many")
     parser.add_argument("--epochs", type=int, default=10)
@@ -89,7 +89,7 @@ def main() -> None:
         ]
     )
     print(
-        f"{options.gpu}, {options.parameters:.2g} parameters, {options.picture_tokens} tokens a picture, "
+        f"{options.gpu}, {options.parameters:.2g} parameters, {options.image_tokens} tokens an image, "
         f"{options.epochs} epochs, {USED:.0%} of the peak\n"
     )
     print("| data set | stage | tokens read, M | written, M | GPU hours |\n|:--|:--|--:|--:|--:|")

@@ -45,12 +45,12 @@ class Measured:
 
 
 def compiled(name: str, folder: Path) -> list[str]:
-    """Why a forward with a picture cannot be compiled without graph breaks."""
+    """Why a forward with an image cannot be compiled without graph breaks."""
     tiny = sys.modules["tiny_models"]
     path = tiny.save_backbone(name, folder / name)
     processor = MllmMsrProcessor.from_backbone(str(path))
     model = MllmMsrForRecommendation.from_backbone(path, processor=processor)
-    batch = processor([User("ships")], [Candidate(title="One", image=tiny.picture(1))])
+    batch = processor([User("ships")], [Candidate(title="One", image=tiny.draw_image(1))])
     torch.compiler.reset()
     with torch.no_grad():
         expected = model(**batch).logits

@@ -2,9 +2,9 @@
 
     python benchmarks/performance.py --sizes small medium large --output benchmarks/results.json
 
-Random Llavas of three sizes, prompts of about 300 and 900 tokens (pictures of 64 and 576 tokens), 21, 100 and 1,000
+Random Llavas of three sizes, prompts of about 300 and 900 tokens (images of 64 and 576 tokens), 21, 100 and 1,000
 candidates. Every figure is the best of ``--repeats`` passes over work that takes seconds; each row is measured beside
-what it is compared with. "Usual" is what the authors' code does: every pair a whole prompt, its picture encoded anew,
+what it is compared with. "Usual" is what the authors' code does: every pair a whole prompt, its image encoded anew,
 ``generate`` in batches of six, once to the limit of 30 tokens and once stopping after the answer. "Plain" is one
 forward a pair at the best batch size. Nothing is fine-tuned: time does not depend on what weights say.
 """
@@ -45,7 +45,7 @@ SIZES = {  # width, feed-forward, layers, heads of the language model; width, la
     "large": ((512, 1408, 8, 8), (256, 6, 8)),
     "7b": ((4096, 14336, 32, 32), (1024, 24, 32)),
 }
-PROMPTS = {300: (64, 85), 900: (192, 115)}  # tokens: edge of the picture (its patches are 8 wide), words of the user
+PROMPTS = {300: (64, 85), 900: (192, 115)}  # tokens: edge of the image (its patches are 8 wide), words of the user
 WORDS = "red blue small large round striped quiet loud old new film mug ship lamp chair clock likes things that"
 LIMITS = (512, 1024)
 
@@ -101,7 +101,7 @@ class Bench:
     # ---- ranking ---------------------------------------------------------------------------------------------------
 
     def whole(self, count: int) -> Any:
-        """A batch of whole prompts of one user, their pictures prepared anew."""
+        """A batch of whole prompts of one user, their images prepared anew."""
         return self.processor(self.users[:1] * count, [self.items[name] for name in self.names[:count]]).to(self.device)
 
     @torch.inference_mode()
@@ -185,7 +185,7 @@ class Bench:
         ]
 
     def stock(self, size: int) -> float:
-        """TRL's own collator for pictures, one positive to one negative, every pair a whole prompt."""
+        """TRL's own collator for images, one positive to one negative, every pair a whole prompt."""
         collator = DataCollatorForVisionLanguageModeling(
             LlavaProcessor.from_pretrained(self.folder), completion_only_loss=True
         )

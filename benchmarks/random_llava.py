@@ -22,7 +22,7 @@ def save_random_llava(
     """Save a stock Llava with random weights and the demo's tokenizer; return its number of parameters.
 
     Args:
-        language: width, feed-forward, layers, heads. tower: width, layers, heads, edge of a picture, edge of a patch.
+        language: width, feed-forward, layers, heads. tower: width, layers, heads, edge of an image, edge of a patch.
     """
     (width, inner, layers, heads), (seen, depth, eyes, edge, patch) = language, tower
     tokenizer = AutoTokenizer.from_pretrained(backbone_path("demo"))

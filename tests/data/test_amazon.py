@@ -19,7 +19,7 @@ def review(user: str, parent: str, time: int, **other: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def picture(variant: str, large: str | None) -> dict[str, Any]:
+def draw_image(variant: str, large: str | None) -> dict[str, Any]:
     return {"thumb": f"https://x/{variant}_t.jpg", "large": large, "hi_res": None, "variant": variant}
 
 
@@ -28,11 +28,11 @@ META = [
     {
         "main_category": "Video Games", "title": "A Game", "average_rating": 4.1, "rating_number": 900, "price": "None",
         "features": ["Fast", "Fun"], "description": [], "categories": ["Video Games", "PC"], "store": "S",
-        "images": [picture("PT01", "https://x/side.jpg"), picture("MAIN", "https://x/main.jpg")],
+        "images": [draw_image("PT01", "https://x/side.jpg"), draw_image("MAIN", "https://x/main.jpg")],
         "videos": [], "details": {"Rank": {"PC": 1}}, "parent_asin": "B1", "bought_together": None,
     },
     {"title": "Bare", "features": [], "description": ["Plain."], "categories": [], "price": 9.99, "parent_asin": "B2",
-     "images": [picture("MAIN", None)]},
+     "images": [draw_image("MAIN", None)]},
     {"title": "Never reviewed", "parent_asin": "B9", "images": []},
 ]  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_bad_lines_stop_or_are_counted(tmp_path: Path) -> None:
 def test_metadata_names_no_file_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "private.jpg").write_bytes(b"image")
     write(tmp_path / "Baby.jsonl", REVIEWS)
-    images = [picture("MAIN", str(tmp_path / "private.jpg"))]
+    images = [draw_image("MAIN", str(tmp_path / "private.jpg"))]
     write(tmp_path / "meta_Baby.jsonl", [*META, {"parent_asin": "B3", "title": "C", "images": images}])
     places = dict(read_amazon(tmp_path, "Baby").items.select("item_id", "image_path").iter_rows())
     assert places["B3"] == "https://x/MAIN_t.jpg"

@@ -73,7 +73,7 @@ def test_tiny_and_ribbon_images_are_padded(size: tuple[int, int]) -> None:
     image = decode(save(Image.new("RGB", size, "black"), "PNG"), max_edge=256)
     assert min(image.size) >= 32 and max(image.size) <= 256
     assert max(image.size) <= 8 * min(image.size)
-    assert min(image.convert("L").getextrema()) < 50  # the picture is still there
+    assert min(image.convert("L").getextrema()) < 50  # the image is still there
 
 
 def test_large_images_shrink_in_proportion() -> None:

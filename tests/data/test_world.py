@@ -1,4 +1,4 @@
-"""The demo's world: what is visible is in the picture only, and tastes explain choices."""
+"""The demo's world: what is visible is in the image only, and tastes explain choices."""
 
 import numpy as np
 import pytest
@@ -44,19 +44,19 @@ def test_words_give_nothing_visible_away():
 
 
 @pytest.mark.parametrize("trait", VISIBLE)
-def test_every_visible_trait_changes_the_picture(trait):
-    pictures = [np.asarray(draw(thing(**{trait: value})), dtype=float) for value in TRAITS[trait]]
-    for a, first in enumerate(pictures):
-        for second in pictures[:a]:
+def test_every_visible_trait_changes_the_image(trait):
+    images = [np.asarray(draw(thing(**{trait: value})), dtype=float) for value in TRAITS[trait]]
+    for a, first in enumerate(images):
+        for second in images[:a]:
             assert np.abs(first - second).mean() > 1.5
-    assert np.array_equal(pictures[0], np.asarray(draw(thing(**{trait: TRAITS[trait][0]})), dtype=float))
+    assert np.array_equal(images[0], np.asarray(draw(thing(**{trait: TRAITS[trait][0]})), dtype=float))
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_the_colour_is_the_colour(colour):
-    picture = draw(thing(colour=colour))
-    assert picture.size == (SIZE, SIZE) and picture.mode == "RGB"
-    pixels = np.asarray(picture, dtype=float).reshape(-1, 3)
+    image = draw(thing(colour=colour))
+    assert image.size == (SIZE, SIZE) and image.mode == "RGB"
+    pixels = np.asarray(image, dtype=float).reshape(-1, 3)
     near = {name: (np.abs(pixels - np.array(value)).sum(1) < 60).sum() for name, value in COLOURS.items()}
     assert max(near, key=lambda name: near[name]) == colour
 

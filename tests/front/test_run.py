@@ -133,10 +133,10 @@ import json, torch
 from types import SimpleNamespace as Item
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
-folder, picture = sys.argv[1:]
+folder, image = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-image = Image.open(picture).convert("RGB")
+image = Image.open(image).convert("RGB")
 users = [Item(preference="Likes red, blue; striped; mug; star; jazz", recent=[]), Item(preference="", recent=[])]
 candidates = [Item(title="Alder Jazz", text="", image=image), Item(title="Orwin Tide", text="", image=None)]
 batch = processor(users, candidates)
@@ -150,17 +150,17 @@ def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
     from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
     from mllm_msr.data.sources.world import draw, make_world
 
-    draw(make_world(3, 1, 30).items[0]).save(tmp_path / "picture.png")
+    draw(make_world(3, 1, 30).items[0]).save(tmp_path / "image.png")
     script = tmp_path / "script.py"
     script.write_text(WITHOUT_PACKAGE, encoding="utf-8")
     env = {**ENV, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(script), str(whole / "hub/model"), str(tmp_path / "picture.png")]
+    command = [sys.executable, str(script), str(whole / "hub/model"), str(tmp_path / "image.png")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.split("LOGITS")[1])
     processor = MllmMsrProcessor.from_pretrained(whole / "model")
     model = MllmMsrForRecommendation.from_pretrained(whole / "model").eval()
-    image = Image.open(tmp_path / "picture.png").convert("RGB")
+    image = Image.open(tmp_path / "image.png").convert("RGB")
     users = [User("Likes red, blue; striped; mug; star; jazz"), User()]
     batch = processor(users, [Candidate(title="Alder Jazz", image=image), Candidate(title="Orwin Tide")])
     ours = model.score(**batch).logits.tolist()

@@ -105,7 +105,7 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
     for row in tallrec.read(EXAMPLES, split="train").iter_rows(named=True):
         said = "".join(f"Then {titles[item]}\n" for item in histories[row["task_id"]])
         asked = f"{said}{titles[row['item_id']]}\nWould they choose it?"
-        assert row["prompt"][0]["content"] == [{"type": "text", "text": asked}]  # no picture, no preference
+        assert row["prompt"][0]["content"] == [{"type": "text", "text": asked}]  # no image, no preference
     before = (full / "provenance.json").read_text(encoding="utf-8")
     run_study(path, tmp_path / "out", only=["full"])
     assert (full / "provenance.json").read_text(encoding="utf-8") == before

@@ -21,7 +21,7 @@ USERS = [
     User("long summers " * 6, [HistoryItem("Noise", "blue"), HistoryItem(summary="stripes")]),
 ]
 ITEMS = [
-    Candidate(f"i{k}", "The Sea " * (k + 1), image=tiny_models.picture(k, 40 + 8 * k, 48) if k != 2 else None)
+    Candidate(f"i{k}", "The Sea " * (k + 1), image=tiny_models.draw_image(k, 40 + 8 * k, 48) if k != 2 else None)
     for k in range(5)
 ]
 CATALOGUE = {item.item_id: item for item in ITEMS}
@@ -59,7 +59,7 @@ def late_logit(model, processor, user, item):
     begin, cut = widths[0], sum(widths)
     seen[begin:cut, :begin] = False
     more = {}
-    if "token_type_ids" in item:  # the tokens of a picture see each other
+    if "token_type_ids" in item:  # the tokens of an image see each other
         more["token_type_ids"] = torch.cat([user["token_type_ids"], item["token_type_ids"], 0 * answer], 1)
         shown = item["token_type_ids"][0] == 1
         seen[begin:cut, begin:cut] |= shown[:, None] & shown

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, picture
+from tiny_models import FAMILIES, draw_image
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig
 
 from mllm_msr import Candidate, MllmMsrConfig, MllmMsrForRecommendation, MllmMsrProcessor, User
@@ -22,7 +22,7 @@ FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
 def pairs(processor: MllmMsrProcessor, labels: list[int] | None = None, image: bool = True) -> BatchFeature:
-    first = Candidate(title="One", text="about ships", image=picture(1) if image else None)
+    first = Candidate(title="One", text="about ships", image=draw_image(1) if image else None)
     return processor([User("likes quiet red films"), User()], [first, Candidate(title="Two")], labels=labels)
 
 
@@ -207,7 +207,7 @@ def test_every_weight_that_is_used_is_trained_the_same_when_checkpointed(build, 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 def test_forward_compiles_in_one_graph(build, name: str) -> None:
-    """`benchmarks/families.py` has them all; some cut pictures by the values of tensors, which breaks graphs."""
+    """`benchmarks/families.py` has them all; some cut images by the values of tensors, which breaks graphs."""
     model, processor = build(name)
     batch = pairs(processor, image=name == "llava")
     torch.compiler.reset()

@@ -14,8 +14,8 @@ from mllm_msr.modeling.item_vectors import encode_items, load_item_model
 from mllm_msr.processing.auto import MllmMsrProcessor
 
 ITEMS = [
-    Candidate("a", "The Sea of No Return", "a quiet film with ships", tiny_models.picture(1)),
-    Candidate("b", "Yes", "", tiny_models.picture(2)),
+    Candidate("a", "The Sea of No Return", "a quiet film with ships", tiny_models.draw_image(1)),
+    Candidate("b", "Yes", "", tiny_models.draw_image(2)),
     Candidate("c", "No", "blue stripes and red ships and a long summer, all in one very long description", None),
 ]
 
@@ -37,7 +37,7 @@ def test_a_vector_is_that_of_the_item_alone(tmp_path: Path, family: str) -> None
 def test_an_image_changes_a_vector_and_the_id_does_not(tmp_path: Path) -> None:
     folder = str(tiny_models.save_backbone("llava", tmp_path))
     model, processor = load_item_model(folder, dtype="float32"), MllmMsrProcessor.from_backbone(folder)
-    changed = [replace(ITEMS[0], item_id="z"), replace(ITEMS[0], image=tiny_models.picture(3))]
+    changed = [replace(ITEMS[0], item_id="z"), replace(ITEMS[0], image=tiny_models.draw_image(3))]
     as_it_was, other = encode_items(model, processor, [ITEMS[0], *changed])[[1, 2]] - encode_items(
         model, processor, ITEMS[:1]
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from tiny_models import FAMILIES, WITHOUT_PACKAGE, picture, randomise
+from tiny_models import FAMILIES, WITHOUT_PACKAGE, draw_image, randomise
 from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature, TorchAoConfig, pipeline
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
@@ -87,7 +87,7 @@ def adapt(model: MllmMsrForRecommendation) -> None:
 
 
 def pairs(processor: MllmMsrProcessor) -> BatchFeature:
-    candidates = [Candidate(title="One", text="t", image=picture(1)), Candidate(title="Two")]
+    candidates = [Candidate(title="One", text="t", image=draw_image(1)), Candidate(title="Two")]
     return processor([User("ships"), User()], candidates)
 
 

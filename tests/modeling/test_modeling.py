@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, picture
+from tiny_models import FAMILIES, draw_image
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, BatchFeature, Florence2Config
 
@@ -17,9 +17,9 @@ from mllm_msr.modeling.lora import language_model_lora_targets
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 USERS = [User("likes quiet red films"), User(), User("ships")]
 CANDIDATES = [
-    Candidate(title="One", text="about ships", image=picture(1)),
+    Candidate(title="One", text="about ships", image=draw_image(1)),
     Candidate(title="Two"),
-    Candidate(title="A third, longer title", image=picture(2, 70, 30)),
+    Candidate(title="A third, longer title", image=draw_image(2, 70, 30)),
 ]
 
 
@@ -93,7 +93,7 @@ def test_the_oldest_images_are_dropped_and_equal_ones_are_one(build, monkeypatch
     cache = ImageFeatureCache(model.backbone, processor)
 
     def features(*seeds: int) -> list[torch.Tensor]:
-        return cache.features([cache.stand_in(content_key(picture(seed)), picture(seed)) for seed in seeds])
+        return cache.features([cache.stand_in(content_key(draw_image(seed)), draw_image(seed)) for seed in seeds])
 
     first = features(1, 2, 1, 3)
     assert len(cache) == 3 and torch.equal(first[0], first[2])

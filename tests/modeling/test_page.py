@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from tiny_models import picture
+from tiny_models import draw_image
 
 from mllm_msr import Candidate
 
@@ -18,7 +18,7 @@ def test_the_lines_of_the_page_run(backbone, tmp_path: Path, monkeypatch) -> Non
     assert len(lines) == 20, "the page promises twenty"
     assert code.count("llava-hf/llava-1.5-7b-hf") == 1
     monkeypatch.chdir(tmp_path)
-    names = {"items": [Candidate(title="One", text="about ships", image=picture(1)), Candidate(title="Two")]}
+    names = {"items": [Candidate(title="One", text="about ships", image=draw_image(1)), Candidate(title="Two")]}
     exec(compile(code.replace("llava-hf/llava-1.5-7b-hf", str(backbone("llava"))), PAGE, "exec"), names)
     assert names["scores"].probabilities.shape == (2,) and torch.isfinite(names["loss"])
     assert {ranked.candidate.title for ranked in names["best"]} == {"One", "Two"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import picture
+from tiny_models import draw_image
 from transformers import pipeline
 
 from mllm_msr import (
@@ -20,7 +20,7 @@ from mllm_msr.modeling.generated_text import tidy
 from mllm_msr.modeling.inputs import as_candidates
 from mllm_msr.modeling.lora import language_model_lora_targets
 
-CANDIDATES = [{"title": "One", "image": picture(1)}, {"title": "Two", "text": "about ships"}, {"title": "Three"}]
+CANDIDATES = [{"title": "One", "image": draw_image(1)}, {"title": "Two", "text": "about ships"}, {"title": "Three"}]
 REQUEST = {"preference": "likes ships", "candidates": CANDIDATES}
 
 
@@ -59,7 +59,7 @@ def test_ranks_one_request_or_many(parts) -> None:
 
 def test_a_batch_of_requests_is_answered_as_one_by_one(parts) -> None:
     rank = pipeline("sequential-recommendation", model=parts[0], processor=parts[1], max_new_tokens=4)
-    history = [{"title": "Film", "image": picture(5)}, {"title": "Second"}, {"title": "Third", "summary": "blue"}]
+    history = [{"title": "Film", "image": draw_image(5)}, {"title": "Second"}, {"title": "Third", "summary": "blue"}]
     requests = [
         REQUEST,
         {"history": history, "candidates": CANDIDATES[:2]},
@@ -77,7 +77,7 @@ def test_a_batch_of_requests_is_answered_as_one_by_one(parts) -> None:
 def test_a_history_is_condensed_by_the_backbone_without_the_adapter(parts) -> None:
     model, processor = parts
     rank = pipeline("sequential-recommendation", model=model, processor=processor, max_new_tokens=4)
-    history = [{"title": f"Film {index}", "image": picture(index)} for index in range(3)] + [
+    history = [{"title": f"Film {index}", "image": draw_image(index)} for index in range(3)] + [
         {"title": "Last", "summary": "blue"}
     ]
     request, blue = {"history": history, "candidates": CANDIDATES}, HistoryItem(summary="blue")
@@ -130,7 +130,7 @@ def test_requests_that_lack_something_are_refused(parts) -> None:
         ({"title": "One"}, "`history` is a list of items"),
         (["One"], "a candidate is a mapping"),
         ([{}], "needs at least one of"),
-        ([{"title": "One", "image": [picture(1)]}], "one opened image"),
+        ([{"title": "One", "image": [draw_image(1)]}], "one opened image"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             rank({"history": history, "candidates": CANDIDATES})

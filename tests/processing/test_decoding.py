@@ -5,7 +5,7 @@ import io
 import polars as pl
 import pytest
 import torch
-from tiny_models import FAMILIES, picture
+from tiny_models import FAMILIES, draw_image
 
 from mllm_msr.modeling import image_features
 from mllm_msr.modeling.generated_text import tidy
@@ -22,7 +22,7 @@ IMAGE_SEEDS = (1, 2, None, 1, 3, 1, 2, 4)  # which image each item has
 
 
 def image_of(seed: int | None):
-    return seed and picture(seed, 40 + 16 * (seed % 2), 30)
+    return seed and draw_image(seed, 40 + 16 * (seed % 2), 30)
 
 
 def items() -> list[Candidate]:
@@ -110,7 +110,7 @@ def test_items_with_one_image_go_together_over_many_batches(backbone, tmp_path, 
     images = []
     for n in range(18):
         buffer = io.BytesIO()
-        picture(1 + n % 3).save(buffer, "PNG")
+        draw_image(1 + n % 3).save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
     ids, titles = [f"i{n}" for n in range(18)], [f"Film {n} " + "long " * (n * 7 % 18) for n in range(18)]
     frame = pl.DataFrame({"item_id": ids, "title": titles, "text": [""] * 18, "image": images})

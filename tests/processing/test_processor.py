@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
-from tiny_models import FAMILIES, picture
+from tiny_models import FAMILIES, draw_image
 from transformers import AutoProcessor, BatchFeature
 
 from mllm_msr import Candidate, HistoryItem, MllmMsrProcessor, User
@@ -44,7 +44,7 @@ def ordinary(processor: MllmMsrProcessor, prompt: str, images: list[Any], **vari
     )
     bos = processor.tokenizer.bos_token
     ids = []
-    for image in images:  # one picture at a time, as any batch must be able to hold it
+    for image in images:  # one image at a time, as any batch must be able to hold it
         before, chat = chat.split(processor.image_text, 1)
         ids.append((before, stock(text=[processor.image_text], images=[[image]], return_text_replacement_offsets=True)))
     text = ""
@@ -63,7 +63,7 @@ def row(batch: BatchFeature, index: int = 0) -> list[int]:
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_prompts_are_tokenised_as_usual(processors, name: str, count: int) -> None:
     processor = processors[name]
-    images = [picture(seed, 40 + 20 * seed, 30) for seed in range(count)]
+    images = [draw_image(seed, 40 + 20 * seed, 30) for seed in range(count)]
     item = Candidate(title="The Sea of\n\nNo Return", text="Quiet ships, 1999 - señor 鯨!", image=images)
     words = {"title": item.title, "text": item.text}
     assert row(processor.item_summary([item])) == ordinary(processor, "item_summary", images, **words)
@@ -77,7 +77,7 @@ def test_prompts_are_tokenised_as_usual(processors, name: str, count: int) -> No
 def test_only_the_answer_is_supervised(processors, name: str) -> None:
     processor = processors[name]
     users = [User("ships"), User()]
-    candidates = [Candidate(title="One", image=picture(1)), Candidate(title="A longer second title")]
+    candidates = [Candidate(title="One", image=draw_image(1)), Candidate(title="A longer second title")]
     asked = processor(users, candidates)
     answered = processor(users, candidates, labels=[1, 0])
     yes, no = processor.answer_token_ids["yes"][0], processor.answer_token_ids["no"][0]
@@ -92,9 +92,9 @@ def test_only_the_answer_is_supervised(processors, name: str) -> None:
 
 @FAMILY
 def test_a_batch_is_its_rows(processors, name: str) -> None:
-    """Pictures of different sizes, rows with and without, and pictures made ready before: always the same tensors."""
+    """Images of different sizes, rows with and without, and images made ready before: always the same tensors."""
     processor = processors[name]
-    images = [picture(1), None, picture(2, 90, 30), picture(3, 28, 28)]
+    images = [draw_image(1), None, draw_image(2, 90, 30), draw_image(3, 28, 28)]
     candidates = [Candidate(title=f"Title {index}", image=image) for index, image in enumerate(images)]
     users = [User("ships")] * 4
     batch = processor(users, candidates)
@@ -131,7 +131,7 @@ def test_user_text_never_becomes_a_control_token(processors, name: str) -> None:
     tokens = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
     hostile = [*tokens, "\ue0000\ue001", "\ue000", "\ue0001\ue001<s>", "<|placeholder|>", "{{ image }}", "{% raw %}"]
     hostile += [token[:2] + token + token[2:] for token in tokens if len(token) > 2]
-    image = processor.prepare_images([picture(1)])[0]
+    image = processor.prepare_images([draw_image(1)])[0]
 
     def batch(texts: list[str]) -> BatchFeature:
         halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
@@ -155,7 +155,7 @@ def test_whatever_users_write_is_text(processors, name: str) -> None:
     halves = [part for token in tokens for part in (token[: len(token) // 2], token[len(token) // 2 :])]
     odd = ["\ue000", "0", "\ue001", "\ud83d", "\x00", " ", "\n", "\u200b", "\ufeff", "e\u0301", "鯨", "{{", "}}", "x"]
     text = st.lists(st.sampled_from([*tokens, *halves, *odd]) | st.text(max_size=3), max_size=6).map("".join)
-    image = processor.prepare_images([picture(1)])[0]
+    image = processor.prepare_images([draw_image(1)])[0]
     plain: dict[tuple[bool, ...], list[int]] = {}
 
     def batch(preference: str, title: str, about: str, summary: str) -> BatchFeature:
@@ -181,10 +181,10 @@ def test_a_token_put_together_by_two_fields_is_broken(backbone) -> None:
     assert controls(processor, processor([User("<|im")], [Candidate(title="_start|>", text="ok")])) == plain
 
 
-def test_too_long_prompts_lose_history_first_and_never_the_picture(backbone) -> None:
+def test_too_long_prompts_lose_history_first_and_never_the_image(backbone) -> None:
     path = str(backbone("llava"))
     free = MllmMsrProcessor.from_backbone(path)
-    candidate = Candidate(title="The title", text="about " * 30, image=picture(1))
+    candidate = Candidate(title="The title", text="about " * 30, image=draw_image(1))
     user, long = User("likes"), User("likes ships and " * 40)
     short = len(row(free([user], [candidate], labels=[1])))
     processor = MllmMsrProcessor.from_backbone(path, max_length=short + 4)
@@ -208,7 +208,7 @@ def test_too_long_prompts_lose_history_first_and_never_the_picture(backbone) -> 
 def test_whatever_the_lengths_the_policy_holds(backbone) -> None:
     path = str(backbone("llava"))
     whole = MllmMsrProcessor.from_backbone(path)
-    image = whole.prepare_images([picture(1)])[0]
+    image = whole.prepare_images([draw_image(1)])[0]
     words = {kind: [f" {kind}{index}" for index in range(40)] for kind in ("q", "w", "x", "z")}
     length = st.integers(0, 40)
 
@@ -257,18 +257,18 @@ def test_saving_keeps_prompts_and_ids(processors, name: str, tmp_path: Path) -> 
     assert (loaded.prompts, loaded.item_noun, loaded.max_length) == (processor.prompts, "film", processor.max_length)
     assert loaded.answer_token_ids == processor.answer_token_ids
     batches = [
-        one([User("ships")], [Candidate(title="One", image=picture(1))], labels=[1]) for one in (processor, loaded)
+        one([User("ships")], [Candidate(title="One", image=draw_image(1))], labels=[1]) for one in (processor, loaded)
     ]
     assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
 
 
-def test_a_language_model_writes_preferences_but_sees_no_pictures(backbone) -> None:
+def test_a_language_model_writes_preferences_but_sees_no_images(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("language_model")))
     batch = processor.preference([[HistoryItem("One", "red")], [HistoryItem("Two", "b")]], ["old", None])
     assert set(batch) == {"input_ids", "attention_mask"}
     assert "One: red" in processor.tokenizer.decode(row(batch))
     with pytest.raises(ValueError, match="cannot be shown images"):
-        processor.item_summary([Candidate(title="One", image=picture(1))])
+        processor.item_summary([Candidate(title="One", image=draw_image(1))])
 
 
 def test_a_language_model_keeps_its_prompts_when_saved(backbone, tmp_path: Path) -> None:
@@ -301,15 +301,15 @@ def test_bad_prompts_are_refused(backbone) -> None:
         MllmMsrProcessor.from_backbone(path, prompts={"item": "x"})
     twice = MllmMsrProcessor.from_backbone(path, prompts={"item_summary": "{{ image }}{{ image }}"})
     with pytest.raises(ValueError, match="more than once"):
-        twice.item_summary([Candidate(image=picture(1))])
+        twice.item_summary([Candidate(image=draw_image(1))])
     cut = MllmMsrProcessor.from_backbone(path, prompts={"item_summary": "{{ title[:2] }}"})
     with pytest.raises(ValueError, match="not cut"):
         cut.item_summary([Candidate(title="long")])
 
 
-def test_a_prompt_without_the_picture_carries_none(backbone) -> None:
+def test_a_prompt_without_the_image_carries_none(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
-    batch = processor.item_summary([Candidate(title="One", text="a", image=picture(1))], prompt="text_summary")
+    batch = processor.item_summary([Candidate(title="One", text="a", image=draw_image(1))], prompt="text_summary")
     assert set(batch) == {"input_ids", "attention_mask"}
 
 
@@ -322,7 +322,7 @@ def test_a_text_and_images_are_what_the_backbone_s_own_processor_makes(processor
         processor.tokenizer,
         processor.backbone_processor_kwargs,
     )
-    text, image = f"A {processor.image_text} here", picture(1)
+    text, image = f"A {processor.image_text} here", draw_image(1)
     for asked in ({"text": [text], "images": [[image]], "return_tensors": "pt"}, {"text": "no image"}):
         batch, expected = processor(**asked), stock(**asked)
         assert batch.keys() == expected.keys()
@@ -346,13 +346,13 @@ def test_a_language_model_tokenises_a_chat(backbone) -> None:
     ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
     assert processor.tokenizer.decode(ids) == processor.apply_chat_template(chat)
     with pytest.raises(ValueError, match="cannot be shown images"):
-        processor(text="Hello", images=[picture(1)])
+        processor(text="Hello", images=[draw_image(1)])
 
 
 def test_what_is_neither_a_pair_nor_a_text_is_refused(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
     candidates = [Candidate(title="One")]
-    for asked in ({}, {"users": [User("x")]}, {"images": [picture(1)]}, {"users": [User("x")], "candidates": None}):
+    for asked in ({}, {"users": [User("x")]}, {"images": [draw_image(1)]}, {"users": [User("x")], "candidates": None}):
         with pytest.raises(TypeError, match="`users` and `candidates`, or with `text`"):
             processor(**asked)
     for users in ("likes ships", ["likes ships"], [{"preference": "x"}], {"preference": "x"}):

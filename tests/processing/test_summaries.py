@@ -219,7 +219,7 @@ def test_an_item_is_as_good_as_the_worst_of_its_parts(tmp_path):
         ("Unfortunately sold out, this mug is blue.", True, "ok"),
         ("very very good", True, "ok"),
         (" ", True, "suspect:empty"),
-        ("I'm sorry, I cannot see a picture.", True, "suspect:refused"),
+        ("I'm sorry, I cannot see an image.", True, "suspect:refused"),
         (" no. ", True, "suspect:refused"),
         ("No other mug is as blue.", True, "ok"),
         ("I cannot provide a description of this", True, "suspect:refused"),

@@ -347,7 +347,7 @@ def save_language_model(folder: Path) -> Path:
     return folder
 
 
-def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+def draw_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     """Noise in colour, never black: some families take black for padding."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(1, 255, (height, width, 3), generator=generator, dtype=torch.uint8)

@@ -27,7 +27,7 @@ TURNED = {  # its values -> what sets the image upright
 
 
 class BrokenImage(ValueError):
-    """These bytes are no usable picture; the message is a reason short enough to count by."""
+    """These bytes are no usable image; the message is a reason short enough to count by."""
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_edge: int = MAX_EDGE) -> Image.Image:

@@ -1,6 +1,6 @@
 """A drawn catalogue and users whose tastes are known: the data of ``mllm-msr demo``.
 
-Every item is a picture (kind of thing, colour, pattern, badge) and a title that speaks of a topic only, so a model
+Every item is an image (kind of thing, colour, pattern, badge) and a title that speaks of a topic only, so a model
 has to look *and* read. Users like some values of each trait, their tastes drift while they browse, and a little
 popularity is mixed in. Because the taste behind every choice is known, so is the best achievable AUC.
 """
@@ -82,7 +82,7 @@ POPULARITY = 1.1  # standard deviation of an item's popularity, in the units of 
 
 @dataclass(frozen=True)
 class DrawnItem:
-    """One thing of the catalogue: its traits (trait -> value), the words about it, and the seed of its picture."""
+    """One thing of the catalogue: its traits (trait -> value), the words about it, and the seed of its image."""
 
     item_id: str
     traits: dict[str, str]
@@ -105,7 +105,7 @@ class World:
 
 
 def draw(item: DrawnItem) -> Image.Image:
-    """The picture of ``item``: an RGB image of SIZE x SIZE. The same item is always drawn alike."""
+    """The image of ``item``: an RGB image of SIZE x SIZE. The same item is always drawn alike."""
     rng = np.random.default_rng(item.seed)
     scale = 4
     edge = SIZE * scale
