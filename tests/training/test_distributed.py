@@ -104,7 +104,7 @@ def test_two_processes_train_a_run_and_one_of_them_writes_it(small_run, tmp_path
     run.require("train")
     assert len(json.loads(run.training_log.read_text(encoding="utf-8"))) == 1
     MllmMsrForRecommendation.from_pretrained(run.model)
-    assert not list(run.checkpoints.iterdir()) and not list(run.path.glob(".*.partial"))
+    assert not run.checkpoints.exists() and not list(run.path.glob(".*.partial"))
 
 
 def test_two_processes_with_half_the_weights_each_are_one(small_run, alone, tmp_path):
