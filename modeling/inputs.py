@@ -74,9 +74,7 @@ class Candidate:
         candidate = _from(cls, value, "a candidate")
         image = candidate.image
         if image is not None and not isinstance(image, Image.Image) and not hasattr(image, "tensors"):
-            raise TypeError(
-                f"`image` of a candidate is one opened image (PIL.Image) or None, not {_kind(image)}"
-            )
+            raise TypeError(f"`image` of a candidate is one opened image (PIL.Image) or None, not {_kind(image)}")
         return candidate
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.engines import Answer, Descriptions, HistoryBlock, Text
-from mllm_msr.records.sections import Task
+from mllm_msr.processing.prompts import Task
 
 _COMMON = set(
     re.findall(

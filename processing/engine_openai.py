@@ -29,7 +29,7 @@ from yarl import URL
 from mllm_msr.modeling.generated_text import tidy
 from mllm_msr.processing.chat import chat_parts
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Failure, Text, prompt_digest
-from mllm_msr.records.sections import MAX_NEW_TOKENS, Task
+from mllm_msr.processing.prompts import MAX_NEW_TOKENS, Task
 
 logger = logging.getLogger(__name__)
 AGAIN = {"temperature": 0.7, "top_p": 0.9, "room": 1.5}  # for a second answer

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mllm_msr.processing.engines import Engine
-from mllm_msr.processing.prompts import PROMPTS
+from mllm_msr.processing.prompts import MAX_NEW_TOKENS, PROMPTS
 from mllm_msr.records.recipe import backbone_path
-from mllm_msr.records.sections import MAX_NEW_TOKENS, SummaryOptions
+from mllm_msr.records.sections import SummaryOptions
 
 Build = Callable[[SummaryOptions, Mapping[str, str], str], Engine]
 

@@ -25,7 +25,7 @@ from mllm_msr.modeling.image_features import ImageFeatureCache, content_key, enc
 from mllm_msr.processing.decoding import OwnSeeds, decode
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor, PromptBatch
-from mllm_msr.records.sections import MAX_NEW_TOKENS, Task
+from mllm_msr.processing.prompts import MAX_NEW_TOKENS, Task
 from mllm_msr.records.storage import folder_digest
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
-from mllm_msr.records.sections import Task
+from mllm_msr.processing.prompts import Task
 from mllm_msr.records.storage import digest
 
 

@@ -23,6 +23,17 @@ user comes before the candidate, so that candidates can share the computation of
 and what it ends with after ``late_answer``, whose tokens are all that a pair costs.
 """
 
+from typing import Literal
+
+# The prompts whose answer is a text, and how long it may be.
+Task = Literal["item_summary", "text_summary", "image_summary", "fusion", "preference"]
+MAX_NEW_TOKENS: dict[str, int] = {  # the paper's two descriptions of an item get equal room
+    "item_summary": 96,
+    "text_summary": 80,
+    "image_summary": 80,
+    "fusion": 96,
+    "preference": 256,
+}
 PROMPTS = {
     "item_summary": (
         "Title of the {{ noun }}: {{ title }}\n"

@@ -15,12 +15,13 @@ from mllm_msr.data.images import BrokenImage, decode
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
 from mllm_msr.modeling.preference import PreferenceStep, preference_waves, whole_blocks
 from mllm_msr.processing.engines import Descriptions, Engine, HistoryBlock
+from mllm_msr.processing.prompts import Task
 from mllm_msr.processing.text_report import check_texts
 from mllm_msr.processing.text_status import StoredText, combine
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.processing.text_writer import Inputs, TextWriter
 from mllm_msr.records.schema import ITEM_SUMMARIES, PREFERENCES
-from mllm_msr.records.sections import SummaryOptions, Task
+from mllm_msr.records.sections import SummaryOptions
 from mllm_msr.records.storage import digest
 
 logger = logging.getLogger(__name__)

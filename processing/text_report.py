@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import polars as pl
 
 from mllm_msr.processing.engines import EngineUnavailable
+from mllm_msr.processing.prompts import Task
 from mllm_msr.processing.text_status import OK, StoredText, has_failed, is_useless, kind
-from mllm_msr.records.sections import Task
 
 logger = logging.getLogger(__name__)
 SAMPLES = 3

@@ -14,10 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from mllm_msr.processing.engines import Answer, Engine, EngineUnavailable, Failure, PromptInput, Text
+from mllm_msr.processing.prompts import Task
 from mllm_msr.processing.text_report import no_use
 from mllm_msr.processing.text_status import OK, StoredText, assess, failed, is_useless
 from mllm_msr.processing.text_store import TextStore
-from mllm_msr.records.sections import Task
 from mllm_msr.records.storage import digest
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,12 @@ import yaml
 
 from mllm_msr.data.sources.registry import check_source, effective_source, source_options
 from mllm_msr.evaluation.variants import check_evaluation
+from mllm_msr.processing.prompts import MAX_NEW_TOKENS
 from mllm_msr.proof import check_templates
 from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.stage_specs import STAGES
+from mllm_msr.records.typed import check_names
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def check_recipe(content: Mapping[str, Any]) -> Recipe:
     recipe = parse_recipe(content, effective_flags)
     recipe = replace(recipe, source=effective_source(recipe.source))
     check_templates(recipe.prompts)
+    check_names(recipe.summaries.max_new_tokens, MAX_NEW_TOKENS, "summaries.max_new_tokens")
     check_evaluation(recipe)
     return recipe
 

@@ -67,6 +67,10 @@ def test_a_number_of_negatives_ends_the_full_catalogue() -> None:
         ("training.learning_rate=fast", "training.learning_rate='fast'"),
         ("source.type=dmo", "source.type='dmo' is unknown; did you mean 'demo'?"),
         ("source.n_user=5", "source: unknown key 'n_user'; did you mean 'n_users'?"),
+        (
+            "summaries.max_new_tokens={items: 5}",
+            "summaries.max_new_tokens: unknown key 'items'; did you mean 'item",
+        ),
         ("traning.seed=1", "'traning.seed' is not a section and a name.*did you mean 'training'?"),
     ],
 )
