@@ -13,7 +13,7 @@ MIN_EDGE = 32  # two patches of 14 or 16 pixels; some image processors fail belo
 MAX_ASPECT = 8  # wider than this is padded: processors that keep the aspect ratio reject or explode on ribbons
 THUMBNAIL = 96  # longer edge of the images in a report
 SMALL = 128  # images up to this edge are stored lossless
-FULL_SCALE = defaultdict(lambda: (255.0, 65535.0), F=(1.0, 255.0, 65535.0))  # white, in images of numbers, by mode
+WHITE: dict[str, tuple[float, ...]] = defaultdict(lambda: (255.0, 65535.0), F=(1.0, 255.0, 65535.0))  # of numbers
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = {  # its values -> what sets the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -105,7 +105,7 @@ def _opaque(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         low, high = float(values.min()), float(values.max())
         varied, low = low < high, min(0.0, low)
-        high = next((white for white in FULL_SCALE[image.mode] if high <= white), high)
+        high = next((white for white in WHITE[image.mode] if high <= white), high)
         made = Image.fromarray(((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
         image = image.convert("RGBA")

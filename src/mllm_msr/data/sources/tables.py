@@ -94,7 +94,7 @@ def read_tables(
     if items is None:
         catalogue = log.select(pl.col("item_id").unique()).collect(engine="streaming").sort("item_id")
     else:
-        catalogue = _catalogue(str(items), columns, folder, images and folder / images, bad)
+        catalogue = _catalogue(str(items), columns, folder, folder / images if images else None, bad)
         check_join(log, catalogue, items)
     if images is not None and "image_path" not in catalogue.columns:
         catalogue = catalogue.with_columns(images_by_id(catalogue["item_id"], folder / images))
