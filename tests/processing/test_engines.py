@@ -155,7 +155,7 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
         ({"engine": "magic", "model": "x"}, "'magic': must be one of 'transformers', 'openai', 'extractive', 'titles'"),
         ({"model": "x", "blocks": 3}, "unknown key 'blocks'; did you mean 'block_size'"),
         ({}, "name the model of the transformers engine"),
-        ({"model": "x", "max_new_tokens": {"items": 3}}, "unknown 'items'; did you mean 'item_summary'"),
+        ({"model": "x", "max_new_tokens": {"fusion": 0}}, "summaries.max_new_tokens: fusion=0 must be at least 1"),
         ({"model": "x", "batch_size": 0}, "must be at least 1"),
     ],
 )
