@@ -1,6 +1,6 @@
 """The few facts in which families of backbones differ for the model; everything else is one code path for all.
 
-What the processor needs to know of a family is in its own room, in `backbone_images.py`.
+What the processor needs to know of a family is in its own room: `TYPE_IDS` and `SAME_FOR_IMAGES`.
 """
 
 from typing import NamedTuple

@@ -121,6 +121,15 @@ def test_importing_the_package_or_its_command_line_loads_nothing_heavy() -> None
     assert done.stdout.strip() == "[]"
 
 
+def test_opening_a_recipe_s_variants_and_sources_loads_no_torch() -> None:
+    code = (
+        "import sys, mllm_msr.evaluation.variants, mllm_msr.data.sources.registry, mllm_msr.records.run\n"
+        "print([name for name in ('torch', 'transformers', 'trl') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("folder", [*sorted(set(PACKAGES.values())), "tests", "benchmarks"])
 def test_no_file_is_longer_than_a_reader_s_patience(folder: str) -> None:
     files = (ROOT / folder).rglob("*.py") if folder in ("tests", "benchmarks") else (ROOT / folder).glob("*.py")
