@@ -15,7 +15,7 @@ from mllm_msr.hub_cards.facts import Release, RunFacts, slug
 from mllm_msr.hub_cards.findings import findings, headline
 from mllm_msr.hub_cards.shards import PublishedTable
 from mllm_msr.hub_cards.terms import SOURCE_TERMS, backbone_license, conflicts
-from mllm_msr.hub_cards.view import TableView, in_order, percent, results_table
+from mllm_msr.hub_cards.view import TableView, fusion_table, in_order, percent, results_table
 from mllm_msr.records.public import public_name
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
@@ -182,6 +182,7 @@ def _shared(facts: RunFacts) -> dict[str, Any]:
         "terms": SOURCE_TERMS.get(facts.source),
         "headline": headline(results) if results else None,
         "findings": findings(results)[1:] if results else [],
+        "fusion_table": fusion_table(results) if results else None,
         "results_table": results_table(results) if results else None,
         "variants": in_order(results.variants) if results else [],
         "popularity_auc": percent(popularity.value) if popularity else "",

@@ -13,6 +13,8 @@ from mllm_msr.hub_cards.view import (
     AGREEMENT_HEAD,
     AMONG_ALL,
     COMPARED,
+    DIVISIONS,
+    FREQUENCY,
     SLICED,
     Cell,
     Row,
@@ -26,7 +28,9 @@ from mllm_msr.hub_cards.view import (
     in_order,
     percent,
     results_table,
+    sasrec_table,
     sections,
+    slice_table,
     variant_of,
 )
 from mllm_msr.records.results import Difference, Results
@@ -61,6 +65,10 @@ def _conditions(results: Results) -> str:
 def console_page(results: Results) -> str:
     """What ``mllm-msr evaluate`` prints: the table, our differences, and the whole catalogue if it was ranked."""
     parts = [results_table(results).to_text()]
+    if table := slice_table(results, FREQUENCY):
+        parts += [f"{metric_label(SLICED)} by {DIVISIONS[FREQUENCY]}:", table.to_text()]
+    if differences := sasrec_table(results, ("auc", SLICED)):
+        parts += ["In points, paired by user:", differences.to_text()]
     if differences := differences_table(results, ("auc", SLICED)):
         parts += ["In points, paired by user:", differences.to_text()]
     if catalogue := results.full_catalogue:

@@ -19,6 +19,7 @@ DIVISIONS = {
     "target_train_count": "training interactions of the chosen item",
     "popularity_decile": "popularity of the chosen item, tenths of the catalogue",
 }
+FREQUENCY = "target_train_count"  # the division of the report's first page
 SAMPLED_OR_ALL = (
     "Most of the items that could be ranked above the chosen one are missing among sampled candidates. Figures are "
     "therefore higher than among all items, for some variants more than for others, and even their order may change "
@@ -208,6 +209,31 @@ def differences_table(results: Results, wanted: Sequence[str] = COMPARED) -> Tab
     return TableView((f"{variant_of(OURS).label} less", *head), tuple(rows)) if rows else None
 
 
+def sasrec_table(results: Results, wanted: Sequence[str] = COMPARED) -> TableView | None:
+    """Each variant less SASRec, in points, with p; None if SASRec was not evaluated."""
+    metrics = measured(metrics_of(results), wanted)
+    differences = results.against_sasrec
+    rows = [
+        Row.of(variant, [cell for name in metrics for cell in difference_cells(differences[variant.name].get(name))])
+        for variant in in_order(differences)
+        if variant.kind != "oracle"
+    ]
+    head = [label for name in metrics for label in (metric_label(name), "p")]
+    return TableView((f"less {variant_of('sasrec').label}", *head), tuple(rows)) if rows else None
+
+
+def fusion_table(results: Results) -> TableView | None:
+    """What the fused score gives each member, by how often an item was chosen in training."""
+    if (fusion := results.fusion) is None:
+        return None
+    rows = [
+        (bucket, *(f"{weight:+.2f}" for weight in weights), f"{fusion.bias[bucket]:+.2f}")
+        for bucket, weights in fusion.weights.items()
+    ]
+    labels = [variant_of(name).label for name in fusion.members]
+    return TableView.of_texts(("training interactions", *labels, "added"), rows)
+
+
 def catalogue_table(catalogue: FullCatalogue, wanted: Sequence[str] = AMONG_ALL) -> TableView:
     """The same users' metrics among sampled candidates and among all items."""
     metrics = measured(next(iter(catalogue.variants.values())).full, wanted)
@@ -272,6 +298,15 @@ def agreement_table(agreement: Agreement) -> TableView:
 def sections(results: Results) -> list[Section]:
     """All evidence beyond the table of results, as far as it was computed."""
     ours, parts = variant_of(OURS).label, []
+    if table := slice_table(results, FREQUENCY):
+        words = (
+            "Percent. By how often the chosen item occurs in training: 0 are items that nobody had chosen, of which a "
+            "model of identities knows nothing."
+        )
+        parts.append(Section(f"{metric_label(SLICED)} by {DIVISIONS[FREQUENCY]}", words, table, detail=False))
+    if differences := sasrec_table(results):
+        words = "Each variant less SASRec, in points, on the same users and candidates, paired by user; p is two-sided."
+        parts.append(Section("Differences from SASRec", words, differences, detail=False))
     if differences := differences_table(results):
         words = (
             f"{ours} less each other variant, in points, on the same users and candidates, by a bootstrap over users "
@@ -285,8 +320,14 @@ def sections(results: Results) -> list[Section]:
             f"{catalogue_words(results, catalogue)} {SAMPLED_OR_ALL}"
         )
         parts.append(Section("Among all items", words, catalogue_table(catalogue), detail=False))
+    if weights := fusion_table(results):
+        words = (
+            "The fused score of an item is a weighted sum of its standardised scores by each member, fitted on "
+            "validation tasks, by how often the item occurs in training; weights are drawn towards those that all items share."
+        )
+        parts.append(Section("What the fused score weighs", words, weights, detail=False))
     for by, title in DIVISIONS.items():
-        if table := slice_table(results, by):
+        if by != FREQUENCY and (table := slice_table(results, by)):
             parts.append(Section(f"{metric_label(SLICED)} by {title}", "Percent.", table))
     if calibration := results.calibration:
         trained, corrected = calibration.as_trained.error, calibration.prior_corrected.error

@@ -30,6 +30,14 @@ class ContentLikeness(nn.Module):
         self.register_buffer("whitening", axes.T / (size + SHRINKAGE * size.mean()).clamp(min=1e-9))
         self.register_buffer("directions", self.directions_of(content).half())
 
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], reach: int) -> "ContentLikeness":
+        """From an earlier one's ``state_dict``."""
+        likeness = cls(torch.zeros(state["directions"].shape[0], 0), reach)
+        for name, value in state.items():
+            likeness.register_buffer(name, value)
+        return likeness
+
     def directions_of(self, content: Tensor) -> Tensor:
         """(N, F): unit vectors of (N, F) content, of items of the catalogue or of new ones."""
         return F.normalize((content.float() - self.mean) @ self.whitening, dim=1)

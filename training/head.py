@@ -20,11 +20,11 @@ from trl import TrlParser
 
 from mllm_msr.data.vector_files import read_vectors, vector_matrix
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
-from mllm_msr.evaluation.rankers import training_interactions
+from mllm_msr.evaluation.rankers import training_log
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
 from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions, save_head
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
+from mllm_msr.records.schema import ITEMS
 from mllm_msr.training.arguments import flag
 
 
@@ -63,10 +63,8 @@ def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: Fi
 def load_data(run: RunFolder, content: Tensor | None) -> TrainingData:
     """The training histories and the validation tasks of a prepared run, and (I, F) content of its items."""
     items = run.read(ITEMS, ["item_id"])
-    interactions, popularity = run.read(INTERACTIONS), run.read(POPULARITY)
-    training = training_interactions(interactions, run.tasks("train"), run.recipe.data.protocol, popularity)
     validation = CodedTasks(run.tasks("validation"), items)
-    return TrainingData(len(items), CodedLists.of_log(training, items), validation, content)
+    return TrainingData(len(items), CodedLists.of_log(training_log(run), items), validation, content)
 
 
 if __name__ == "__main__":

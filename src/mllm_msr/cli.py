@@ -190,6 +190,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "summarize": stage,
     "vectors": stage,
     "train": stage,
+    "head": stage,
     "evaluate": evaluate,
     "report": stage,
     "study": study,

@@ -21,6 +21,7 @@ stages, each alone on a run; what is finished is skipped, what was interrupted g
   mllm-msr summarize users RUN
   mllm-msr vectors RUN
   mllm-msr train RUN
+  mllm-msr head RUN
   mllm-msr evaluate RUN
   mllm-msr report RUN
 evidence:
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         command("users", "write preferences by history blocks", parts),
         vectors := command("vectors", "let a language model make a vector of each item, for the sequence head"),
         command("train", "fine-tune the recommender on the run's examples"),
+        command("head", "train the sequence head over the item vectors, and what it is fused with"),
         evaluate := command("evaluate", "score the frozen tasks with every variant of the table, compute the metrics"),
         report := command("report", "write report.html and results.md"),
     ]

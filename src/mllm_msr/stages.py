@@ -43,7 +43,8 @@ def run_all(run: RunFolder) -> None:
     check_training(run.recipe)
     with run.lock(f"mllm-msr run, in {run.path}"):
         for name in STAGES:
-            FUNCTIONS[name](run)
+            if run.recipe.head.enabled or name not in ("vectors", "head"):
+                FUNCTIONS[name](run)
 
 
 def prepare(run: RunFolder) -> None:
@@ -225,6 +226,17 @@ def train(run: RunFolder) -> None:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
+def head(run: RunFolder) -> None:
+    """Train the sequence head over the item vectors, with identity alone and with content alone, and fuse them."""
+    from mllm_msr.evaluation.heads import train_heads
+
+    def work(key: str) -> None:
+        with whole_folder(run.head) as folder:
+            train_heads(run, folder)
+
+    run.stage("head", work, writes=[run.head])
+
+
 def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> None:
     """Stage 4: score the frozen tasks with every variant of the results table, measure, and print."""
     from mllm_msr.evaluation.evaluate import evaluate as score_and_measure
@@ -290,6 +302,7 @@ FUNCTIONS: dict[str, Callable[[RunFolder], None]] = {
     "summarize users": summarize_users,
     "vectors": vectors,
     "train": train,
+    "head": head,
     "evaluate": evaluate,
     "report": report,
 }

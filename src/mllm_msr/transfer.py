@@ -11,9 +11,11 @@ import polars as pl
 from mllm_msr.evaluation.evaluate import scores_folder
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, PREFERENCES
+from mllm_msr.records.sections import HEAD_VARIANTS
 from mllm_msr.records.storage import digest, folder_digest, link_file, whole_folder
 
 TEXTS = ("prepare", "summarize items", "summarize users")  # the stages that another model shares
+HEADS = ("vectors", "head")
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,13 @@ def _beside(run: RunFolder, name: str, variants: Sequence[str], words: str, trai
     evaluation = replace(run.recipe.evaluation, rows=list(variants), model_of=words)
     other = RunFolder.create(_folder(run, name), replace(run.recipe, evaluation=evaluation, training=training))
     other.adopt(run, TEXTS)
-    baselines = scores_folder(run, needs_model=False)  # are the same
-    for path in baselines.glob("*"):
-        link_file(path, other.scores / baselines.name / path.name)
+    same = [scores_folder(run, ("prepare",))]
+    if set(HEAD_VARIANTS) & set(variants):
+        other.adopt(run, HEADS)
+        same.append(scores_folder(run, ("prepare", "head")))
+    for folder in same:  # of what our model has no part in
+        for path in folder.glob("*"):
+            link_file(path, other.scores / folder.name / path.name)
     return other
 
 

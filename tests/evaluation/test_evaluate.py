@@ -148,7 +148,9 @@ def test_nothing_is_scored_twice_and_a_new_model_leaves_baselines_alone(trained,
     further = with_evaluation(run, ["knn", "popularity"])
     assert list(evaluate(further).variants) == [*RECIPE["evaluation"]["rows"], "knn"]
     assert trained.pairs_scored == n_scored
-    baselines, models = (scores_folder(further, needs_model) for needs_model in (False, True))
+    baselines, models = (
+        scores_folder(further, stages) for stages in (("prepare",), ("prepare", "summarize users", "train"))
+    )
     before = (baselines / "knn.parquet").stat().st_mtime_ns
     (run.model / "model.safetensors").write_bytes(b"better weights")
     with pytest.raises(ValueError, match=r"model.safetensors has changed: run `mllm-msr train"):
@@ -235,7 +237,7 @@ def test_the_protocol_may_ask_for_a_ranking_among_all_items(trained, capsys):
 def test_scores_of_other_candidates_are_refused(trained):
     run = trained.run
     evaluate(run)
-    path = scores_folder(run, needs_model=False) / "popularity.parquet"
+    path = scores_folder(run, ("prepare",)) / "popularity.parquet"
     SCORES.write(SCORES.read(path).reverse(), path)
     run.metrics.unlink()
     with pytest.raises(ValueError, match=r"'popularity' was scored on other candidates: remove .*scores and evaluate"):

@@ -20,10 +20,11 @@ from mllm_msr.evaluation.scoring import random_tasks
 from mllm_msr.evaluation.variants import VARIANTS, Variant, baselines
 from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
 from mllm_msr.processing.examples import run_contexts
-from mllm_msr.records.results import Calibration, Results
+from mllm_msr.records.results import Calibration, FusionWeights, Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import PLACES, POPULARITY, SCORES, WAYS_OF_COMPUTING, Table
 from mllm_msr.records.sections import OURS
+from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.storage import digest
 
 
@@ -55,15 +56,15 @@ def with_evaluation(
 
 
 def scorable(run: RunFolder) -> list[Variant]:
-    """The recipe's variants; those that need our model are left out while it is not trained on the run's data."""
+    """The recipe's variants; those that read a stage which is not done on the run's data are left out."""
     variants = [VARIANTS[name] for name in run.recipe.evaluation.rows]
-    left_out = [variant.label for variant in variants if variant.needs_model]
-    if left_out:
-        try:
-            run.require("train")
-        except (FileNotFoundError, ValueError) as error:
-            print(f"without {', '.join(left_out)}: {error}", flush=True)
-            return [variant for variant in variants if not variant.needs_model]
+    for stage in ("train", "head"):
+        if left_out := [variant.label for variant in variants if stage in variant.stages]:
+            try:
+                run.require(stage)
+            except (FileNotFoundError, ValueError) as error:
+                print(f"without {', '.join(left_out)}: {error}", flush=True)
+                variants = [variant for variant in variants if stage not in variant.stages]
     return variants
 
 
@@ -74,10 +75,11 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Resul
         variants: of the results table; None: the recipe's. Where none needs our model, the run need not be trained.
     """
     wanted = [VARIANTS[name] for name in run.recipe.evaluation.rows] if variants is None else variants
-    after = stages_read(any(variant.needs_model for variant in wanted))
+    read = {stage for variant in wanted for stage in variant.stages}
+    after = [stage for stage in STAGES if stage in read]
 
     def work(key: str) -> None:
-        folders = {needs: scores_folder(run, needs) for needs in {variant.needs_model for variant in wanted}}
+        folders = {stages: scores_folder(run, stages) for stages in {variant.stages for variant in wanted}}
         score_and_measure(run, wanted, folders).write(run.metrics)
         for stale in set(run.scores.iterdir()) - set(folders.values()):
             shutil.rmtree(stale)
@@ -87,14 +89,9 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Resul
     return run.results()
 
 
-def stages_read(needs_model: bool) -> list[str]:
-    """The stages whose output a variant reads."""
-    return ["prepare", "summarize users", "train"] if needs_model else ["prepare"]
-
-
-def scores_folder(run: RunFolder, needs_model: bool) -> Path:
-    """Where the scores of variants are kept that read the same: those of our model, and those it has no part in."""
-    return run.scores / digest([run.key(stage) for stage in stages_read(needs_model)], run.recipe.evaluation.facts())
+def scores_folder(run: RunFolder, stages: Sequence[str]) -> Path:
+    """Where the scores are kept of the variants that read some stages."""
+    return run.scores / digest([run.key(stage) for stage in stages], run.recipe.evaluation.facts())
 
 
 @dataclass(frozen=True)
@@ -148,16 +145,16 @@ def kept(table: Table, path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataF
     return table.read(path)
 
 
-def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapping[bool, Path]) -> Results:
+def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapping[tuple[str, ...], Path]) -> Results:
     """Score with every variant, write ``scores.parquet``, and measure.
 
-    ``folders``: where scores are kept, by whether a variant needs our model.
+    ``folders``: where scores are kept, by the stages that a variant reads.
     """
     options, scores, places, agreement = run.recipe.evaluation, {}, {}, None
     among_all = run.recipe.data.negatives == "all"
     users = "all" if among_all else options.full_catalogue
     for variant in variants:
-        scored = ScoredVariant(run, variant, folders[variant.needs_model])
+        scored = ScoredVariant(run, variant, folders[variant.stages])
         scores[variant.name] = scored.scores()
         is_ours = variant.name == OURS
         if users and (among_all or is_ours or not variant.needs_model):
@@ -169,7 +166,14 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
     names = [name for name in options.metrics if name != "auc"]  # which places do not tell
     full_catalogue = measure_catalogue(scores, ranked, names) if ranked and names else None
     results = measure(run, scores, ranked if among_all else None)
-    return replace(results, full_catalogue=full_catalogue, agreement=agreement)
+    fusion = fusion_weights(run) if "fused" in scores else None
+    return replace(results, full_catalogue=full_catalogue, agreement=agreement, fusion=fusion)
+
+
+def fusion_weights(run: RunFolder) -> FusionWeights:
+    """What the run's fused score weighs."""
+    content = json.loads((run.head / "fusion.json").read_text(encoding="utf-8"))
+    return FusionWeights(content["members"], content["weights"], content["bias"])
 
 
 def measure(
@@ -205,6 +209,11 @@ def measure(
     against, calibration = {}, None
     if OURS in columns:
         against = {name: compared(columns[OURS], other) for name, other in columns.items() if name != OURS}
+    against_sasrec = {
+        name: compared(own, columns["sasrec"])
+        for name, own in columns.items()
+        if "sasrec" in columns and name != "sasrec"
+    }
     if OURS in scores:
         logits = scores[OURS]["logit"].to_numpy()
         odds, training_odds = (_positive_odds(part) for part in (tasks, run.tasks("train")))
@@ -221,6 +230,7 @@ def measure(
         candidate_hash=protocol["candidate_hash"],
         variants={name: measured(own) for name, own in columns.items()},
         against=against,
+        against_sasrec=against_sasrec,
         slices=slices(columns_of(SLICE_METRICS), tasks, popularity),
         checks=checks(pl.concat(scores.values()), popularity),
         calibration=calibration,

@@ -21,6 +21,7 @@ from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_bucke
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 4
+LEAST_WEIGHT = 0.01
 ROUNDS = 4  # of fits in which the targets of a bucket that did worse weigh twice as much as before
 
 
@@ -177,7 +178,7 @@ def fit_fusion(data: FusionTasks, names: Sequence[str]) -> ScoreFusion:
     flat, n_members = data.scores.reshape(-1, len(names)), len(names)
     weights, bias = torch.zeros(len(BUCKETS), n_members), torch.zeros(len(BUCKETS))
     blank = ScoreFusion(tuple(names), flat.mean(dim=0), flat.std(dim=0).clamp(min=1e-6), weights, bias)
-    alone = [fit_shared(data, blank, [member]) for member in range(n_members)]
+    alone = [rightly(fit_shared(data, blank, [member])) for member in range(n_members)]
     best = max(range(n_members), key=lambda member: float(data.ndcg(alone[member]).mean()))
     least = listwise_loss(alone[best], data)
 
@@ -232,6 +233,11 @@ def fit_fairly(data: FusionTasks, best: ScoreFusion, penalty: float) -> ScoreFus
             break
         counted = torch.where(worse, 2 * counted, counted)
     return fusion
+
+
+def rightly(alone: ScoreFusion) -> ScoreFusion:
+    """A single member's order is never turned round, though a few tasks may fit better so."""
+    return replace(alone, weights=torch.where(alone.weights < 0, LEAST_WEIGHT, alone.weights))
 
 
 def fit_buckets(data: FusionTasks, towards: ScoreFusion, penalty: float, counted: Tensor) -> ScoreFusion:

@@ -6,6 +6,8 @@ import numpy as np
 import polars as pl
 
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS, POPULARITY
 
 
 class Ranker(ABC):
@@ -56,6 +58,22 @@ def training_interactions(
             f"{wrong[0]['count']} in popularity.parquet: prepare the run again"
         )
     return training
+
+
+def training_log(run: RunFolder) -> pl.DataFrame:
+    """``user_id``, ``item_id`` of all that may be learnt from, each user's oldest first.
+
+    ``max_history`` limits what prompts and tasks show. What it has cut off comes before what it has left, so it is part
+    of this wherever that is: for users with training interactions, and under ``strict`` for all.
+    """
+    pairs, protocol = ["user_id", "item_id"], run.recipe.data.protocol
+    training = training_interactions(run.read(INTERACTIONS), run.tasks("train"), protocol, run.read(POPULARITY))
+    if run.recipe.data.max_history is None:
+        return training.select(pairs)
+    cut = run.read(CUT_INTERACTIONS, pairs).join(run.read(ITEMS, ["item_id"]), on="item_id", how="semi")
+    if protocol != "strict":
+        cut = cut.join(training, on="user_id", how="semi", maintain_order="left")
+    return pl.concat([cut, training.select(pairs)])
 
 
 class Popularity(Ranker):

@@ -25,8 +25,9 @@ class SequenceRanker(Ranker):
     def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
         return score_candidates(self.head, histories, candidates)
 
-    def score_catalogue(self, histories: CodedLists) -> Array:
-        return score_catalogue(self.head, histories)
+    def score_catalogue(self, histories: CodedLists, hidden: torch.Tensor | None = None) -> Array:
+        """(U, I); ``hidden`` (I,) items are taken as if nobody had ever chosen them."""
+        return score_catalogue(self.head, histories, hidden)
 
 
 def sasrec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, **settings) -> SequenceRanker:

@@ -9,7 +9,7 @@ import polars as pl
 
 from mllm_msr.evaluation.loading import load_backbone
 from mllm_msr.evaluation.metrics import check_metric
-from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, training_interactions
+from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, training_log
 from mllm_msr.evaluation.scorers import ModelScorer, ModelView, Oracle, RankerScorer, Scorer
 from mllm_msr.evaluation.scoring import (
     of_another_user,
@@ -20,11 +20,11 @@ from mllm_msr.evaluation.scoring import (
 )
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import INTERACTIONS, ITEMS, POPULARITY
-from mllm_msr.records.sections import OURS
+from mllm_msr.records.schema import ITEMS, POPULARITY
+from mllm_msr.records.sections import HEAD_VARIANTS, OURS
 from mllm_msr.records.typed import did_you_mean
 
-Kind = Literal["ours", "ablation", "baseline", "reference", "oracle"]
+Kind = Literal["ours", "head", "ablation", "baseline", "reference", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class Variant:
         name: in recipes, ``scores.parquet`` and ``metrics.json``.
         label: for readers.
         meaning: what it measures, in half a sentence.
-        kind: ``ours``; ``ablation``, our model with something taken away; ``baseline``, trained on the same
-            interactions; ``reference``, trained on nothing; ``oracle``, which knows the truth.
+        kind: ``ours``; ``head``, which ranks by item vectors; ``ablation``, our model with something taken away;
+            ``baseline``, trained on the same interactions; ``reference``, trained on nothing; ``oracle``, which knows
+            the truth.
         scorer: makes what scores it from a run; a baseline is trained by it.
         colour: the CSS variable of its colour in charts.
         dash: its SVG dash pattern; "" is a full line.
@@ -54,6 +55,13 @@ class Variant:
     def needs_model(self) -> bool:
         """Whether it is scored by our model, trained or not."""
         return self.kind in ("ours", "ablation")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages whose output it reads."""
+        if self.needs_model:
+            return ("prepare", "summarize users", "train")
+        return ("prepare", "head") if self.kind == "head" else ("prepare",)
 
 
 def ours(view: ModelView) -> Callable[[RunFolder], Scorer]:
@@ -107,12 +115,20 @@ def gru4rec(run: RunFolder) -> Ranker:
     return gru4rec(*learnt_from(run), seed=run.recipe.evaluation.seed, folder=run.trained_baselines)
 
 
+def headed(name: str) -> Callable[[RunFolder], Scorer]:
+    """What scores by one of the run's heads, or by all of them fused."""
+
+    def make(run: RunFolder) -> Ranker:
+        from mllm_msr.evaluation.heads import load_heads
+
+        return load_heads(run).ranker(name)
+
+    return ranked_by(make)
+
+
 def learnt_from(run: RunFolder) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """What collaborative baselines are made from: validation tasks, items, training interactions."""
-    training = training_interactions(
-        run.read(INTERACTIONS), run.tasks("train"), run.recipe.data.protocol, run.read(POPULARITY)
-    )
-    return run.tasks("validation"), run.read(ITEMS, ["item_id"]), training
+    return run.tasks("validation"), run.read(ITEMS, ["item_id"]), training_log(run)
 
 
 def not_known(run: RunFolder) -> Scorer:
@@ -124,6 +140,51 @@ VARIANTS = {
     for variant in (
         Variant(
             OURS, "MLLM-MSR", "the trained recommender: preference, title and image", "ours", ours(ModelView()), "blue"
+        ),
+        Variant(
+            "sequence_head",
+            "sequence head",
+            "a small network over the history's item vectors, content and identity",
+            "head",
+            headed("sequence_head"),
+            "blue",
+            "6 3",
+        ),
+        Variant(
+            "fused",
+            "fused",
+            "the sequence head, identity alone, content alone and likeness of content, weighted by validation",
+            "head",
+            headed("fused"),
+            "blue",
+            "12 4",
+        ),
+        Variant(
+            "content_only",
+            "content only",
+            "the sequence head without identities",
+            "head",
+            headed("content_only"),
+            "sky",
+            "2 3",
+        ),
+        Variant(
+            "identity_only",
+            "identity only",
+            "the sequence head without content",
+            "head",
+            headed("identity_only"),
+            "green",
+            "2 3",
+        ),
+        Variant(
+            "likeness",
+            "likeness",
+            "cosine of the candidate's vector with those of the latest items; nothing is trained",
+            "head",
+            headed("likeness"),
+            "orange",
+            "2 3",
         ),
         Variant(
             "text_only",
@@ -256,6 +317,8 @@ def check_evaluation(recipe: Recipe) -> None:
         except ValueError as error:
             raise ValueError(f"evaluation.metrics: {error}") from error
     for name in recipe.evaluation.rows:
+        if name in HEAD_VARIANTS and not recipe.head.enabled:
+            raise ValueError(f"evaluation.rows: {name!r} needs the sequence head, but head.enabled is false")
         if name not in VARIANTS:
             raise ValueError(f"evaluation.rows: unknown variant {name!r}{did_you_mean(name, VARIANTS)}")
         if VARIANTS[name].kind == "oracle" and recipe.source.type != "demo":

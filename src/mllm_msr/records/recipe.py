@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mllm_msr.records.sections import (
+    HEAD_VARIANTS,
     EvaluationOptions,
     HeadOptions,
     PrepareOptions,
@@ -107,6 +108,10 @@ def parse_recipe(content: Any, check_training: CheckFlags = dict) -> Recipe:
     for name, template in given.get("prompts", {}).items():
         if not isinstance(template, str):
             raise ValueError(f"prompts.{name}={template!r}: must be a text")
+    if not given.get("head", HeadOptions()).enabled and "rows" not in (content.get("evaluation") or {}):
+        evaluation = given.get("evaluation", EvaluationOptions())
+        rows = [name for name in evaluation.rows if name not in HEAD_VARIANTS]
+        given["evaluation"] = replace(evaluation, rows=rows)
     given["training"] = check_training(given.get("training", {}))
     return Recipe(**given)
 

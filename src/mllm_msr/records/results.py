@@ -134,6 +134,16 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class FusionWeights:
+    """What the variant ``fused`` gives each member's standardised score, and what it adds, by the bucket of training
+    frequency of the ranked item."""
+
+    members: list[str]
+    weights: dict[str, list[float]]
+    bias: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Results:
     """All of a run's results.
 
@@ -141,7 +151,9 @@ class Results:
         dataset, protocol, split, n_users, n_candidates, seed, candidate_hash: what was ranked.
         variants: metrics of every variant of the results table, in the order evaluated.
         against: our answer's differences from every other variant.
+        against_sasrec: every other variant's differences from SASRec.
         slices, checks, calibration, full_catalogue, agreement: further evidence, where it was computed.
+        fusion: the weights of the variant ``fused``.
         model_of: what the model was trained on, if on other data.
     """
 
@@ -154,11 +166,13 @@ class Results:
     candidate_hash: str
     variants: ByVariant
     against: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    against_sasrec: dict[str, dict[str, Difference]] = field(default_factory=dict)
     slices: list[Slice] = field(default_factory=list)
     checks: dict[str, Check] = field(default_factory=dict)
     calibration: Calibration | None = None
     full_catalogue: FullCatalogue | None = None
     agreement: Agreement | None = None
+    fusion: FusionWeights | None = None
     model_of: str | None = None
 
     def to_json(self) -> dict[str, Any]:

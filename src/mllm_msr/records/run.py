@@ -107,6 +107,15 @@ class RunFolder:
         return self.path / "cache/vectors"
 
     @property
+    def head(self) -> Path:
+        return self.path / "head"
+
+    @property
+    def trained_heads(self) -> Path:
+        """The epochs of the heads, so that a killed training goes on."""
+        return self.path / "cache/heads"
+
+    @property
     def training_log(self) -> Path:
         return self.model / "log_history.json"
 

@@ -12,7 +12,11 @@ from mllm_msr.records.typed import check_types
 OnBadRows = Literal["error", "skip"]
 DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "map")
 OURS = "mllm_msr"  # the variant that is our model, trained
-DEFAULT_VARIANTS = (OURS, "popularity", "random", "text_only", "blank_images", "no_sft")
+HEAD_VARIANTS = ("sequence_head", "fused", "content_only", "identity_only", "likeness")  # which rank by item vectors
+DEFAULT_VARIANTS = (
+    *(OURS, "sequence_head", "fused", "sasrec"),
+    *("popularity", "random", "text_only", "blank_images", "no_sft"),
+)
 MAX_PIXELS = 50_000_000  # about what a full-frame camera makes; more is a mistake or an attack
 MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of this kind
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mllm_msr.records.recipe import Recipe
+from mllm_msr.records.sections import HEAD_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,14 @@ STAGES: dict[str, StageSpec] = {  # in their order, by the command that does eac
     ),
     "vectors": StageSpec(("vectors",), _item_vectors, _read_by_vectors),
     "train": StageSpec(("training",), Recipe.training_flags, lambda recipe: ("summarize users",)),
+    "head": StageSpec(("head",), lambda recipe: asdict(recipe.head), lambda recipe: ("prepare", "vectors")),
     "evaluate": StageSpec(  # of baselines alone it rests on the data only, as its entry in the provenance then says
         ("evaluation",),
         lambda recipe: asdict(recipe.evaluation),
-        lambda recipe: ("prepare", "summarize users", "train"),
+        lambda recipe: (
+            *("prepare", "summarize users", "train"),
+            *(("head",) if set(HEAD_VARIANTS) & set(recipe.evaluation.rows) else ()),
+        ),
     ),
     "report": StageSpec(
         ("license",), lambda recipe: [recipe.name, recipe.license, recipe.item_noun], lambda recipe: ("evaluate",)

@@ -1,0 +1,96 @@
+"""The heads of a run: trained once, read again to the same scores, and fused so that each can be shown alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from tiny_runs import tiny_recipe
+
+from mllm_msr import stages
+from mllm_msr.evaluation.coded_tasks import CodedTasks
+from mllm_msr.evaluation.evaluate import evaluate
+from mllm_msr.evaluation.heads import MEMBERS, load_heads, train_heads
+from mllm_msr.evaluation.rankers import training_interactions, training_log
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEM_VECTORS, ITEMS, POPULARITY
+from mllm_msr.records.sections import HEAD_VARIANTS
+
+SETTINGS = {"head.max_epochs": 2, "head.hidden": 8, "evaluation.rows": [*HEAD_VARIANTS, "popularity"]}
+
+
+def prepared(folder: Path, **settings) -> RunFolder:
+    """A run with data and with vectors of its own."""
+    folder.mkdir(exist_ok=True)
+    run = RunFolder.create(folder / "run", tiny_recipe({**SETTINGS, **settings}))
+    stages.prepare(run)
+    items = run.read(ITEMS, ["item_id"]).sort("item_id")
+    numbers = np.random.default_rng(0).normal(size=(len(items), 6)).astype(np.float32)
+    items.with_columns(vector=pl.Series(numbers)).write_parquet(folder / "own.parquet")
+    recipe = replace(run.recipe, vectors=replace(run.recipe.vectors, file=str(folder / "own.parquet")))
+    run = RunFolder.create(run.path, recipe)
+    stages.vectors(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = prepared(tmp_path_factory.mktemp("heads"))
+    stages.head(run)
+    return run
+
+
+def test_what_is_read_again_scores_as_what_was_trained(headed: RunFolder, tmp_path: Path) -> None:
+    items = headed.read(ITEMS, ["item_id"])
+    tasks = CodedTasks(headed.tasks("test"), items)
+    trained, read = train_heads(headed, tmp_path), load_heads(headed)
+    for name in (*MEMBERS, "fused"):
+        ours, theirs = trained.ranker(name), read.ranker(name)
+        np.testing.assert_allclose(
+            ours.score(tasks.histories, tasks.candidates), theirs.score(tasks.histories, tasks.candidates), rtol=1e-5
+        )
+        whole = theirs.score_catalogue(tasks.histories)
+        assert whole.shape == (len(tasks), len(items))
+        picked = whole[tasks.candidates.owner, tasks.candidates.codes]
+        np.testing.assert_allclose(picked, theirs.score(tasks.histories, tasks.candidates), rtol=1e-3, atol=1e-4)
+
+
+def test_every_head_is_a_variant_of_the_table(headed: RunFolder) -> None:
+    results = evaluate(headed)
+    assert set(results.variants) == {*HEAD_VARIANTS, "popularity"}
+    assert json.loads((headed.head / "fusion.json").read_text())["members"] == list(MEMBERS)
+
+
+def test_other_vectors_make_the_heads_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = prepared(tmp_path)
+    stages.head(run)
+    stages.head(run)
+    assert "head: up to date" in capsys.readouterr().out
+    frame = run.read(ITEM_VECTORS).with_columns(pl.col("vector").list.reverse()).select("item_id", "vector")
+    frame.write_parquet(tmp_path / "own.parquet")
+    stages.vectors(run)
+    with pytest.raises(ValueError, match="mllm-msr head"):
+        run.require("head")
+    stages.head(run)
+    assert "head: is done again, as 'vectors' has been done anew" in capsys.readouterr().out
+
+
+def test_what_max_history_cuts_off_is_learnt_from(tmp_path: Path) -> None:
+    run, whole = prepared(tmp_path / "cut", **{"data.max_history": 3}), prepared(tmp_path / "whole")
+    cut = training_interactions(run.read(INTERACTIONS), run.tasks("train"), "strict", run.read(POPULARITY))
+    items = run.read(ITEMS, ["item_id"])
+    log, longer = training_log(run), training_log(whole).join(items, on="item_id", how="semi", maintain_order="left")
+    assert len(cut) < len(log)
+    assert log.sort("user_id", maintain_order=True).equals(longer.sort("user_id", maintain_order=True))
+
+
+def test_without_the_head_its_variants_are_left_out() -> None:
+    from tiny_runs import TINY
+
+    from mllm_msr.records.recipe import parse_recipe
+
+    content = {name: value for name, value in TINY.items() if name != "evaluation"}
+    assert "fused" in parse_recipe(content).evaluation.rows
+    assert not set(HEAD_VARIANTS) & set(parse_recipe({**content, "head": {"enabled": False}}).evaluation.rows)
