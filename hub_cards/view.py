@@ -323,7 +323,7 @@ def sections(results: Results) -> list[Section]:
     if weights := fusion_table(results):
         words = (
             "The fused score of an item is a weighted sum of its standardised scores by each member, fitted on "
-            "validation tasks, by how often the item occurs in training; weights are drawn towards those that all items share."
+            "validation tasks, by how often the item occurs in training; weights are drawn towards shared ones."
         )
         parts.append(Section("What the fused score weighs", words, weights, detail=False))
     for by, title in DIVISIONS.items():

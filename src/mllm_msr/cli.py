@@ -138,11 +138,13 @@ def rank(options: argparse.Namespace) -> None:
     from mllm_msr import rank
 
     run = existing_run(options)
-    how = rank.Ranking(options.items, options.top_k, options.memory_gb)
+    how = rank.Ranking(options.items, options.by, options.top_k, options.memory_gb)
     if options.users:
         rank.rank_users(run, None if options.users == ["all"] else options.users, options.output, how)
     elif options.user:
         rank.rank_user(run, options.user, how)
+    elif options.history:
+        rank.rank_history(run, options.history, how)
     else:
         rank.rank_preference(run, options.preference, how)
 

@@ -110,6 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--preference", type=text_of, help="a preference in words instead of a user")
     many = "many users, into files (resumable; several processes share)"
     who.add_argument("--users", metavar="all|A,B", type=names, help=many)
+    after = "items chosen, oldest first, of a user that the run need not know (ranked by the head)"
+    who.add_argument("--history", metavar="A,B", type=names, help=after)
+    ways = "the trained model's answer, the sequence head, or the fused score (default: fused where it is there)"
+    rank.add_argument("--by", choices=("answer", "head", "fused"), help=ways)
     rank.add_argument("--items", type=names, metavar="A,B", help="candidate item ids (default: the catalogue)")
     rank.add_argument("--top-k", type=positive, default=10, help="how many to show (default: 10)")
     rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")

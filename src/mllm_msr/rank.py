@@ -1,10 +1,10 @@
 """Rank a real catalogue: for one user on the screen, or for all users into files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol
 
 import numpy as np
 import polars as pl
@@ -21,17 +21,22 @@ from mllm_msr.records.storage import digest, write_text
 SHARD = 64  # users of one file
 
 
+By = Literal["answer", "head", "fused"]
+
+
 @dataclass(frozen=True)
 class Ranking:
     """How to rank.
 
     Args:
         items: ids of the candidates; None is the catalogue. One that is named twice counts once.
+        by: "answer" of the trained model, "head" or "fused" scores of item vectors; None: fused where it is there.
         top_k: how many candidates a user gets.
         memory_gb: what may be kept of users and items; None is half of what is free.
     """
 
     items: Sequence[str] | None = None
+    by: By | None = None
     top_k: int = 10
     memory_gb: float | None = None
 
@@ -47,35 +52,105 @@ class Ranking:
         return list(dict.fromkeys(self.items))
 
 
+NOTHING_SAID = User()
+
+
 @dataclass(frozen=True)
 class RunUser:
-    """A user of a run, and all items that the user has ever chosen."""
+    """A user of a run: in words, for the answer, and all items that the user has ever chosen, oldest first."""
 
     user_id: str
-    words: User
-    chosen: frozenset[str] = frozenset()
+    words: User = NOTHING_SAID
+    history: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        return frozenset(self.history)
+
+
+class RunRanker(Protocol):
+    """What gives every user a score of each of some items: (users, items) in float32, more for a better one."""
+
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]: ...
+
+
+class AnswerRanker:
+    """Ranks by the trained model's answer, with the index where there is one."""
+
+    def __init__(self, run: RunFolder, how: Ranking) -> None:
+        cache = run.item_cache if run.item_cache.is_dir() and is_late(run) else None
+        self.recommender = load_recommender(run, Computing(cache=cache, memory_gb=how.memory_gb))
+
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
+        words = [user.words for user in users]
+        return self.recommender.score(words, [names] * len(users), catalogue, progress="pairs")
+
+
+class HeadRanker:
+    """Ranks by item vectors: a history is all that it needs of a user, a vector all that it needs of an item."""
+
+    def __init__(self, run: RunFolder, by: By) -> None:
+        from mllm_msr.evaluation.heads import load_heads
+
+        self.ranker = load_heads(run).ranker("fused" if by == "fused" else "sequence_head")
+
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
+        from mllm_msr.evaluation.coded_tasks import CodedLists, item_codes
+
+        items = self.ranker.items
+        known = set(items["item_id"])
+        lists = [[item for item in user.history if item in known] for user in users]
+        histories = CodedLists.of(pl.Series(lists, dtype=pl.List(pl.String)), items)
+        return list(self.ranker.score_catalogue(histories)[:, item_codes(pl.Series(names, dtype=pl.String), items)])
+
+
+def way_of(run: RunFolder, how: Ranking) -> By:
+    """What the run is ranked by; its stage must be done."""
+    by = how.by
+    if by is None:
+        by = "fused" if run.recipe.head.enabled and run.head.is_dir() and not run.pending("head") else "answer"
+    run.require("train" if by == "answer" else "head")
+    return by
 
 
 def rank_user(run: RunFolder, user_id: str, how: Ranking) -> None:
     """Print the best candidates that a user of the run has not chosen yet."""
-    run.require("train")
-    print_best(run, read_users(run, [user_id])[0], how)
+    by = way_of(run, how)
+    print_best(run, read_users(run, [user_id], by)[0], by, how)
 
 
 def rank_preference(run: RunFolder, preference: str, how: Ranking) -> None:
-    """Print the best candidates for a preference in words."""
+    """Print the best candidates for a preference in words, which only the trained model reads."""
+    if how.by not in (None, "answer"):
+        raise ValueError(f"--by {how.by}: ranks by a history; only the answer reads a preference")
     run.require("train")
-    print_best(run, RunUser("", User(preference)), how)
+    print_best(run, RunUser("", User(preference)), "answer", how)
 
 
-def print_best(run: RunFolder, user: RunUser, how: Ranking) -> None:
+def rank_history(run: RunFolder, history: Sequence[str], how: Ranking) -> None:
+    """Print the best candidates after some items of the catalogue, for a user that the run need not know."""
+    if how.by == "answer":
+        raise ValueError("--by answer: reads a preference in words; --history is ranked by head or fused")
+    by: By = how.by or "fused"
+    run.require("head")
+    Ranking(items=history).candidates(load_catalogue(run))  # or an error that names the unknown
+    print_best(run, RunUser("", history=tuple(history)), by, how)
+
+
+def print_best(run: RunFolder, user: RunUser, by: By, how: Ranking) -> None:
     catalogue = load_catalogue(run)
     names = how.candidates(catalogue)
     if user.chosen.issuperset(names):
         raise ValueError(f"user {user.user_id!r} has chosen all of these items already: there is nothing to rank")
-    best = best_of([user], load_ranker(run, how), names, catalogue, how.top_k)
-    print(f"preference: {user.words.preference or '(none)'}")
-    for place, item, score in best.select("rank", "item_id", "score").iter_rows():
+    best = best_of([user], load_ranker(run, by, how), names, catalogue, how.top_k)
+    if by == "answer":
+        print(f"preference: {user.words.preference or '(none)'}")
+    else:
+        print(
+            f"after: {', '.join(catalogue[item].title for item in user.history[-3:] if item in catalogue) or '(none)'}"
+        )
+    shown = "score" if by == "answer" else "logit"  # a probability, or a score that is none
+    for place, item, score in best.select("rank", "item_id", shown).iter_rows():
         print(f"{place:3d}  {score:.3f}  {item}  {catalogue[item].title}")
 
 
@@ -86,7 +161,7 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     Args:
         users: None is every user of the run; one that is named twice counts once.
     """
-    run.require("train")
+    by = way_of(run, how)
     state = PartialState()
     everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
     users = list(everyone if users is None else dict.fromkeys(users))
@@ -94,14 +169,18 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
         raise ValueError(f"{_listed(unknown)} no user of {run.path}; ids look like {next(iter(everyone))!r}")
     catalogue = load_catalogue(run)
     names = how.candidates(catalogue)
-    claim(output, digest(run.key("train"), users, how.top_k, names), state.is_main_process)
+    claim(
+        output,
+        digest(by, run.key("train" if by == "answer" else "head"), users, how.top_k, names),
+        state.is_main_process,
+    )
     state.wait_for_everyone()
     shards = [users[start : start + SHARD] for start in range(0, len(users), SHARD)]
     paths = [output / f"ranking-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    ranker = load_ranker(run, how)
+    ranker = load_ranker(run, by, how)
     for number in tqdm(missing[state.process_index :: state.num_processes], desc="ranking", unit="file"):
-        best = best_of(read_users(run, shards[number]), ranker, names, catalogue, how.top_k)
+        best = best_of(read_users(run, shards[number], by), ranker, names, catalogue, how.top_k)
         RANKINGS.write(best, paths[number])
     state.wait_for_everyone()
     if state.is_main_process:
@@ -121,11 +200,11 @@ def claim(folder: Path, key: str, first: bool) -> None:
 
 
 def best_of(
-    users: Sequence[RunUser], ranker: Any, names: Sequence[str], catalogue: Catalogue, top_k: int
+    users: Sequence[RunUser], ranker: RunRanker, names: Sequence[str], catalogue: Catalogue, top_k: int
 ) -> pl.DataFrame:
     """The best ``top_k`` of the items ``names`` that each user has not chosen yet, as ``schema.RANKINGS``."""
     place = {item: number for number, item in enumerate(names)}
-    logits = ranker.score([user.words for user in users], [names] * len(users), catalogue, progress="pairs")
+    logits = ranker.score(users, names, catalogue)
     rows = []
     for user, row in zip(users, logits, strict=True):
         chosen = [place[item] for item in user.chosen if item in place]
@@ -140,12 +219,24 @@ def best_of(
     return RANKINGS.frame(rows)
 
 
-def read_users(run: RunFolder, users: Sequence[str]) -> list[RunUser]:
-    """Some users of a run, each with the preference in force and the items chosen since; ValueError for an unknown
-    one."""
+def read_users(run: RunFolder, users: Sequence[str], by: By = "answer") -> list[RunUser]:
+    """Some users of a run, for the answer with the preference in force and the items chosen since; ValueError for an
+    unknown one."""
     wanted = pl.col("user_id").is_in(list(users))
     histories = _items_of(run.scan(INTERACTIONS).filter(wanted))
     cut = _items_of(run.scan(CUT_INTERACTIONS).filter(wanted)) if run.recipe.data.max_history is not None else {}
+    for user in users:
+        if user not in histories:
+            example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
+            raise ValueError(f"{_listed([user])} no user of {run.path}; ids look like {example!r}")
+    words = read_words(run, histories) if by == "answer" else {}
+    whole = {user: (*cut.get(user, ()), *histories[user]) for user in users}
+    return [RunUser(user, words.get(user, NOTHING_SAID), whole[user]) for user in users]
+
+
+def read_words(run: RunFolder, histories: Mapping[str, Sequence[str]]) -> dict[str, User]:
+    """Users in words, from their histories as far as prompts read them."""
+    wanted = pl.col("user_id").is_in(list(histories))
     last = (
         run.scan(PREFERENCES)
         .filter(wanted)
@@ -154,16 +245,12 @@ def read_users(run: RunFolder, users: Sequence[str]) -> list[RunUser]:
     )
     in_force = {user: (step, preference) for user, step, preference in last.collect().iter_rows()}
     summaries = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
-    found = []
-    for user in users:
-        if user not in histories:
-            example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
-            raise ValueError(f"{_listed([user])} no user of {run.path}; ids look like {example!r}")
+    words = {}
+    for user, history in histories.items():
         step, preference = in_force.get(user, (0, ""))
-        recent = [HistoryItem(summary=summaries[item]) for item in histories[user][step * run.block_size :]]
-        chosen = frozenset([*histories[user], *cut.get(user, ())])
-        found.append(RunUser(user, User(preference, recent), chosen))
-    return found
+        recent = [HistoryItem(summary=summaries[item]) for item in history[step * run.block_size :]]
+        words[user] = User(preference, recent)
+    return words
 
 
 def _items_of(log: pl.LazyFrame) -> dict[str, list[str]]:
@@ -186,10 +273,9 @@ def index(run: RunFolder, memory_gb: float | None) -> None:
     )
 
 
-def load_ranker(run: RunFolder, how: Ranking) -> Any:
-    """The run's model, with the index where there is one."""
-    cache = run.item_cache if run.item_cache.is_dir() and is_late(run) else None
-    return load_recommender(run, Computing(cache=cache, memory_gb=how.memory_gb))
+def load_ranker(run: RunFolder, by: By, how: Ranking) -> RunRanker:
+    """What ranks a run's users."""
+    return AnswerRanker(run, how) if by == "answer" else HeadRanker(run, by)
 
 
 def is_late(run: RunFolder) -> bool:

@@ -209,11 +209,9 @@ def measure(
     against, calibration = {}, None
     if OURS in columns:
         against = {name: compared(columns[OURS], other) for name, other in columns.items() if name != OURS}
-    against_sasrec = {
-        name: compared(own, columns["sasrec"])
-        for name, own in columns.items()
-        if "sasrec" in columns and name != "sasrec"
-    }
+    against_sasrec = {}
+    if (sasrec := columns.get("sasrec")) is not None:
+        against_sasrec = {name: compared(own, sasrec) for name, own in columns.items() if name != "sasrec"}
     if OURS in scores:
         logits = scores[OURS]["logit"].to_numpy()
         odds, training_odds = (_positive_odds(part) for part in (tasks, run.tasks("train")))
