@@ -108,7 +108,7 @@ def way_of(run: RunFolder, how: Ranking) -> By:
     """What the run is ranked by; its stage must be done."""
     by = how.by
     if by is None:
-        by = "fused" if run.recipe.head.enabled and run.head.is_dir() and not run.pending("head") else "answer"
+        by = "fused" if run.recipe.head.enabled and run.head.is_dir() else "answer"
     run.require("train" if by == "answer" else "head")
     return by
 
@@ -146,9 +146,8 @@ def print_best(run: RunFolder, user: RunUser, by: By, how: Ranking) -> None:
     if by == "answer":
         print(f"preference: {user.words.preference or '(none)'}")
     else:
-        print(
-            f"after: {', '.join(catalogue[item].title for item in user.history[-3:] if item in catalogue) or '(none)'}"
-        )
+        latest = [catalogue[item].title for item in user.history[-3:] if item in catalogue]
+        print(f"after: {', '.join(latest) or '(none)'}")
     shown = "score" if by == "answer" else "logit"  # a probability, or a score that is none
     for place, item, score in best.select("rank", "item_id", shown).iter_rows():
         print(f"{place:3d}  {score:.3f}  {item}  {catalogue[item].title}")

@@ -49,7 +49,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         (["rank", "RUN", "--user", ""], "argument --user: is empty"),
         (["rank", "RUN", "--user", "u", "--items", "a,,b"], "argument --items: is empty"),
         (["rank", "RUN", "--users", "all"], "name a folder for the rankings of --users: --output DIR"),
-        (["rank", "RUN"], "one of the arguments --user --preference --users is required"),
+        (["rank", "RUN"], "one of the arguments --user --preference --users --history is required"),
         (["show", "user", " ", "RUN"], "argument id: is empty"),
         (["demo", "--port", "70000"], "'70000' is not a port"),
         (["evaluate", "RUN", "--full-catalogue", "some"], "'some' is not a positive whole number"),

@@ -49,10 +49,10 @@ def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
     assert "45 items computed, 0 were there, 0 dropped" in first.stdout, first.stderr[-3000:]
     assert "0 items computed, 45 were there, 0 dropped" in command("index", str(late)).stdout
     together, alone = tmp_path / "together", tmp_path / "alone"
-    done = command("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(together), processes=2)
+    done = command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(together), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "70 users x 45 candidates" in done.stdout
-    assert command("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
+    assert command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
     names = sorted(path.name for path in alone.glob("*.parquet"))
     assert names == ["ranking-00000-of-00002.parquet", "ranking-00001-of-00002.parquet"]
     frame = ranking(together)
@@ -65,13 +65,13 @@ def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
 
     kept = (alone / names[0]).stat().st_mtime_ns
     (alone / names[1]).unlink()
-    assert command("rank", str(late), "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
+    assert command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
     assert (alone / names[0]).stat().st_mtime_ns == kept and ranking(alone).equals(ranking(alone))
-    other = command("rank", str(late), "--users", "all", "--top-k", "5", "--output", str(alone))
+    other = command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "5", "--output", str(alone))
     assert other.returncode == 1 and "holds another ranking" in other.stderr
 
     user = frame["user_id"][0]
-    shown = command("rank", str(late), "--user", user, "--top-k", "4").stdout.strip().splitlines()[1:]
+    shown = command("rank", str(late), "--by", "answer", "--user", user, "--top-k", "4").stdout.strip().splitlines()[1:]
     assert [line.split()[2] for line in shown] == frame.filter(user_id=user)["item_id"].to_list()
 
 
@@ -118,8 +118,8 @@ def test_what_max_history_has_cut_is_not_offered_again(finished: RunFolder, reci
 class Constant:
     """A ranker to which every item is as good."""
 
-    def score(self, users: list, candidates: list, catalogue: object, progress: str) -> list[np.ndarray]:
-        return [np.zeros(len(row), dtype=np.float32) for row in candidates]
+    def score(self, users: list, names: list, catalogue: object) -> list[np.ndarray]:
+        return [np.zeros(len(names), dtype=np.float32) for _ in users]
 
 
 def test_equal_scores_keep_the_order_given_and_the_best_are_numbered_from_1(finished: RunFolder) -> None:
@@ -163,6 +163,39 @@ def test_a_folder_of_other_things_takes_no_rankings(finished: RunFolder) -> None
     with pytest.raises(SystemExit, match="is not empty and holds no ranking"):
         main(["rank", str(finished.path), "--users", "all", "--output", str(finished.path)])
     assert sorted(finished.path.iterdir()) == before
+
+
+def test_the_fused_score_is_the_default_where_the_head_is_there(
+    finished: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_way: dict[str, list[str]] = {}
+    for by in ("fused", "head", "answer"):
+        main(["rank", str(finished.path), "--user", "u0003", "--by", by])
+        by_way[by] = shown_items(capsys.readouterr().out)
+    main(["rank", str(finished.path), "--user", "u0003"])
+    assert shown_items(capsys.readouterr().out) == by_way["fused"]
+    assert sorted(map(len, by_way.values())) == [10, 10, 10] and by_way["head"] != by_way["answer"]
+
+
+def test_a_history_is_enough_to_rank_by(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    (user,) = read_users(finished, ["u0003"], "fused")
+    main(["rank", str(finished.path), "--user", "u0003"])
+    known = capsys.readouterr().out
+    main(["rank", str(finished.path), "--history", ",".join(user.history)])
+    assert capsys.readouterr().out == known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--history", "i0001,i9999"], "'i9999' is no item of the catalogue"),
+        (["--history", "i0001", "--by", "answer"], "--history is ranked by head or fused"),
+        (["--preference", "red", "--by", "fused"], "only the answer reads a preference"),
+    ],
+)
+def test_each_way_says_what_it_reads(finished: RunFolder, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["rank", str(finished.path), *arguments])
 
 
 def test_a_joint_model_has_nothing_to_index(finished: RunFolder) -> None:
