@@ -49,10 +49,17 @@ def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
     assert "45 items computed, 0 were there, 0 dropped" in first.stdout, first.stderr[-3000:]
     assert "0 items computed, 45 were there, 0 dropped" in command("index", str(late)).stdout
     together, alone = tmp_path / "together", tmp_path / "alone"
-    done = command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(together), processes=2)
+    done = command(
+        "rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(together), processes=2
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "70 users x 45 candidates" in done.stdout
-    assert command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
+    assert (
+        command(
+            "rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)
+        ).returncode
+        == 0
+    )
     names = sorted(path.name for path in alone.glob("*.parquet"))
     assert names == ["ranking-00000-of-00002.parquet", "ranking-00001-of-00002.parquet"]
     frame = ranking(together)
@@ -65,7 +72,12 @@ def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
 
     kept = (alone / names[0]).stat().st_mtime_ns
     (alone / names[1]).unlink()
-    assert command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)).returncode == 0
+    assert (
+        command(
+            "rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)
+        ).returncode
+        == 0
+    )
     assert (alone / names[0]).stat().st_mtime_ns == kept and ranking(alone).equals(ranking(alone))
     other = command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "5", "--output", str(alone))
     assert other.returncode == 1 and "holds another ranking" in other.stderr
