@@ -69,7 +69,7 @@ def check_join(log: pl.LazyFrame, items: pl.DataFrame, path: Path | str) -> pl.S
     absent = chosen.filter(~chosen.is_in(items["item_id"].implode()))
     if 2 * len(absent) > len(chosen):
         surplus = items["item_id"].filter(~items["item_id"].is_in(chosen.implode()))
-        sides = [short([short(one) for one in ids.head(EXAMPLES)]) for ids in (absent, surplus)]
+        sides = [short([short(item_id) for item_id in ids.head(EXAMPLES)]) for ids in (absent, surplus)]
         raise ValueError(
             f"{path}: of the {len(chosen)} items in the log, this catalogue has only {len(chosen) - len(absent)}. "
             f"Without it are {sides[0]}; the catalogue has {sides[1]}. Write ids alike in both tables, or map the "

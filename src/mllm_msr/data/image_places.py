@@ -62,13 +62,13 @@ class ImageColumn:
     def _place(self, value: Any) -> str | None:
         value = _opened(value)
         if isinstance(value, list):
-            usable = [one for one in value if one is not None]
+            usable = [image for image in value if image is not None]
             if len(usable) > 1:
                 self.several.add(0, value)
             return self._place(usable[0]) if usable else None
         if isinstance(value, dict):
             inner = next((value[key] for key in KEYS if value.get(key)), None)
-            if inner is None and any(one is not None for one in value.values()):
+            if inner is None and any(field is not None for field in value.values()):
                 self.unknown.add(0, value)
             return self._place(inner)
         if isinstance(value, bytes):

@@ -67,9 +67,9 @@ def _typed(value: Any, dtype: Any) -> Any:
     if dtype == pl.String:
         return None if value is None or value in (inf, -inf) else whole(_as_text(value))
     if isinstance(dtype, pl.List) and isinstance(value, list):
-        return [_typed(one, dtype.inner) for one in value]
+        return [_typed(element, dtype.inner) for element in value]
     if isinstance(dtype, pl.Struct) and isinstance(value, dict):
-        return {one.name: _typed(value.get(one.name), one.dtype) for one in dtype.fields}
+        return {part.name: _typed(value.get(part.name), part.dtype) for part in dtype.fields}
     return None
 
 

@@ -104,10 +104,10 @@ def check_popularity(countable: pl.DataFrame, popularity: pl.DataFrame) -> None:
 
 def check_shown_counts(tasks: pl.DataFrame, popularity: pl.DataFrame) -> None:
     """The training count that a task shows of its target is the popularity; or raise."""
-    shown = tasks.select("task_id", TARGET, "target_train_count")
-    shown = shown.join(popularity, left_on="target", right_on="item_id", how="left")
+    targets = tasks.select("task_id", TARGET, "target_train_count")
+    targets = targets.join(popularity, left_on="target", right_on="item_id", how="left")
     wrong = pl.col("count").ne_missing(pl.col("target_train_count"))
-    _none(shown.filter(wrong), "target_train_count that is not the popularity")
+    _none(targets.filter(wrong), "target_train_count that is not the popularity")
 
 
 def check_no_ids(texts: pl.Series, ids: pl.Series, allowed: pl.Series | None = None) -> None:
@@ -120,11 +120,11 @@ def check_no_ids(texts: pl.Series, ids: pl.Series, allowed: pl.Series | None = N
     ids = ids.filter((ids.str.len_chars() >= 6) & ids.str.contains(r"\p{N}")).unique().implode()
     texts = texts.drop_nulls().unique(maintain_order=True)
     slices = (texts.slice(start, SLICE) for start in range(0, len(texts) or 1, SLICE))
-    found = pl.concat(_words(part).filter(pl.col("word").is_in(ids)) for part in slices)
-    if len(found) and allowed is not None:
-        quoted = allowed.filter(allowed.str.contains_any(found["word"].unique().implode()))
-        found = found.join(_words(quoted), on="word", how="anti")
-    _none(found.select("word", pl.col("text").str.slice(0, 300)), "raw ids in a text")
+    words = pl.concat(_words(part).filter(pl.col("word").is_in(ids)) for part in slices)
+    if len(words) and allowed is not None:
+        quoted = allowed.filter(allowed.str.contains_any(words["word"].unique().implode()))
+        words = words.join(_words(quoted), on="word", how="anti")
+    _none(words.select("word", pl.col("text").str.slice(0, 300)), "raw ids in a text")
 
 
 def _words(texts: pl.Series) -> pl.DataFrame:

@@ -38,7 +38,7 @@ class Skipped(TypedDict):
 
 def oddity(what: str, count: int, examples: Iterable[Any]) -> Skipped:
     """An entry of a report's list of oddities, its first few examples shortened."""
-    return {"what": what, "count": count, "examples": [short(one) for one in islice(examples, EXAMPLES)]}
+    return {"what": what, "count": count, "examples": [short(example) for example in islice(examples, EXAMPLES)]}
 
 
 def short(value: Any) -> str:
@@ -128,8 +128,8 @@ class BadRows:
         for what, condition in conditions.items():
             if counts[what]:
                 rows = table.lazy().filter(condition).head(EXAMPLES).collect(engine="streaming")
-                shown = rows.select(pl.exclude(r"^\(.*\)$"))  # what a reader has added stands in parentheses
-                self.reject(path, rows[ROW][0], what, counts[what], shown.to_dicts())
+                public = rows.select(pl.exclude(r"^\(.*\)$"))  # what a reader has added stands in parentheses
+                self.reject(path, rows[ROW][0], what, counts[what], public.to_dicts())
         return table.filter(~pl.any_horizontal(conditions.values())) if any(counts.values()) else table
 
     def unique_items(self, items: pl.DataFrame, path: Path | str) -> pl.DataFrame:

@@ -37,7 +37,7 @@ def make_tasks(interactions: pl.DataFrame, seen: pl.DataFrame | None = None, **o
 
 @dataclass
 class TaskPlan:
-    """Who is asked what, over a log in parts: what must be known of all of them before any task is made.
+    """Who is asked what, over a log in parts: what must be n_training of all of them before any task is made.
 
     ``counts``: training interactions by item code; ``report``: what was counted while planning. Build with :meth:`of`
     or :meth:`of_log`.
@@ -254,8 +254,8 @@ def _roles(rows: Array, position: Array, length: Array, options: PrepareOptions,
         user, time = rows["user"], rows["time"]
         training = time < first
         starts = user_starts(user)
-        known = np.repeat(np.add.reduceat(training, starts[:-1], dtype=np.int64), np.diff(starts))
-        split[training & (known - position <= limit)] = TRAIN
+        n_training = np.repeat(np.add.reduceat(training, starts[:-1], dtype=np.int64), np.diff(starts))
+        split[training & (n_training - position <= limit)] = TRAIN
         for within, code in (((time >= first) & (time < second), VALIDATION), (time >= second, TEST)):
             new = np.ones(len(rows), dtype=bool)  # the user's first interaction in the window
             new[1:] = (user[1:] != user[:-1]) | ~within[:-1]

@@ -68,7 +68,9 @@ class TaskWriter:
     def __init__(self, path: Path, ids: pl.Series) -> None:
         self.ids = pa.array(ids.to_list(), pa.string())
         coded = pa.list_(pa.dictionary(pa.int32(), pa.string()))
-        fields = [pa.field(one.name, coded if one.name in ID_LISTS else one.type) for one in TASKS.arrow_schema()]
+        fields = [
+            pa.field(field.name, coded if field.name in ID_LISTS else field.type) for field in TASKS.arrow_schema()
+        ]
         self.schema = pa.schema(fields)
         self.writer = pq.ParquetWriter(
             path,
