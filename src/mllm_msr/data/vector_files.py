@@ -67,5 +67,5 @@ def _read(path: Path) -> pl.DataFrame:
     if "vector" in frame.columns:
         numbers = pl.col("vector").str.strip_chars("[] ").str.split(",")
         return frame.with_columns(numbers.list.eval(pl.element().str.strip_chars().cast(pl.Float32)))
-    numbers = [pl.col(name).cast(pl.Float32) for name in frame.columns if name != "item_id"]
-    return frame.select("item_id", vector=pl.concat_list(numbers))
+    columns = [pl.col(name).cast(pl.Float32) for name in frame.columns if name != "item_id"]
+    return frame.select("item_id", vector=pl.concat_list(columns))

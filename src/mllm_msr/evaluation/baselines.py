@@ -94,8 +94,7 @@ class Neighbours:
             item, other = together.indices()[0] + begin, together.indices()[1]
             cosine = together.values() / norm[item] / norm[other]
             parts.append(_ranked(item.numpy(), other.numpy(), cosine.numpy(), n_items, most))
-        keys, cosine, rank = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return cls(n_items, keys, cosine, rank)
+        return cls(n_items, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     @property
     def most(self) -> int:

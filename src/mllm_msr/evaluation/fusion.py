@@ -88,16 +88,16 @@ def catalogue_lists(
             them are added to the list once more, so that there are targets of that kind.
     """
     rng = np.random.default_rng(seed)
-    counts = torch.from_numpy(np.asarray(counts))
-    hidden = (counts > 0) & torch.from_numpy(rng.random(len(counts)) < hidden_share)
+    frequencies = torch.from_numpy(np.asarray(counts))
+    hidden = (frequencies > 0) & torch.from_numpy(rng.random(len(counts)) < hidden_share)
     targets = tasks.candidates.codes[np.flatnonzero(tasks.labels)]
     order = rng.permutation(len(tasks))
     shape = (top, drawn)
-    whole = _lists(members, tasks, targets, np.sort(order[:n_tasks]), counts, None, shape, rng)
+    whole = _lists(members, tasks, targets, np.sort(order[:n_tasks]), frequencies, None, shape, rng)
     of_hidden = np.sort(order[hidden.numpy()[targets[order]]][: round(n_tasks * hidden_share)])
     if not len(of_hidden):
         return whole
-    return whole.joined(_lists(members, tasks, targets, of_hidden, counts, hidden, shape, rng))
+    return whole.joined(_lists(members, tasks, targets, of_hidden, frequencies, hidden, shape, rng))
 
 
 def _lists(
