@@ -122,12 +122,12 @@ def fill_dataset(run: RunFolder, folder: Path, release: Release | None, contents
         for split in table.splits:
             target = folder / f"{table.name}.{split}"
             if table is ITEMS:
-                frame = run.scan(ITEMS)
+                items = run.scan(ITEMS)
                 if restricted:
-                    frame = frame.with_columns(pl.lit("").alias("text"))
+                    items = items.with_columns(pl.lit("").alias("text"))
                 if restricted or not contents.images:
-                    frame = frame.with_columns(pl.lit(None, dtype=ITEMS.columns["image"]).alias("image"))
-                frame.sink_parquet(target)
+                    items = items.with_columns(pl.lit(None, dtype=ITEMS.columns["image"]).alias("image"))
+                items.sink_parquet(target)
             else:
                 frame = hash_users(_public_texts(_rows(run, table, split)), key)
                 if table is EXAMPLES and not restricted:

@@ -54,7 +54,7 @@ def results_page(results: Results) -> str:
     parts += ["Percent, 95% interval by bootstrap over users; equal scores count by their expected place."]
     parts += [results_table(results).to_markdown()]
     for section in sections(results):
-        parts += [f"## {section.title}", section.words, section.table and section.table.to_markdown()]
+        parts += [f"## {section.title}", section.words, section.table.to_markdown() if section.table else None]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

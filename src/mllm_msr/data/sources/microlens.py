@@ -39,7 +39,7 @@ class MicroLensSource(SourceOptions):
     )
 
     def read(self, on_bad_rows: OnBadRows) -> RawData:
-        return read_microlens(Path(str(self.folder)), self.covers and Path(self.covers), on_bad_rows)
+        return read_microlens(Path(str(self.folder)), Path(self.covers) if self.covers else None, on_bad_rows)
 
 
 def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadRows = "error") -> RawData:
