@@ -86,8 +86,10 @@ def built(
                 fill_dataset(run, folder, release, contents)
             elif part == "metric":
                 fill_metric(folder, release)
-            else:
+            elif release is not None:
                 fill_space(run, folder, release)
+            else:
+                raise ValueError("a demo Space names the repositories of its release: publish it with a namespace")
         for part, folder in folders.items():
             with whole_folder(run.hub / FOLDERS[part]) as copy:
                 shutil.copytree(folder, copy, copy_function=_link, dirs_exist_ok=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.hub_cards.charts import Interval, interval_chart, standalone
 from mllm_msr.hub_cards.view import Cell, Row, TableView, difference_cells, estimate_cell, variant_of
@@ -129,7 +131,7 @@ def _verdict(entry: StudyEntry) -> str | None:
     return f"- {entry.label}: {gap} {'below' if difference.high < 0 else 'above'}"
 
 
-def study_chart(study: StudyResults) -> str:
+def study_chart(study: StudyResults) -> Markup:
     """The AUC of every entry with its interval."""
     rows = [
         Interval.in_percent(entry.label, "kind-other" if place else "kind-chosen", entry.metrics["auc"].estimate)

@@ -65,12 +65,12 @@ def encode_items(model: Any, processor: Any, items: Sequence[Candidate], token_b
     texts = processor.tokenizer([f"{item.title}\n{item.text}" for item in ready], add_special_tokens=False)
     lengths = np.array([len(ids) for ids in texts["input_ids"]]) + FRAME
     lengths += np.array([0 if item.image is None else item.image.num_image_tokens for item in ready])
-    vectors: list[np.ndarray | None] = [None] * len(ready)
+    vectors: dict[int, np.ndarray] = {}
     for places in batches_of_tokens(lengths, token_budget):
         batch = processor.late_items([ready[place] for place in places]).to(model.device)
         for place, vector in zip(places, mean_states(model, batch).cpu().numpy(), strict=True):
             vectors[place] = vector
-    return np.stack(vectors) if vectors else np.empty((0, 0), np.float16)
+    return np.stack([vectors[place] for place in range(len(ready))]) if ready else np.empty((0, 0), np.float16)
 
 
 FRAME = 16  # tokens, about, that the prompt adds to an item's words

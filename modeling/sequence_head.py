@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,8 +125,9 @@ class SequenceHead(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         if self.config.content_size:
-            nn.init.normal_(self.reader[-1].weight, std=0.02)
-            nn.init.zeros_(self.reader[-1].bias)
+            last: Any = self.reader[-1]
+            nn.init.normal_(last.weight, std=0.02)
+            nn.init.zeros_(last.bias)
         if self.config.identity:
             nn.init.normal_(self.identity, std=0.02)
 
@@ -293,9 +294,11 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        parts = self.project(self.before_attention(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = self.project(self.before_attention(hidden)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
         rate = self.rate if self.training else 0.0
-        attended = F.scaled_dot_product_attention(*parts, dropout_p=rate, is_causal=True)  # (B, heads, L, D / heads)
+        # (B, heads, L, D / heads)
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
         hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         return hidden + self.dropout(self.mix(self.before_mixing(hidden)))
 

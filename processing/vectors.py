@@ -89,7 +89,7 @@ def _image(content: bytes | None) -> object:
 
 def _frame(ids: Sequence[str], vectors: Sequence[np.ndarray], keys: Sequence[str]) -> pl.DataFrame:
     column = pl.Series("vector", np.stack(vectors)) if vectors else pl.Series("vector", [], pl.List(pl.Float16))
-    return pl.DataFrame({"item_id": ids, "vector": column, "key": keys}).cast(dict(ITEM_VECTORS.columns))
+    return pl.DataFrame({"item_id": ids, "vector": column, "key": keys}).cast(pl.Schema(ITEM_VECTORS.columns))
 
 
 def _stored(folder: Path) -> dict[str, np.ndarray]:
@@ -105,7 +105,9 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
         if len(frame):
             vectors = frame["vector"].explode(empty_as_null=False).to_numpy()
             have |= zip(
-                frame["key"].to_list(), np.split(vectors, frame["vector"].list.len().cum_sum()[:-1]), strict=True
+                frame["key"].to_list(),
+                np.split(vectors, frame["vector"].list.len().cum_sum()[:-1].to_list()),
+                strict=True,
             )
     return have
 

@@ -13,6 +13,7 @@ epoch is saved: run again after an interruption with the same ``--output_dir``, 
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,5 +69,6 @@ def load_data(run: RunFolder, content: Tensor | None) -> TrainingData:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((HeadArguments, SequenceHeadOptions, FitOptions))
+    kinds: Any = (HeadArguments, SequenceHeadOptions, FitOptions)
+    parser = TrlParser(kinds)
     main(*parser.parse_args_and_config(sys.argv[1:]))

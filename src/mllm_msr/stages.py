@@ -166,7 +166,7 @@ def vectors(run: RunFolder) -> None:
         items = run.read(ITEMS)
         if options.file is not None:
             frame = read_vectors(source, items).with_columns(pl.lit(content).alias("key"))
-            run.write(ITEM_VECTORS, frame.cast(dict(ITEM_VECTORS.columns)))
+            run.write(ITEM_VECTORS, frame.cast(pl.Schema(ITEM_VECTORS.columns)))
             return
         summaries: dict[str, str] = {}
         if run.recipe.vectors_read_summaries:
