@@ -11,6 +11,7 @@ from datasets import Dataset
 from mllm_msr import stages
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
+from mllm_msr.data.sources.registry import effective_source
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path, demo_recipe, load_recipe
 from mllm_msr.records.run import RunFolder
@@ -46,7 +47,8 @@ class SmallRun:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    recipe = replace(load_recipe(demo_recipe()), source=Source("demo", {"n_users": 10, "n_items": 40}))
+    source = effective_source(Source("demo", {"n_users": 10, "n_items": 40}))
+    recipe = replace(load_recipe(demo_recipe()), source=source)
     run = RunFolder.create(tmp_path_factory.mktemp("runs") / "small", recipe)
     stages.prepare(run)
     stages.summarize_items(run)

@@ -325,13 +325,14 @@ class RunFolder:
         self._note(name, {"key": key, "after": earlier, "settings": digest(STAGES[name].settings(self.recipe))}, writes)
 
     def adopt(self, donor: "RunFolder", stages: Sequence[str]) -> None:
-        """Take over stages of another run, whose recipe agrees on them, with all files that they wrote."""
+        """Take over stages of another run, with the files that they wrote, as what this run's recipe asks for."""
         provenance, theirs = self.provenance(), donor.provenance()
         for name in stages:
             donor.require(name)
             for file in theirs["stages"][name]["writes"]:
                 link_file(donor.path / file, self.path / file)
-            provenance["stages"][name] = theirs["stages"][name]
+            settings = digest(STAGES[name].settings(self.recipe))
+            provenance["stages"][name] = {**theirs["stages"][name], "settings": settings}
         self.write_provenance({**provenance, "versions": theirs["versions"]})
 
     def _note(self, name: str, entry: Mapping[str, Any], writes: Sequence[Path] | None = None) -> None:
