@@ -56,7 +56,12 @@ def model_card(run: RunFolder, release: Release | None = None) -> ModelCard:
     )
     if facts.backbone:
         data["base_model_relation"] = "adapter" if model.kind == "adapter" else "finetune"
-    settings = {name: recipe.training.get(name) for name in TRAINING_FACTS} | {"interaction": model.interaction}
+    settings = {name: value for name in TRAINING_FACTS if (value := recipe.training.get(name)) is not None}
+    settings["interaction"] = model.interaction
+    if settings.get("max_steps", 0) <= 0:  # TRL's way to say that epochs count
+        settings.pop("max_steps", None)
+    if settings.get("use_peft") is False:
+        settings = {name: value for name, value in settings.items() if not name.startswith("lora_")}
     stated = [(name, value) for name, value in settings.items() if value is not None]
     return ModelCard(
         render(
