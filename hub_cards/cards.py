@@ -56,13 +56,11 @@ def model_card(run: RunFolder, release: Release | None = None) -> ModelCard:
     )
     if facts.backbone:
         data["base_model_relation"] = "adapter" if model.kind == "adapter" else "finetune"
-    settings = {name: value for name in TRAINING_FACTS if (value := recipe.training.get(name)) is not None}
-    settings["interaction"] = model.interaction
-    if settings.get("max_steps", 0) <= 0:  # TRL's way to say that epochs count
-        settings.pop("max_steps", None)
-    if settings.get("use_peft") is False:
-        settings = {name: value for name, value in settings.items() if not name.startswith("lora_")}
-    stated = [(name, value) for name, value in settings.items() if value is not None]
+    settings = {name: recipe.training.get(name) for name in TRAINING_FACTS} | {"interaction": model.interaction}
+    without_effect = set() if (settings["max_steps"] or -1) > 0 else {"max_steps"}  # epochs count then
+    if settings["use_peft"] is False:
+        without_effect |= {name for name in settings if name.startswith("lora_")}
+    stated = [item for item in settings.items() if item[0] not in without_effect and item[1] is not None]
     return ModelCard(
         render(
             "model_card.md.j2",

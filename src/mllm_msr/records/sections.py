@@ -157,7 +157,7 @@ class VectorOptions:
 
     def facts(self) -> dict[str, Any]:
         """All that a vector depends on."""
-        return {each.name: getattr(self, each.name) for each in fields(self)[:-2]}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in MEANS}
 
 
 @dataclass(frozen=True)
