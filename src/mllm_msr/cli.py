@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         print("mllm-msr: interrupted; run the same command again to go on", file=sys.stderr)
+        exec("")  # under `python -m`, an interrupt inside an exec'd text would end the process by a signal of its own
         sys.exit(130)
     except Exception as error:
         if getattr(options, "debug", False):

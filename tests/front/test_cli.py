@@ -132,6 +132,18 @@ def test_ctrl_c_ends_with_status_130_and_no_traceback(recipe_file: Path, tmp_pat
     assert "Traceback" not in errors
 
 
+def test_ctrl_c_inside_an_executed_text_ends_the_same_way_under_python_m(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text(
+        "from mllm_msr import cli\n"
+        "cli.COMMANDS['report'] = lambda options: exec('raise KeyboardInterrupt')\n"
+        "cli.main(['report', 'RUN'])\n",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-m", "interrupted"], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1)
+
+
 # ---- out of order --------------------------------------------------------------------------------------------------
 
 
