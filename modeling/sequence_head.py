@@ -40,6 +40,8 @@ class SequenceHeadOptions:
         gate: whether content is weighted, for each order of magnitude of an item's training interactions, by a learnt
             number; those without have their own.
         max_length: places of a history that are read, from its end.
+        join: how content and identity make a vector: the sum of ``MLP(c_i)`` and the identity, or, as in baselines with
+            item features, one projection of a linear embedding of content beside the identity.
     """
 
     identity: bool = True
@@ -51,6 +53,7 @@ class SequenceHeadOptions:
     identity_dropout: float = 0.3
     gate: bool = False
     max_length: int = 100
+    join: Literal["sum", "concatenation"] = "sum"
 
     def __post_init__(self) -> None:
         if self.encoder not in ("transformer", "gru"):
@@ -75,6 +78,11 @@ class SequenceHeadConfig(SequenceHeadOptions):
         super().__post_init__()
         if not self.identity and not self.content_size:
             raise ValueError("an item needs an identity, content, or both: give content_size or identity=True")
+
+    @property
+    def joined(self) -> bool:
+        """Whether items are a projection of identity and content beside each other."""
+        return self.join == "concatenation" and self.identity and self.content_size > 0
 
 
 @dataclass
@@ -106,12 +114,16 @@ class SequenceHead(nn.Module):
             self.register_buffer("content", torch.zeros(config.n_items, config.content_size, dtype=torch.float16))
             self.register_buffer("mean", torch.zeros(config.content_size))
             self.register_buffer("deviation", torch.ones(config.content_size))
-            self.reader = nn.Sequential(
-                nn.Linear(config.content_size, 2 * config.hidden),
-                nn.GELU(),
-                nn.Dropout(config.dropout),
-                nn.Linear(2 * config.hidden, config.hidden),
-            )
+            if config.joined:
+                self.reader = nn.Linear(config.content_size, config.hidden)
+                self.project = nn.Linear(2 * config.hidden, config.hidden)
+            else:
+                self.reader = nn.Sequential(
+                    nn.Linear(config.content_size, 2 * config.hidden),
+                    nn.GELU(),
+                    nn.Dropout(config.dropout),
+                    nn.Linear(2 * config.hidden, config.hidden),
+                )
             if config.gate:
                 self.gate = nn.Parameter(torch.ones(GATES))
         if config.identity:
@@ -125,8 +137,8 @@ class SequenceHead(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         if self.config.content_size:
-            last: Any = self.reader[-1]
-            nn.init.normal_(last.weight, std=0.02)
+            last: Any = self.reader if self.config.joined else self.reader[-1]
+            nn.init.normal_(last.weight, std=0.02 / self.config.content_size**0.5 if self.config.joined else 0.02)
             nn.init.zeros_(last.bias)
         if self.config.identity:
             nn.init.normal_(self.identity, std=0.02)
@@ -171,15 +183,20 @@ class SequenceHead(nn.Module):
             content = self.content if codes is None else self.content[codes]
             vectors = self._read(content, torch.where(whole, counts, 0) if self.config.identity else counts)
         if self.config.identity:
-            identity = self.identity if codes is None else self.identity[codes]
-            vectors = vectors + identity * whole[:, None]
+            identity = (self.identity if codes is None else self.identity[codes]) * whole[:, None]
+            vectors = self._join(vectors, identity)
         return vectors
 
     def new_item_vectors(self, content: Tensor) -> Tensor:
         """(N, D): v of items outside the catalogue from their (N, F) content alone."""
         if not self.config.content_size:
             raise ValueError("this head knows items by their identity alone: it cannot rank new ones")
-        return self._read(content, torch.zeros(len(content), dtype=torch.int32, device=content.device))
+        vectors = self._read(content, torch.zeros(len(content), dtype=torch.int32, device=content.device))
+        return self._join(vectors, torch.zeros_like(vectors)) if self.config.identity else vectors
+
+    def _join(self, content: Tensor, identity: Tensor) -> Tensor:
+        joined = self.config.joined
+        return self.project(torch.cat([identity, content], dim=-1)) if joined else content + identity
 
     def _read(self, content: Tensor, counts: Tensor) -> Tensor:
         vectors = self.reader((content.float() - self.mean) / self.deviation)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from mllm_msr.data.sources.registry import read_source, source_fingerprint
-from mllm_msr.evaluation.variants import Variant
+from mllm_msr.evaluation.variants import VARIANTS, Variant
 from mllm_msr.proof import prove
 from mllm_msr.records.lock import is_first_process
 from mllm_msr.records.recipe import Recipe, backbone_path
@@ -41,9 +41,10 @@ MORE_TASKS = "lower data.min_history, raise data.max_train_targets or bring more
 def run_all(run: RunFolder) -> None:
     """Every stage in order; what training would refuse stops the run before it begins."""
     check_training(run.recipe)
+    read = {stage for name in run.recipe.evaluation.rows for stage in VARIANTS[name].stages}
     with run.lock(f"mllm-msr run, in {run.path}"):
         for name in STAGES:
-            if run.recipe.head.enabled or name not in ("vectors", "head"):
+            if run.recipe.head.enabled or name not in ("vectors", "head") or name in read:
                 FUNCTIONS[name](run)
 
 

@@ -58,7 +58,7 @@ def with_evaluation(
 def scorable(run: RunFolder) -> list[Variant]:
     """The recipe's variants; those that read a stage which is not done on the run's data are left out."""
     variants = [VARIANTS[name] for name in run.recipe.evaluation.rows]
-    for stage in ("train", "head"):
+    for stage in ("train", "vectors", "head"):
         if left_out := [variant.label for variant in variants if stage in variant.stages]:
             try:
                 run.require(stage)

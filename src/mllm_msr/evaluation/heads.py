@@ -16,18 +16,17 @@ import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
 
-from mllm_msr.data.vector_files import vector_matrix
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.fusion import catalogue_lists, fit_fusion
 from mllm_msr.evaluation.likeness import LikenessRanker, likeness
-from mllm_msr.evaluation.rankers import Ranker, training_log
+from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_log
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
 from mllm_msr.evaluation.sequential_baselines import SequenceRanker
 from mllm_msr.modeling.content_likeness import ContentLikeness
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_buckets
 from mllm_msr.modeling.sequence_head import SequenceHeadConfig, SequenceHeadOptions, load_head, save_head
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import ITEM_VECTORS, ITEMS
+from mllm_msr.records.schema import ITEMS
 from mllm_msr.records.sections import HeadOptions
 from mllm_msr.records.storage import write_text
 
@@ -82,7 +81,7 @@ class FusedRanker(Ranker):
 def train_heads(run: RunFolder, folder: Path) -> Heads:
     """Train the heads of a prepared run with item vectors, fit their fusion on validation tasks, and save all of it."""
     options, items = run.recipe.head, run.read(ITEMS, ["item_id"])
-    content = torch.from_numpy(vector_matrix(run.read(ITEM_VECTORS).sort("item_id")))
+    content = torch.from_numpy(item_vectors(run))
     histories, tasks = CodedLists.of_log(training_log(run), items), run.tasks("validation")
     coded, counts = CodedTasks(tasks, items), torch.zeros(len(items), dtype=torch.int64)
     fitting, members = fit_options(options), dict[str, Any]()

@@ -5,9 +5,10 @@ from abc import ABC, abstractmethod
 import numpy as np
 import polars as pl
 
+from mllm_msr.data.vector_files import vector_matrix
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS, POPULARITY
+from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_VECTORS, ITEMS, POPULARITY
 
 
 class Ranker(ABC):
@@ -74,6 +75,11 @@ def training_log(run: RunFolder) -> pl.DataFrame:
     if protocol != "strict":
         cut = cut.join(training, on="user_id", how="semi", maintain_order="left")
     return pl.concat([cut, training.select(pairs)])
+
+
+def item_vectors(run: RunFolder) -> Array:
+    """(I, F) float32: the vectors of the items, by item code."""
+    return vector_matrix(run.read(ITEM_VECTORS).sort("item_id"))
 
 
 class Popularity(Ranker):

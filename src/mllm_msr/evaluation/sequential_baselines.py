@@ -1,7 +1,15 @@
-"""SASRec and GRU4Rec: sequence heads that know items by their identity alone, on the training sequences of a run.
+"""SASRec and GRU4Rec, with and without item features, on the training sequences of a run.
 
-The loss goes over the items that have training interactions, as no other could have a reason to be pushed down; those
-others keep an identity of zero. Epochs end when the validation tasks say so.
+Plain, they are sequence heads that know items by their identity alone. The loss goes over the items that have training
+interactions, as no other could have a reason to be pushed down; those others keep an identity of zero. Epochs end when
+the validation tasks say so.
+
+With features (SASRecF, GRU4RecF) an item is ``W [delta_i ; F c_i + b] + d``: its learnt identity beside a linear
+embedding of its item vector, projected to the width of the network, in histories and as a candidate alike. All else,
+the loss and the training included, is as for the plain ones. So they differ from ``sequence_head`` in two things:
+content enters linearly, without the network between (there ``MLP(c_i) + delta_i``), and an identity is never left out
+in training, so content is not taught to stand alone. (RecBole's SASRecF and GRU4RecF score candidates by the identity
+alone, by which no item without interactions can be ranked; its GRU4RecF reads identities and features by two networks.)
 """
 
 from pathlib import Path
@@ -45,6 +53,32 @@ def gru4rec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFram
     """
     config = SequenceHeadConfig(n_items=len(items), encoder="gru")
     return train_ranker("gru4rec", config, validation, items, training, **settings)
+
+
+def sasrecf(
+    validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, vectors: Array, **settings
+) -> SequenceRanker:
+    """Variant ``sasrecf``: SASRec with features.
+
+    ``vectors``: (I, F), in the order of ``items.sort("item_id")``; other arguments as for :func:`train_ranker`.
+    """
+    content = torch.from_numpy(vectors)
+    return train_ranker("sasrecf", featured(content), validation, items, training, content, **settings)
+
+
+def gru4recf(
+    validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, vectors: Array, **settings
+) -> SequenceRanker:
+    """Variant ``gru4recf``: GRU4Rec with features (Hidasi et al., RecSys 2016); arguments as for :func:`sasrecf`."""
+    content = torch.from_numpy(vectors)
+    config = featured(content, encoder="gru")
+    return train_ranker("gru4recf", config, validation, items, training, content, **settings)
+
+
+def featured(content: torch.Tensor, **options) -> SequenceHeadConfig:
+    """A head whose items are a projection of an identity, never dropped, beside their (I, F) content."""
+    n_items, size = content.shape
+    return SequenceHeadConfig(n_items=n_items, content_size=size, join="concatenation", identity_dropout=0.0, **options)
 
 
 def train_ranker(

@@ -9,7 +9,7 @@ import polars as pl
 
 from mllm_msr.evaluation.loading import load_backbone
 from mllm_msr.evaluation.metrics import check_metric
-from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, training_log
+from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, item_vectors, training_log
 from mllm_msr.evaluation.scorers import ModelScorer, ModelView, Oracle, RankerScorer, Scorer
 from mllm_msr.evaluation.scoring import (
     of_another_user,
@@ -41,6 +41,7 @@ class Variant:
         scorer: makes what scores it from a run; a baseline is trained by it.
         colour: the CSS variable of its colour in charts.
         dash: its SVG dash pattern; "" is a full line.
+        reads_vectors: whether a baseline reads the vectors of items, but none of our models.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Variant:
     scorer: Callable[[RunFolder], Scorer]
     colour: str
     dash: str = ""
+    reads_vectors: bool = False
 
     @property
     def needs_model(self) -> bool:
@@ -61,6 +63,8 @@ class Variant:
         """The stages whose output it reads."""
         if self.needs_model:
             return ("prepare", "summarize users", "train")
+        if self.reads_vectors:
+            return ("prepare", "vectors")
         return ("prepare", "head") if self.kind == "head" else ("prepare",)
 
 
@@ -113,6 +117,20 @@ def gru4rec(run: RunFolder) -> Ranker:
     from mllm_msr.evaluation.sequential_baselines import gru4rec
 
     return gru4rec(*learnt_from(run), seed=run.recipe.evaluation.seed, folder=run.trained_baselines)
+
+
+def sasrecf(run: RunFolder) -> Ranker:
+    from mllm_msr.evaluation.sequential_baselines import sasrecf
+
+    own = {"seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
+    return sasrecf(*learnt_from(run), item_vectors(run), **own)
+
+
+def gru4recf(run: RunFolder) -> Ranker:
+    from mllm_msr.evaluation.sequential_baselines import gru4recf
+
+    own = {"seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
+    return gru4recf(*learnt_from(run), item_vectors(run), **own)
 
 
 def headed(name: str) -> Callable[[RunFolder], Scorer]:
@@ -256,6 +274,26 @@ VARIANTS = {
             ranked_by(gru4rec),
             "green",
             "6 3",
+        ),
+        Variant(
+            "sasrecf",
+            "SASRecF",
+            "SASRec over identities and item vectors",
+            "baseline",
+            ranked_by(sasrecf),
+            "green",
+            "9 3",
+            reads_vectors=True,
+        ),
+        Variant(
+            "gru4recf",
+            "GRU4RecF",
+            "GRU4Rec over identities and item vectors",
+            "baseline",
+            ranked_by(gru4recf),
+            "green",
+            "9 3 2 3",
+            reads_vectors=True,
         ),
         Variant(
             "svd", "PureSVD", "matrix factorisation of the training interactions", "baseline", ranked_by(svd), "orange"
