@@ -24,7 +24,7 @@ LEVELS = (  # a room imports itself and the rooms of the levels below its own
     {"data"},
     {"processing"},
     {"evaluation"},
-    {"training", "hub_cards"},
+    {"training", "hub_cards", "serving"},
     {"front"},
 )
 SHIPPED = (
