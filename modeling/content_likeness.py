@@ -1,6 +1,7 @@
 """Likeness of items by content as it is: nothing is trained, so nothing that only few items have in common is blurred.
 
-Letters: B histories, L places, I items of the catalogue, F content features, N any number of items.
+Letters: B histories, L places, I items of the catalogue, F content features, R directions of whitened content, N any
+number of items.
 """
 
 import torch
@@ -13,42 +14,60 @@ SHRINKAGE = 0.3  # of whitening, in mean singular values: directions of little v
 class ContentLikeness(nn.Module):
     """Scores an item by the mean cosine of its whitened content with that of the last items of a history.
 
+    Made blank, for the weights of an earlier one; :meth:`of` makes one for a catalogue.
+
     Args:
-        content: (I, F), of the whole catalogue.
+        n_items, content_size, rank: I, F, R.
         reach: how many of the last items count.
     """
 
+    content: Tensor
     mean: Tensor
     whitening: Tensor
-    directions: Tensor
 
-    def __init__(self, content: Tensor, reach: int = 5) -> None:
+    def __init__(self, n_items: int, content_size: int, rank: int, reach: int = 5) -> None:
         super().__init__()
         self.reach = reach
-        self.register_buffer("mean", content.float().mean(dim=0))
-        _, size, axes = torch.linalg.svd(content.float() - self.mean, full_matrices=False)
-        self.register_buffer("whitening", axes.T / (size + SHRINKAGE * size.mean()).clamp(min=1e-9))
-        self.register_buffer("directions", self.directions_of(content).half())
+        self.register_buffer("content", torch.zeros(n_items, content_size, dtype=torch.float16))
+        self.register_buffer("mean", torch.zeros(content_size))
+        self.register_buffer("whitening", torch.zeros(content_size, rank))
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor], reach: int) -> "ContentLikeness":
-        """From an earlier one's ``state_dict``."""
-        likeness = cls(torch.zeros(state["directions"].shape[0], 0), reach)
-        for name, value in state.items():
-            likeness.register_buffer(name, value)
+    def of(cls, content: Tensor, reach: int = 5) -> "ContentLikeness":
+        """The likeness of (I, F) content of a whole catalogue, kept in half precision."""
+        n_items, content_size = content.shape
+        likeness = cls(n_items, content_size, min(n_items, content_size), reach)
+        likeness.content.copy_(content)
+        values = likeness.content.float()
+        likeness.mean.copy_(values.mean(dim=0))
+        _, size, axes = torch.linalg.svd(values - likeness.mean, full_matrices=False)
+        likeness.whitening.copy_(axes.T / (size + SHRINKAGE * size.mean()).clamp(min=1e-9))
         return likeness
 
-    def directions_of(self, content: Tensor) -> Tensor:
-        """(N, F): unit vectors of (N, F) content, of items of the catalogue or of new ones."""
+    def item_vectors(self, codes: Tensor | None = None) -> Tensor:
+        """(N, R): unit vectors of the items with these (N,) codes, of the whole catalogue for None."""
+        content = self.content if codes is None else self.content[codes]
         return F.normalize((content.float() - self.mean) @ self.whitening, dim=1)
 
-    def profiles(self, codes: Tensor, owner: Tensor, n_histories: int) -> Tensor:
-        """(B, F): the mean direction of each history's items, zero for an empty one.
+    def user_states(self, histories: Tensor, vectors: Tensor) -> Tensor:
+        """(B, R): what (B, L) item codes, oldest first, padded with negative ones, stand for; zero for an empty one.
 
-        Args:
-            codes: (L,), item codes of all histories together, already cut to the last ``reach`` of each.
-            owner: (L,), the history that each belongs to.
-            n_histories: B.
+        ``vectors``: (N, R), what codes stand for.
         """
-        total = torch.zeros(n_histories, self.directions.shape[1]).index_add(0, owner, self.directions[codes].float())
-        return total / torch.bincount(owner, minlength=n_histories).clamp(min=1)[:, None]
+        real = histories >= 0
+        late = real & (real.flip(1).cumsum(dim=1).flip(1) <= self.reach)
+        owner, place = late.nonzero(as_tuple=True)
+        return profiles(vectors, histories[owner, place], owner, len(histories))
+
+
+def profiles(vectors: Tensor, codes: Tensor, owner: Tensor, n_histories: int) -> Tensor:
+    """(B, R): the mean vector of each history's items, zero for an empty one.
+
+    Args:
+        vectors: (N, R), what codes stand for.
+        codes: (L,), item codes of all histories together, already cut to the last ones that count.
+        owner: (L,), the history that each belongs to.
+        n_histories: B.
+    """
+    total = vectors.new_zeros(n_histories, vectors.shape[1]).index_add(0, owner, vectors[codes])
+    return total / torch.bincount(owner, minlength=n_histories).clamp(min=1)[:, None]

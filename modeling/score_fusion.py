@@ -20,7 +20,7 @@ def frequency_buckets(counts: Tensor) -> Tensor:
     >>> frequency_buckets(torch.tensor([0, 1, 4, 5, 19, 20, 900])).tolist()
     [0, 1, 1, 2, 2, 3, 3]
     """
-    return torch.bucketize(counts, torch.tensor(LOWER_BOUNDS), right=True)
+    return torch.bucketize(counts, torch.tensor(LOWER_BOUNDS, device=counts.device), right=True)
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,20 @@ class ScoreFusion:
     weights: Tensor
     bias: Tensor
 
+    @classmethod
+    def alone(cls, member: str) -> "ScoreFusion":
+        """A single member's scores as they are."""
+        one, buckets = torch.ones(1), len(BUCKETS)
+        return cls((member,), torch.zeros(1), one, one.expand(buckets, 1), torch.zeros(buckets))
+
     def __call__(self, scores: Tensor, buckets: Tensor) -> Tensor:
         """(N,): the fused scores of (N, M) members' scores of items in (N,) buckets."""
-        standard = (scores - self.mean) / self.deviation
-        return (standard * self.weights[buckets]).sum(dim=-1) + self.bias[buckets]
+        return self.shares(scores, buckets).sum(dim=-1) + self.bias.to(scores.device)[buckets]
+
+    def shares(self, scores: Tensor, buckets: Tensor) -> Tensor:
+        """(N, M): what each member adds to the fused scores."""
+        mean, deviation, weights = (part.to(scores.device) for part in (self.mean, self.deviation, self.weights))
+        return (scores - mean) / deviation * weights[buckets]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: each member's weights and the bias by bucket."""

@@ -11,20 +11,15 @@ ranks by content alone. Letters: B histories, L places, D hidden, I items of the
 C candidates, N any number of items.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 PADDING = -1  # in histories and candidates, after the last item
-NAME = "sequence_head"  # of the two files that hold a head
 
 
 @dataclass(frozen=True)
@@ -223,6 +218,10 @@ class SequenceHead(nn.Module):
         read = F.embedding(histories.clamp(min=0), vectors) * real[..., None]
         return self.encode(read, real.sum(dim=1))
 
+    def user_states(self, histories: Tensor, vectors: Tensor) -> Tensor:
+        """(B, D): the states after (B, L) item codes, see :meth:`forward`; zero for an empty history."""
+        return self(histories, vectors).last
+
     def score(self, histories: Tensor, candidates: Tensor, vectors: Tensor | None = None) -> Tensor:
         """(B, C): the score of given candidates (B, C), -inf at ``PADDING``."""
         vectors = self.item_vectors() if vectors is None else vectors
@@ -234,22 +233,6 @@ class SequenceHead(nn.Module):
         """(B, N): the score of every item, as one product; items chosen before are the caller's to leave out."""
         vectors = self.item_vectors() if vectors is None else vectors
         return self(histories, vectors).last @ vectors.T
-
-
-def save_head(head: SequenceHead, item_ids: Sequence[str], folder: Path) -> None:
-    """Write a head's weights, its configuration, and the ids of its items in the order of their codes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, folder / f"{NAME}.safetensors")
-    content = {"config": asdict(head.config), "items": list(item_ids)}
-    (folder / f"{NAME}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-def load_head(folder: Path) -> tuple[SequenceHead, dict[str, int]]:
-    """The head that :func:`save_head` has written, ready to score, and the code of each item id."""
-    content = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
-    head = SequenceHead(SequenceHeadConfig(**content["config"]))
-    head.load_state_dict(load_file(folder / f"{NAME}.safetensors"))
-    return head.eval(), {item_id: code for code, item_id in enumerate(content["items"])}
 
 
 GATES = 12  # 0, 1, 2-3, 4-7, ... interactions, and 1,024 or more

@@ -23,7 +23,9 @@ from mllm_msr.data.vector_files import read_vectors, vector_matrix
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
 from mllm_msr.evaluation.rankers import training_log
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
-from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions, save_head
+from mllm_msr.modeling.item_ranking import ItemRanker
+from mllm_msr.modeling.score_fusion import ScoreFusion
+from mllm_msr.modeling.sequence_head import SequenceHeadConfig, SequenceHeadOptions
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
 from mllm_msr.training.arguments import flag
@@ -43,7 +45,7 @@ class HeadArguments:
             raise ValueError("give --dataset_name, a prepared run, and --output_dir")
 
 
-def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: FitOptions) -> SequenceHead:
+def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: FitOptions) -> ItemRanker:
     run = RunFolder.open(Path(arguments.dataset_name))
     items, folder = run.read(ITEMS, ["item_id"]), Path(arguments.output_dir)
 
@@ -57,8 +59,10 @@ def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: Fi
     content_size = 0 if content is None else content.shape[1]
     config = SequenceHeadConfig(n_items=len(items), content_size=content_size, **asdict(options))
     head = fit(config, data, fit_options, arguments.seed, folder / "epochs")
-    save_head(head, items["item_id"].sort().to_list(), folder)
-    return head
+    name = "content_only" if not options.identity else "sequence_head" if content_size else "identity_only"
+    ranker = ItemRanker.of(items["item_id"].sort().to_list(), {name: head}, ScoreFusion.alone(name))
+    ranker.save_pretrained(folder)
+    return ranker
 
 
 def load_data(run: RunFolder, content: Tensor | None) -> TrainingData:

@@ -90,18 +90,12 @@ class HeadRanker:
     """Ranks by item vectors: a history is all that it needs of a user, a vector all that it needs of an item."""
 
     def __init__(self, run: RunFolder, by: By) -> None:
-        from mllm_msr.evaluation.heads import load_heads
+        from mllm_msr.modeling.item_ranking import ItemRanker
 
-        self.ranker = load_heads(run).ranker("fused" if by == "fused" else "sequence_head")
+        self.ranker, self.by = ItemRanker.from_pretrained(run.head), "fused" if by == "fused" else "sequence_head"
 
     def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
-        from mllm_msr.evaluation.coded_tasks import CodedLists, item_codes
-
-        items = self.ranker.items
-        known = set(items["item_id"])
-        lists = [[item for item in user.history if item in known] for user in users]
-        histories = CodedLists.of(pl.Series(lists, dtype=pl.List(pl.String)), items)
-        return list(self.ranker.score_catalogue(histories)[:, item_codes(pl.Series(names, dtype=pl.String), items)])
+        return list(self.ranker.score([user.history for user in users], names, self.by).numpy())
 
 
 def way_of(run: RunFolder, how: Ranking) -> By:

@@ -37,7 +37,7 @@ def test_the_reach_is_chosen_by_validation_and_the_like_come_first():
 
 
 def test_candidates_and_catalogue_have_the_same_scores():
-    ranker, coded = LikenessRanker(ITEMS, ContentLikeness(content(), reach=3)), CodedTasks(tasks(), ITEMS)
+    ranker, coded = LikenessRanker(ITEMS, ContentLikeness.of(content(), reach=3)), CodedTasks(tasks(), ITEMS)
     whole = ranker.score_catalogue(coded.histories)
     values = ranker.score(coded.histories, coded.candidates, pairs=7)
     assert np.allclose(whole[coded.candidates.owner, coded.candidates.codes], values, atol=1e-6)
@@ -45,18 +45,18 @@ def test_candidates_and_catalogue_have_the_same_scores():
 
 
 def test_a_score_is_the_mean_cosine_with_the_last_items_and_nothing_for_nobody():
-    model = ContentLikeness(content(), reach=2)
-    directions = model.directions_of(content())
+    model = ContentLikeness.of(content(), reach=2)
+    directions = model.item_vectors()
     assert torch.allclose(directions.norm(dim=1), torch.ones(30))
     histories = CodedLists(np.array([9, 4, 7]), np.array([0, 3, 3]))
     scores = LikenessRanker(ITEMS, model).score_catalogue(histories)
-    assert scores[0] == pytest.approx(((directions[4] + directions[7]) / 2 @ directions.T).numpy(), abs=2e-3)
+    assert scores[0] == pytest.approx(((directions[4] + directions[7]) / 2 @ directions.T).numpy(), abs=1e-6)
     assert not scores[1].any()
 
 
 def test_whitening_makes_every_direction_count_whatever_its_size():
     plain = torch.nn.functional.normalize(content().float() - content().float().mean(dim=0), dim=1)
-    whitened = ContentLikeness(content()).directions_of(content())
+    whitened = ContentLikeness.of(content()).item_vectors()
     kind = torch.arange(30) // 3
     nearest = [(directions @ directions.T - 9 * torch.eye(30)).argmax(dim=1) for directions in (plain, whitened)]
     hidden, clear = (float((kind[other] == kind).float().mean()) for other in nearest)
@@ -64,5 +64,5 @@ def test_whitening_makes_every_direction_count_whatever_its_size():
 
 
 def test_features_that_all_items_share_are_no_likeness():
-    model = ContentLikeness(torch.ones(4, 3))
-    assert not model.directions.any() and torch.isfinite(model.whitening).all()
+    model = ContentLikeness.of(torch.ones(4, 3))
+    assert not model.item_vectors().any() and torch.isfinite(model.whitening).all()

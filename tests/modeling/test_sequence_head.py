@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig, last_places, load_head, save_head
+from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig, last_places
 
 N_ITEMS, SIZE = 20, 6
 COUNTS = torch.arange(N_ITEMS)  # item 0 was never chosen
@@ -88,15 +88,6 @@ def test_candidates_and_catalogue_have_the_same_scores_and_new_items_are_ranked_
     assert torch.allclose(scores[0], whole[0, [5, 0]]) and torch.allclose(scores[1, 0], whole[1, 6])
     assert scores[1, 1] == float("-inf")
     assert more.shape == (1, N_ITEMS + 1)
-
-
-def test_a_saved_head_comes_back_with_all_that_is_known_of_its_items(tmp_path):
-    model = head(gate=True)
-    save_head(model, [f"i{code}" for code in range(N_ITEMS)], tmp_path)
-    other, codes = load_head(tmp_path)
-    assert codes["i3"] == 3 and len(codes) == N_ITEMS
-    history = torch.tensor([[1, 2]])
-    assert torch.equal(other.score_catalogue(history), model.score_catalogue(history))
 
 
 def test_what_cannot_be_is_refused():

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 
-from mllm_msr.modeling.sequence_head import load_head
+from mllm_msr.modeling.item_ranking import ItemRanker
 from mllm_msr.training import head as script
 
 
@@ -32,12 +32,12 @@ def test_the_script_trains_a_head_whose_items_are_those_of_the_run(small_run, ve
     command = arguments(small_run, tmp_path / "head", "--vectors", str(vectors))
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    head, codes = load_head(tmp_path / "head")
-    assert sorted(codes) == sorted(small_run.items.items["item_id"]) == list(codes)
+    ranker = ItemRanker.from_pretrained(tmp_path / "head")
+    assert ranker.item_ids == sorted(small_run.items.items["item_id"])
     given = pl.read_parquet(vectors).sort("item_id")["vector"].to_list()
-    assert torch.allclose(head.content.float(), torch.tensor(given), atol=1e-3)
-    assert head.score_catalogue(torch.tensor([[3, 1]])).shape == (1, len(codes))
-    assert not head.identity[head.counts == 0].any()
+    assert torch.allclose(ranker.content.float(), torch.tensor(given), atol=1e-3)
+    assert ranker.score([ranker.item_ids[3:1:-1]]).shape == (1, len(ranker))
+    assert not ranker.members["sequence_head"].identity[ranker.counts == 0].any()
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_vectors_that_do_not_fit_the_run_are_refused(small_run, vectors, tmp_pat
 
 def test_without_vectors_it_is_sasrec_and_a_missing_file_is_named(small_run, tmp_path):
     settings = script.SequenceHeadOptions(hidden=16), script.FitOptions(max_epochs=1)
-    head = script.main(script.HeadArguments(str(small_run.folder), None, str(tmp_path / "head")), *settings)
-    assert not head.config.content_size
+    ranker = script.main(script.HeadArguments(str(small_run.folder), None, str(tmp_path / "head")), *settings)
+    assert list(ranker.members) == ["identity_only"] and not ranker.content.shape[1]
     with pytest.raises(FileNotFoundError, match=r"nothing\.parquet is missing"):
         script.main(script.HeadArguments(str(small_run.folder), "nothing.parquet", str(tmp_path / "head")), *settings)
     with pytest.raises(ValueError, match="--dataset_name, a prepared run, and --output_dir"):

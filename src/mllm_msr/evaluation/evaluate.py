@@ -172,7 +172,9 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
 
 def fusion_weights(run: RunFolder) -> FusionWeights:
     """What the run's fused score weighs."""
-    content = json.loads((run.head / "fusion.json").read_text(encoding="utf-8"))
+    from mllm_msr.modeling.item_ranking import CONFIG  # takes a while
+
+    content = json.loads((run.head / CONFIG).read_text(encoding="utf-8"))["fusion"]
     return FusionWeights(content["members"], content["weights"], content["bias"])
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mllm_msr.evaluation.baselines import Ranker
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
-from mllm_msr.modeling.content_likeness import ContentLikeness
+from mllm_msr.modeling.content_likeness import ContentLikeness, profiles
 
 REACH = (1, 3, 5, 10, 20)  # last items of a history that may count
 
@@ -18,7 +18,7 @@ def likeness(validation: pl.DataFrame, items: pl.DataFrame, content: Tensor) -> 
     ``content``: (I, F), in the order of ``items.sort("item_id")``; the others as for
     :func:`mllm_msr.evaluation.baselines.knn`.
     """
-    tasks, ranker = CodedTasks(validation, items), LikenessRanker(items, ContentLikeness(content))
+    tasks, ranker = CodedTasks(validation, items), LikenessRanker(items, ContentLikeness.of(content))
     quality = {}
     for reach in REACH:
         ranker.likeness.reach = reach
@@ -32,21 +32,20 @@ class LikenessRanker(Ranker):
 
     def __init__(self, items: pl.DataFrame, likeness: ContentLikeness) -> None:
         super().__init__(items)
-        self.likeness = likeness
+        self.likeness, self.vectors = likeness, likeness.item_vectors()
 
     def _profiles(self, histories: CodedLists) -> Tensor:
         recent = histories.last(self.likeness.reach)
-        return self.likeness.profiles(torch.from_numpy(recent.codes), torch.from_numpy(recent.owner), len(recent))
+        return profiles(self.vectors, torch.from_numpy(recent.codes), torch.from_numpy(recent.owner), len(recent))
 
     def score(self, histories: CodedLists, candidates: CodedLists, pairs: int = 1 << 17) -> Array:
-        profiles, codes, owner = self._profiles(histories), candidates.codes, candidates.owner
+        states, codes, owner = self._profiles(histories), candidates.codes, candidates.owner
         values = [np.empty(0, np.float32)]
         for begin in range(0, len(codes), pairs):
             part = slice(begin, begin + pairs)
-            directions = self.likeness.directions[codes[part]].float()
-            values.append(torch.einsum("nf,nf->n", profiles[owner[part]], directions).numpy())
+            values.append(torch.einsum("nr,nr->n", states[owner[part]], self.vectors[codes[part]]).numpy())
         return np.concatenate(values)
 
     def score_catalogue(self, histories: CodedLists, hidden: Tensor | None = None) -> Array:
         """(U, I); ``hidden`` items are no others, as nobody's choices count."""
-        return (self._profiles(histories) @ self.likeness.directions.float().T).numpy()
+        return (self._profiles(histories) @ self.vectors.T).numpy()

@@ -1,0 +1,343 @@
+"""All that ranks by item vectors, as one object: heads, likeness of content, their fusion, and what each item is.
+
+It takes histories as lists of item ids and needs nothing else of a user; of an item it needs a content vector, so that
+new ones are ranked among all others without training. What it keeps of items is computed once and kept between calls.
+Letters: B histories, L places of the longest one, I items it knows, N items asked for, F content features, M members.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .content_likeness import ContentLikeness
+from .score_fusion import ScoreFusion, frequency_buckets
+from .sequence_head import PADDING, SequenceHead, SequenceHeadConfig
+
+LIKENESS, FUSED = "likeness", "fused"
+CONFIG, WEIGHTS, ITEMS = "sequence_head.json", "sequence_head.safetensors", "items.json"
+PAIRS = 1 << 22  # of histories and items that are scored at a time
+
+
+@dataclass(frozen=True)
+class AlikeItem:
+    """An item of a history, and the cosine of its vector with that of another item."""
+
+    item_id: str
+    cosine: float
+
+
+class ItemRanker(nn.Module):
+    """Scores items from histories. It is never trained: its parts are, one by one, before they are put together.
+
+    All numbers are in float32 but content, which is kept in float16, whatever the dtype of a model that it is a part
+    of. Scores of one history must not be asked for while another thread puts or removes items.
+
+    Args:
+        config: as :meth:`to_config` gives it; the weights are blank and to be loaded.
+        item_ids: of the I items, in the order of their codes.
+    """
+
+    content: Tensor
+    counts: Tensor
+
+    def __init__(self, config: Mapping[str, Any], item_ids: Sequence[str]) -> None:
+        super().__init__()
+        n_items = config["n_items"]
+        members = {
+            name: SequenceHead(SequenceHeadConfig(n_items=n_items, **options))
+            for name, options in config["heads"].items()
+        }
+        if config["likeness"] is not None:
+            members[LIKENESS] = ContentLikeness(n_items, **config["likeness"])
+        self._assemble(item_ids, members, ScoreFusion.from_dict(config["fusion"]))
+
+    @classmethod
+    def of(cls, item_ids: Sequence[str], members: Mapping[str, Any], fusion: ScoreFusion) -> "ItemRanker":
+        """Put trained members together.
+
+        Args:
+            item_ids: of the I items, in the order of their codes.
+            members: a :class:`ContentLikeness` by the name "likeness" and :class:`SequenceHead` objects by any other,
+                all of the same items and content; they share from now on what they keep of it.
+            fusion: weights of members.
+        """
+        ranker = cls.__new__(cls)
+        nn.Module.__init__(ranker)
+        ranker._assemble(item_ids, members, fusion)
+        return ranker
+
+    def _assemble(self, item_ids: Sequence[str], members: Mapping[str, Any], fusion: ScoreFusion) -> None:
+        if lost := [name for name in fusion.members if name not in members]:
+            raise ValueError(f"the fusion weighs {lost[0]!r}, which is no member; there are {', '.join(members)}")
+        self.members, self.fusion = nn.ModuleDict(members), fusion
+        read = [member.content for member in members.values() if hasattr(member, "content")]
+        heads = list(self._heads())
+        self.register_buffer("content", read[0] if read else torch.zeros(len(item_ids), 0, dtype=torch.float16))
+        counts = heads[0].counts if heads else torch.zeros(len(item_ids), dtype=torch.int32)
+        self.register_buffer("counts", counts)
+        self._name(item_ids)
+        self._share()
+        self.requires_grad_(False).eval()
+
+    def _heads(self) -> Iterator[Any]:
+        return (member for name, member in self.members.items() if name != LIKENESS)
+
+    def _name(self, item_ids: Sequence[str]) -> None:
+        if len(item_ids) != len(self.counts):
+            raise ValueError(f"{len(item_ids)} item ids for the vectors of {len(self.counts)} items")
+        self._ids, self._codes = list(item_ids), {item: code for code, item in enumerate(item_ids)}
+        if len(self._codes) < len(self._ids):
+            raise ValueError("an item id comes twice")
+
+    def _share(self) -> None:
+        """Let all members see this object's content and counts, which alone are saved; forget what came of others."""
+        for member in self.members.values():
+            for name in ("content", "counts"):
+                if hasattr(member, name):
+                    member.register_buffer(name, getattr(self, name), persistent=False)
+        self._vectors: dict[str, Tensor] = {}
+
+    # ---- items ---------------------------------------------------------------------------------------------------
+
+    @property
+    def item_ids(self) -> list[str]:
+        """The ids of all I items in the order of their codes, which is that of the columns of scores."""
+        return list(self._ids)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._codes
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def codes_of(self, item_ids: Sequence[str]) -> Tensor:
+        """(N,) codes of items; ValueError names one that is unknown."""
+        if unknown := [item for item in item_ids if item not in self._codes]:
+            more = f" and {len(unknown) - 1} others are" if len(unknown) > 1 else " is"
+            raise ValueError(
+                f"{unknown[0]!r}{more} none of the {len(self)} items that have a vector: put_items adds new ones"
+            )
+        return torch.tensor([self._codes[item] for item in item_ids], dtype=torch.int64, device=self.counts.device)
+
+    @torch.no_grad()
+    def put_items(self, item_ids: Sequence[str], content: Tensor) -> None:
+        """Add new items, of which nobody's choice is known, or change the content of others, which keep their identity.
+
+        Args:
+            item_ids: of N items, each once.
+            content: (N, F), their vectors, made as those of the catalogue were.
+
+        Raises:
+            ValueError: an item comes twice, a vector is of another length, or a number in one is not finite.
+        """
+        size = self.content.shape[1]
+        if not size:
+            raise ValueError("these heads know items by their identity alone: they cannot rank new ones")
+        if len(set(item_ids)) < len(item_ids):
+            raise ValueError("an item comes twice: give each once")
+        if content.shape != (len(item_ids), size):
+            raise ValueError(f"the vectors of {len(item_ids)} items are {tuple(content.shape)}, not (items, {size})")
+        half = content.to(self.content.device, torch.float16)
+        if wrong := (~half.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
+            raise ValueError(f"the vector of item {item_ids[wrong[0]]!r} has a number that float16 cannot hold")
+        new = [item for item in item_ids if item not in self._codes]
+        kept = self._vectors
+        if new:
+            self._rows(lambda rows: torch.cat([rows, rows.new_zeros(len(new), *rows.shape[1:])]))
+            self._name(self._ids + new)
+        codes = self.codes_of(item_ids)
+        self.content[codes] = half
+        self._share()
+        for name, rows in kept.items():
+            grown = torch.cat([rows, rows.new_empty(len(new), rows.shape[1])])
+            grown[codes] = self.members[name].item_vectors(codes)
+            self._vectors[name] = grown
+
+    @torch.no_grad()
+    def remove_items(self, item_ids: Sequence[str]) -> None:
+        """Forget items: they are no candidates any more, and skipped in histories; ValueError for an unknown one."""
+        stay = torch.ones(len(self), dtype=torch.bool, device=self.counts.device)
+        stay[self.codes_of(item_ids)] = False
+        gone, kept = set(item_ids), self._vectors
+        self._rows(lambda rows: rows[stay])
+        self._name([item for item in self._ids if item not in gone])
+        self._share()
+        self._vectors = {name: rows[stay] for name, rows in kept.items()}
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change everything that has a row for each item."""
+        self.content, self.counts = change(self.content), change(self.counts)
+        for head in self._heads():
+            if head.config.identity:
+                head.identity = nn.Parameter(change(head.identity.data), requires_grad=False)
+            head.config = replace(head.config, n_items=len(self.counts))
+
+    # ---- scores --------------------------------------------------------------------------------------------------
+
+    def read(self, histories: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """(B, L) codes of histories, oldest first, padded at the end, and (B,) how many of each one's items are unknown
+        and were skipped."""
+        known = [[self._codes[item] for item in history if item in self._codes] for history in histories]
+        codes = torch.full((len(known), max([1, *map(len, known)])), PADDING)
+        for row, history in zip(codes, known, strict=True):
+            row[: len(history)] = torch.tensor(history, dtype=torch.int64)
+        skipped = [len(history) - len(codes) for history, codes in zip(histories, known, strict=True)]
+        return codes.to(self.counts.device), torch.tensor(skipped, dtype=torch.int64)
+
+    @torch.no_grad()
+    def vectors(self, member: str) -> Tensor:
+        """(I, D): what a member keeps of every item, computed once."""
+        if member not in self._vectors:
+            self._vectors[member] = self.members[member].item_vectors()
+        return self._vectors[member]
+
+    def score(
+        self, histories: Sequence[Sequence[str]], item_ids: Sequence[str] | None = None, by: str = FUSED
+    ) -> Tensor:
+        """(B, N) float32: the score of every item after every history, a higher one for a better item.
+
+        Args:
+            histories: item ids, oldest first; unknown ones are skipped, see :meth:`read` for how many.
+            item_ids: of N candidates; None: all items, in the order of :attr:`item_ids`. Items of a history are not
+                left out.
+            by: "fused", or the name of a member.
+
+        Raises:
+            ValueError: a candidate or ``by`` is unknown.
+        """
+        codes, _ = self.read(histories)
+        return self.score_codes(codes, None if item_ids is None else self.codes_of(item_ids), by)
+
+    @torch.no_grad()
+    def score_codes(self, histories: Tensor, items: Tensor | None = None, by: str = FUSED) -> Tensor:
+        """As :meth:`score`, by (B, L) codes of :meth:`read` and (N,) of :meth:`codes_of`."""
+        if by != FUSED and by not in self.members:
+            raise ValueError(f"by={by!r} is not known; there are {', '.join([FUSED, *self.members])}")
+        buckets = self._buckets(items)
+        step = max(1, PAIRS // max(1, len(buckets)))
+        parts = [buckets.new_zeros(0, len(buckets), dtype=torch.float32)]
+        for part in histories.split(step) if len(histories) else ():
+            if by == FUSED:
+                parts.append(self.fusion(self._scores(part, items), buckets))
+            else:
+                parts.append(self._score(by, part, items))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def member_scores(
+        self, histories: Sequence[Sequence[str]], item_ids: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """(B, N) of each member of the fusion: its own score, as it is. Arguments as for :meth:`score`."""
+        codes, items = self.read(histories)[0], None if item_ids is None else self.codes_of(item_ids)
+        return {name: self._score(name, codes, items) for name in self.fusion.members}
+
+    @torch.no_grad()
+    def shares(self, histories: Sequence[Sequence[str]], item_ids: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """(B, N) of each member of the fusion, weight times standardised score, and "bias": their sum is the fused
+        score. Arguments as for :meth:`score`."""
+        codes, items = self.read(histories)[0], None if item_ids is None else self.codes_of(item_ids)
+        buckets = self._buckets(items)
+        shares = self.fusion.shares(self._scores(codes, items), buckets)
+        bias = self.fusion.bias.to(buckets.device)[buckets].expand(len(codes), -1)
+        return {**dict(zip(self.fusion.members, shares.unbind(dim=-1), strict=True)), "bias": bias}
+
+    def _buckets(self, items: Tensor | None) -> Tensor:
+        return frequency_buckets(self.counts if items is None else self.counts[items])
+
+    def _scores(self, histories: Tensor, items: Tensor | None) -> Tensor:
+        """(B, N, M)."""
+        return torch.stack([self._score(name, histories, items) for name in self.fusion.members], dim=-1)
+
+    def _score(self, member: str, histories: Tensor, items: Tensor | None) -> Tensor:
+        """(B, N), as one product."""
+        vectors = self.vectors(member)
+        states = self.members[member].user_states(histories, vectors)
+        return states @ (vectors if items is None else vectors[items]).T
+
+    def nearest(self, item_id: str, history: Sequence[str], k: int = 3) -> list[AlikeItem]:
+        """The ``k`` items of a history that are most like an item, the most alike first; unknown ones are skipped.
+
+        Alike are items by their content, or, if the members see none, by the vectors of the first member.
+        """
+        vectors = self.vectors(LIKENESS if LIKENESS in self.members else next(iter(self.members)))
+        chosen = [item for item in dict.fromkeys(history) if item in self._codes]
+        of_history = F.normalize(vectors[self.codes_of(chosen)], dim=1)
+        cosines = (of_history @ F.normalize(vectors[self.codes_of([item_id])], dim=1)[0]).tolist()
+        ordered = sorted(zip(chosen, cosines, strict=True), key=lambda pair: -pair[1])
+        return [AlikeItem(*pair) for pair in ordered[:k]]
+
+    # ---- as a part of a model, in files --------------------------------------------------------------------------
+
+    def to_config(self) -> dict[str, Any]:
+        """All but weights and item ids, as JSON holds it."""
+        heads = {name: asdict(head.config) for name, head in self.members.items() if name != LIKENESS}
+        for options in heads.values():
+            del options["n_items"]
+        likeness = None
+        if LIKENESS in self.members:
+            member: Any = self.members[LIKENESS]
+            content_size, rank = member.whitening.shape
+            likeness = {"content_size": content_size, "rank": rank, "reach": member.reach}
+        return {"n_items": len(self), "heads": heads, "likeness": likeness, "fusion": self.fusion.to_dict()}
+
+    def train(self, mode: bool = True) -> "ItemRanker":
+        """Stays as it is: a model around it may be trained, this is not."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ItemRanker":
+        """Goes to other devices with a model around it, but stays in its own dtypes."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        super()._apply(moved, recurse)
+        self._share()
+        return self
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write configuration, weights, and the table of items, which :meth:`from_pretrained` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(self.to_config(), indent=1), encoding="utf-8")
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        self.save_items(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "ItemRanker":
+        """What :meth:`save_pretrained` has written, on the CPU.
+
+        Raises:
+            FileNotFoundError: one of the files is missing.
+            ValueError: they do not belong together.
+        """
+        folder = Path(folder)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        items = read_items(folder / ITEMS)
+        ranker = cls(config, list(items))
+        ranker.load_state_dict(load_file(folder / WEIGHTS))
+        ranker.check_items(items, folder / ITEMS)
+        return ranker
+
+    def save_items(self, folder: Path | str) -> None:
+        """Write the table of items: how often each was chosen in training, by its id, in the order of codes."""
+        table = dict(zip(self._ids, self.counts.tolist(), strict=True))
+        (Path(folder) / ITEMS).write_text(json.dumps(table, ensure_ascii=False, indent=0), encoding="utf-8")
+
+    def check_items(self, items: Mapping[str, int], path: Path | str) -> None:
+        """ValueError unless a table of items is that of these weights."""
+        if list(items.values()) != self.counts.tolist():
+            raise ValueError(f"{path} is not the table of items of these weights: copy both from one place")
+
+
+def read_items(path: Path | str) -> dict[str, int]:
+    """The table of items that :meth:`ItemRanker.save_items` has written."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
