@@ -193,7 +193,9 @@ def block_attention(
     suffixes, groups = block_layout.suffixes, block_layout.groups
     if suffixes is not None:
         layer: Any = module.layer_idx
-        seen += [group.prefixes.layers[layer] for group in groups if isinstance(group.prefixes, KVCache)]
+        # not by type: this file may be loaded twice, from the package and from a repository, and the last is registered
+        cached: list[Any] = [group.prefixes for group in groups if hasattr(group.prefixes, "layers")]
+        seen += [prefixes.layers[layer] for prefixes in cached]
         own = [suffixes.gather(tensor) for tensor in (q, k, v)]
         scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         attend = _attend_in_place if suffixes.inside.shape[1] <= SHORT else _attend_to_copies

@@ -77,6 +77,18 @@ class Candidate:
             raise TypeError(f"`image` of a candidate is one opened image (PIL.Image) or None, not {_kind(image)}")
         return candidate
 
+    @classmethod
+    def of_document(cls, value: Any) -> "Candidate":
+        """From a document as rerankers take it: a text, or a mapping that `of` takes.
+
+        Rerankers know no titles: of a text without one, the first line is the title, and what follows is the text.
+        """
+        candidate = cls.of({"text": value} if isinstance(value, str) else value)
+        if candidate.title:
+            return candidate
+        title, _, text = candidate.text.strip().partition("\n")
+        return cls(candidate.item_id, title.strip(), text.strip(), candidate.image)
+
 
 def as_users(values: Any) -> list[User]:
     """A list of users from a list of ``User`` or mappings; TypeError for a single one."""

@@ -28,6 +28,8 @@ LEVELS = (  # a room imports itself and the rooms of the levels below its own
     {"front"},
 )
 SHIPPED = (
+    "mllm_msr.modeling.cross_encoder",
+    "mllm_msr.modeling.handler",
     "mllm_msr.modeling.modeling_mllm_msr",
     "mllm_msr.modeling.pipeline",
     "mllm_msr.processing.processing_mllm_msr",
