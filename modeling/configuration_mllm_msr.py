@@ -21,6 +21,8 @@ class MllmMsrConfig(PreTrainedConfig):
         backbone_name_or_path: where the backbone came from; an adapter repository is loaded on top of it.
         backbone_revision: its pinned revision.
         adapter: the folder of the LoRA adapter, in a repository that holds one in place of all weights.
+        sequence_head: what ranks by item vectors, if the checkpoint has it, as `ItemRanker.to_config` says it: options
+            of each head, reach of the likeness, weights of the fusion, sizes.
     """
 
     model_type = "mllm_msr"
@@ -36,6 +38,7 @@ class MllmMsrConfig(PreTrainedConfig):
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
     adapter: str | None = None
+    sequence_head: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

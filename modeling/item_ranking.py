@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .content_likeness import ContentLikeness
 from .score_fusion import ScoreFusion, frequency_buckets
 from .sequence_head import PADDING, SequenceHead, SequenceHeadConfig
 
 LIKENESS, FUSED = "likeness", "fused"
-CONFIG, WEIGHTS, ITEMS = "sequence_head.json", "sequence_head.safetensors", "items.json"
+ITEMS, PREFIX = "items.json", "item_ranker."  # the table of items; of the weights' names in a checkpoint
 PAIRS = 1 << 22  # of histories and items that are scored at a time
 
 
@@ -303,41 +305,64 @@ class ItemRanker(nn.Module):
         return self
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write configuration, weights, and the table of items, which :meth:`from_pretrained` reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(self.to_config(), indent=1), encoding="utf-8")
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        """Write a folder of this alone, which :meth:`from_pretrained` reads as it reads a whole model's."""
+        self.save_weights(folder)
         self.save_items(folder)
+        config = json.dumps({"sequence_head": self.to_config()}, indent=1)
+        (Path(folder) / "config.json").write_text(config, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "ItemRanker":
-        """What :meth:`save_pretrained` has written, on the CPU.
+    def from_pretrained(
+        cls, name_or_path: Path | str, config: Mapping[str, Any] | None = None, **hub: Any
+    ) -> "ItemRanker":
+        """The ranker of a repository or folder, on the CPU, without the model that it may be a part of.
+
+        Args:
+            name_or_path: a Hub id or a folder, of a model or of a ranker alone.
+            config: ``sequence_head`` of the model's configuration, if it is read already.
+            hub: as in `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
-            FileNotFoundError: one of the files is missing.
-            ValueError: they do not belong together.
+            OSError: one of the files is missing.
+            ValueError: there is no ranker in the repository, or its files do not belong together.
         """
-        folder = Path(folder)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        items = read_items(folder / ITEMS)
+
+        def file(name: str, **options: Any) -> str:
+            path: Any = cached_file(str(name_or_path), name, **hub, **options)
+            return path
+
+        if config is None:
+            config = json.loads(Path(file("config.json")).read_text(encoding="utf-8")).get("sequence_head")
+        if config is None:
+            raise ValueError(f"{name_or_path} has no sequence head: its config.json has no `sequence_head`")
+        items = json.loads(Path(file(ITEMS)).read_text(encoding="utf-8"))
+        shards = [file(SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
+        if shards[0] is None:
+            places = json.loads(Path(file(SAFE_WEIGHTS_INDEX_NAME)).read_text(encoding="utf-8"))["weight_map"]
+            shards = [file(shard) for shard in sorted({shard for key, shard in places.items() if PREFIX in key})]
+        weights = dict[str, Tensor]()
+        for shard in shards:
+            with safe_open(shard, framework="pt") as tensors:
+                own = [key for key in tensors.keys() if key.startswith(PREFIX)]  # noqa: SIM118 (no dict)
+                weights.update({key.removeprefix(PREFIX): tensors.get_tensor(key) for key in own})
+        if not weights:
+            raise ValueError(f"{name_or_path}: the weights of the sequence head are missing: save or download it again")
         ranker = cls(config, list(items))
-        ranker.load_state_dict(load_file(folder / WEIGHTS))
-        ranker.check_items(items, folder / ITEMS)
+        ranker.load_state_dict(weights)
+        if list(items.values()) != ranker.counts.tolist():
+            raise ValueError(f"{name_or_path}: {ITEMS} is not of these weights: copy both from one place")
         return ranker
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights under the names that they have in a checkpoint."""
+        return {PREFIX + name: value.contiguous() for name, value in self.state_dict().items()}
+
+    def save_weights(self, folder: Path | str) -> None:
+        """Write the weights as a file of their own."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(self.weights(), Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def save_items(self, folder: Path | str) -> None:
         """Write the table of items: how often each was chosen in training, by its id, in the order of codes."""
         table = dict(zip(self._ids, self.counts.tolist(), strict=True))
         (Path(folder) / ITEMS).write_text(json.dumps(table, ensure_ascii=False, indent=0), encoding="utf-8")
-
-    def check_items(self, items: Mapping[str, int], path: Path | str) -> None:
-        """ValueError unless a table of items is that of these weights."""
-        if list(items.values()) != self.counts.tolist():
-            raise ValueError(f"{path} is not the table of items of these weights: copy both from one place")
-
-
-def read_items(path: Path | str) -> dict[str, int]:
-    """The table of items that :meth:`ItemRanker.save_items` has written."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -2,7 +2,9 @@
 
 import copy
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.utils.hub import extract_commit_hash
 from .block_attention import BLOCK_ATTENTION
 from .configuration_mllm_msr import MllmMsrConfig
 from .image_features import encoder_outputs
+from .item_ranking import PREFIX, ItemRanker
 from .lora import adapter_layers, merge_adapter, save_adapter
 
 ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
@@ -46,6 +49,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected: Any = (rf"^{re.escape(PREFIX)}",)  # loaded beside the model, see `attach`
+    item_ranker: ItemRanker | None = None
 
     def __init__(self, config: MllmMsrConfig):
         super().__init__(config)
@@ -214,8 +219,13 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             if isinstance(config, PreTrainedConfig)
             else cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         )
+        ranker = None
+        if saved.sequence_head is not None:
+            ranker = ItemRanker.from_pretrained(pretrained_model_name_or_path, saved.sequence_head, **hub)
         if saved.adapter is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded).attach(ranker)
+            return loaded
         # these are of this repository, not of the backbone's
         own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
         where = {"revision": saved.backbone_revision} if saved.backbone_revision else {}
@@ -223,15 +233,34 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub.update(subfolder="/".join(part for part in (own.get("subfolder"), saved.adapter) if part))
         model.backbone.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub)
+        model.attach(ranker)
         return loaded
 
+    def attach(self, ranker: ItemRanker | None) -> None:
+        """Make `ranker` this checkpoint's `item_ranker`, saved and loaded with it; None takes it away.
+
+        It is no submodule: it is not trained, cast, quantised, sharded or moved with the model, and stays in float32 on
+        the device where it is.
+        """
+        self.__dict__["item_ranker"] = ranker
+        self.config.sequence_head = None if ranker is None else ranker.to_config()
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Write all weights, or, while an adapter is live, only that, for the backbone the configuration names."""
+        """Write all weights, or, while an adapter is live, only that, for the backbone the configuration names.
+
+        The item ranker's weights are in the same file or files, or, beside an adapter, in `model.safetensors`; its
+        items in `items.json`.
+        """
         from .pipeline import CUSTOM_PIPELINES  # here, as it takes a while; its code is saved with this file's
 
         self.config.custom_pipelines = CUSTOM_PIPELINES
+        self.attach(self.item_ranker)  # as it is by now
+        if self.item_ranker is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            self.item_ranker.save_items(save_directory)
         if not any(adapter_layers(self)):
-            super().save_pretrained(save_directory, *args, **kwargs)
+            with self._one_state_dict(kwargs):
+                super().save_pretrained(save_directory, *args, **kwargs)
             return
         if not self.config.backbone_name_or_path:
             raise ValueError("config.backbone_name_or_path must say what the adapter belongs to; or merge() it first")
@@ -252,6 +281,22 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             base_model_name_or_path=config.backbone_name_or_path,
             revision=config.backbone_revision,
         )
+        if self.item_ranker is not None:
+            self.item_ranker.save_weights(save_directory)
+
+    @contextmanager
+    def _one_state_dict(self, saving: dict[str, Any]) -> Iterator[None]:
+        """While it lasts, the item ranker's weights are among the model's; `saving`: options of `save_pretrained`."""
+        if self.item_ranker is None:
+            yield
+            return
+        if saving.get("state_dict") is not None:  # a trainer has gathered the model's
+            saving["state_dict"] = {**saving["state_dict"], **self.item_ranker.weights()}
+        self._modules["item_ranker"] = self.item_ranker
+        try:
+            yield
+        finally:
+            del self._modules["item_ranker"]
 
     def merge(self) -> "MllmMsrForRecommendation":
         """Merge a live adapter into the weights, in place."""

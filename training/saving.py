@@ -71,6 +71,7 @@ def whole_model(trainer: Trainer) -> Any:
     with torch.device("meta"):  # the weights come from the state
         whole: Any = type(plain)(plain.config)
         whole.generation_config = plain.generation_config
+        whole.attach(plain.item_ranker)
         if isinstance(model, PeftModel):
             whole = get_peft_model(whole, model.peft_config["default"])
     whole.load_state_dict(state, assign=True)

@@ -14,7 +14,6 @@ from mllm_msr.evaluation.coded_tasks import CodedTasks
 from mllm_msr.evaluation.evaluate import evaluate
 from mllm_msr.evaluation.heads import MEMBERS, load_heads, train_heads
 from mllm_msr.evaluation.rankers import training_interactions, training_log
-from mllm_msr.modeling.item_ranking import CONFIG
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_VECTORS, ITEMS, POPULARITY
 from mllm_msr.records.sections import HEAD_VARIANTS
@@ -61,7 +60,8 @@ def test_what_is_read_again_scores_as_what_was_trained(headed: RunFolder, tmp_pa
 def test_every_head_is_a_variant_of_the_table(headed: RunFolder) -> None:
     results = evaluate(headed)
     assert set(results.variants) == {*HEAD_VARIANTS, "popularity"}
-    assert json.loads((headed.head / CONFIG).read_text())["fusion"]["members"] == list(MEMBERS)
+    config = json.loads((headed.head / "config.json").read_text(encoding="utf-8"))
+    assert config["sequence_head"]["fusion"]["members"] == list(MEMBERS)
 
 
 def test_other_vectors_make_the_heads_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

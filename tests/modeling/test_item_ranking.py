@@ -1,44 +1,15 @@
 """What ranks by item vectors: the same scores kept, made anew and read again; new items beside all others."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
+from tiny_rankers import IDS, N_ITEMS, SIZE, content, make
 
-from mllm_msr.modeling.content_likeness import ContentLikeness
-from mllm_msr.modeling.item_ranking import CONFIG, ITEMS, AlikeItem, ItemRanker
+from mllm_msr.modeling.item_ranking import ITEMS, AlikeItem, ItemRanker
 from mllm_msr.modeling.score_fusion import ScoreFusion, frequency_buckets
-from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig
 
-N_ITEMS, SIZE = 30, 6
-IDS = [f"film-{code}" for code in range(N_ITEMS)]
 HISTORIES = [["film-3", "film-7", "film-29"], ["film-0"], [], [f"film-{code}" for code in range(20)]]
-
-
-def content(n_items: int = N_ITEMS, seed: int = 1) -> torch.Tensor:
-    return torch.randn(n_items, SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-def fusion(*members: str) -> ScoreFusion:
-    torch.manual_seed(2)
-    size = len(members)
-    return ScoreFusion(members, torch.randn(size), torch.rand(size) + 0.5, torch.randn(4, size), torch.randn(4))
-
-
-def make(*names: str, **settings) -> ItemRanker:
-    """A ranker of some members with random weights; item 0 was never chosen."""
-    torch.manual_seed(0)
-    members = {}
-    for name in names or ("sequence_head", "identity_only", "content_only", "likeness"):
-        if name == "likeness":
-            members[name] = ContentLikeness.of(content(), reach=2)
-            continue
-        size = 0 if name == "identity_only" else SIZE
-        config = SequenceHeadConfig(n_items=N_ITEMS, content_size=size, hidden=16, layers=1, max_length=8, **settings)
-        members[name] = SequenceHead(replace(config, identity=name != "content_only"))
-        members[name].set_items(torch.arange(N_ITEMS), content() if size else None)
-    return ItemRanker.of(IDS, members, fusion(*members))
 
 
 def again(ranker: ItemRanker) -> ItemRanker:
@@ -171,11 +142,11 @@ def test_what_is_saved_comes_back_and_content_is_in_it_once(tmp_path):
     assert torch.equal(other.score(HISTORIES), ranker.score(HISTORIES))
     assert [name for name in ranker.state_dict() if name.endswith(("content", "counts"))] == ["content", "counts"]
     assert json.loads((tmp_path / ITEMS).read_text(encoding="utf-8"))["film-4"] == 4
-    assert json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))["n_items"] == N_ITEMS + 1
+    assert json.loads((tmp_path / "config.json").read_text())["sequence_head"]["n_items"] == N_ITEMS + 1
     other.remove_items(["film-4"])
     other.put_items(["other"], content(1))
     other.save_items(tmp_path)
-    with pytest.raises(ValueError, match=r"items.json is not the table of items of these weights"):
+    with pytest.raises(ValueError, match=r"items.json is not of these weights"):
         ItemRanker.from_pretrained(tmp_path)
 
 

@@ -172,9 +172,7 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
 
 def fusion_weights(run: RunFolder) -> FusionWeights:
     """What the run's fused score weighs."""
-    from mllm_msr.modeling.item_ranking import CONFIG  # takes a while
-
-    content = json.loads((run.head / CONFIG).read_text(encoding="utf-8"))["fusion"]
+    content = json.loads((run.head / "config.json").read_text(encoding="utf-8"))["sequence_head"]["fusion"]
     return FusionWeights(content["members"], content["weights"], content["bias"])
 
 
