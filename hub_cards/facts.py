@@ -76,6 +76,7 @@ class ModelFacts:
         interaction: how user and candidate meet, "joint" or "late".
         prompts: the processor's templates, by name.
         training, validation: the losses that were reported.
+        head_items: how many items its sequence head knows; None without one.
     """
 
     kind: Literal["adapter", "merged", "full"]
@@ -84,6 +85,7 @@ class ModelFacts:
     prompts: Mapping[str, str]
     training: tuple[LossPoint, ...]
     validation: tuple[LossPoint, ...]
+    head_items: int | None = None
 
     @classmethod
     def read(cls, run: RunFolder) -> "ModelFacts":
@@ -96,6 +98,7 @@ class ModelFacts:
             processor.get("prompts") or {},
             tuple(LossPoint(entry["step"], entry["loss"]) for entry in log if "loss" in entry),
             tuple(LossPoint(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry),
+            read_json(run.head / "config.json")["sequence_head"]["n_items"] if has_head(run) else None,
         )
 
 
@@ -172,6 +175,11 @@ class Release:
             raise ValueError(f"namespace {namespace!r}: name a user or an organisation on the Hub")
         model = f"{namespace}/mllm-msr-{slug(recipe.name)}"
         return cls(model, f"{model}-data", f"{namespace}/ranking_metrics", f"{model}-app", tag)
+
+
+def has_head(run: RunFolder) -> bool:
+    """Whether a run's sequence head is trained and belongs to what its recipe and data are now."""
+    return run.recipe.head.enabled and not run.pending("head")
 
 
 def slug(name: str) -> str:

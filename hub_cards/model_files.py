@@ -53,17 +53,17 @@ def _weights(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         settings, weights = (f"{adapter}/{name}" for name in ADAPTER)
         if not read_json(folder / settings):
             raise FileNotFoundError(f"{folder / settings} is missing: train again")
-        _tensors(folder / weights)
+        tensor_names(folder / weights)
         yield from (settings, weights)
     elif (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        _tensors(folder / WEIGHTS)
+        tensor_names(folder / WEIGHTS)
         yield WEIGHTS
     else:
         places = read_json(folder / INDEX).get("weight_map") or {}
         for shard in sorted(set(places.values())):
             if Path(shard).name != shard:
                 raise ValueError(f"{folder / INDEX} names {shard!r}, which is not in this folder: train again")
-            lost = {name for name, place in places.items() if place == shard} - _tensors(folder / shard)
+            lost = {name for name, place in places.items() if place == shard} - tensor_names(folder / shard)
             if lost:
                 raise ValueError(f"{folder / shard} lacks {min(lost)}, which {INDEX} says it holds: train again")
             yield shard
@@ -72,7 +72,7 @@ def _weights(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         yield INDEX
 
 
-def _tensors(path: Path) -> set[str]:
+def tensor_names(path: Path) -> set[str]:
     """The names of the tensors in a file whose header is sound and fits the file's size."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}, the model's weights, is missing: copy it here again, or train again")

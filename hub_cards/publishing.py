@@ -21,6 +21,7 @@ from mllm_msr.hub_cards.cards import dataset_card, model_card
 from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.hub_cards.facts import Release
 from mllm_msr.hub_cards.model_files import model_files, without_paths
+from mllm_msr.hub_cards.model_head import add_head
 from mllm_msr.hub_cards.reader_files import write_reader_files
 from mllm_msr.hub_cards.shards import PublishedTable, published, shard
 from mllm_msr.hub_cards.spaces import fill_metric, fill_space
@@ -102,8 +103,8 @@ def _link(source: str, target: str) -> None:
 
 
 def fill_model(run: RunFolder, folder: Path, release: Release | None) -> None:
-    """The model: its checked files, without places of this machine; what lets other tools read it; its card; and the
-    recipe of its data."""
+    """The model: its checked files, without places of this machine; what ranks by item vectors; what lets other tools
+    read it; its card; and the recipe of its data."""
     for name in model_files(run.model):
         path, target = run.model / name, folder / name
         target.parent.mkdir(exist_ok=True)
@@ -111,6 +112,7 @@ def fill_model(run: RunFolder, folder: Path, release: Release | None) -> None:
             target.write_text(without_paths(path.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             link_file(path.resolve(), target)
+    add_head(run, folder)
     write_reader_files(folder)
     (folder / "README.md").write_text(str(model_card(run, release)), encoding="utf-8")
     (folder / "recipe.yaml").write_text(shared_recipe(run.recipe), encoding="utf-8")

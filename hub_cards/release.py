@@ -29,7 +29,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 
 from mllm_msr.hub_cards.cards import TAGS
-from mllm_msr.hub_cards.facts import Release, RunFacts
+from mllm_msr.hub_cards.facts import Release, RunFacts, has_head
 from mllm_msr.hub_cards.publishing import ALL_CONTENTS, FOLDERS, Contents, Part, built
 from mllm_msr.hub_cards.spaces import SPACE_SDKS
 from mllm_msr.hub_cards.terms import kept_private, warnings
@@ -105,7 +105,8 @@ def publish(run: RunFolder, options: PublishOptions, api: HfApi | None = None, t
             nothing has been sent then.
     """
     release = Release.of(run.recipe, options.namespace, options.tag)
-    for stage in ("report", "train"):  # all that is published, and that the report is about
+    head = ("head",) if has_head(run) else ()
+    for stage in ("report", "train", *head):  # all that is published, and that the report is about
         run.require(stage, thoroughly=True)
     with built(run, options.parts or tuple(FOLDERS), release, options.contents) as folders:
         repositories = [Repository(part, getattr(release, part), folder) for part, folder in folders.items()]

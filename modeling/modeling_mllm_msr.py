@@ -86,7 +86,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
 
         Args:
             id_or_path: a Hub id or a folder, with `revision` as everywhere in transformers. A trained recommender in
-                the place of a backbone is loaded whole, its adapter merged, to be trained further.
+                the place of a backbone is loaded whole, its adapter merged, to be trained further; its item ranker
+                stays behind, as it is of another catalogue.
             processor: the backbone's [`MllmMsrProcessor`], which knows the answers' tokens.
             kwargs: as in `from_pretrained` (`device_map`, ...).
         """
@@ -101,6 +102,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         if vlm_config.model_type == cls.config_class.model_type:  # one of ours, to be trained further
             model: Any = cls.from_pretrained(id_or_path, **where, **kwargs).merge()
             model.config.backbone_name_or_path = model.config.backbone_revision = None  # no adapter could name it
+            model.attach(None)
             return model
         config = cls.config_class(
             vlm_config=vlm_config,

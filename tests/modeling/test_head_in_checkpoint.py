@@ -92,8 +92,7 @@ def test_an_adapter_repository_has_it_beside_the_adapter(headed, tmp_path: Path)
     check(loaded, expected)
     loaded.merge().save_pretrained(tmp_path / "merged")
     check(AutoModel.from_pretrained(tmp_path / "merged"), expected)
-    further = MllmMsrForRecommendation.from_backbone(tmp_path / "adapter")
-    check(further, expected)
+    assert MllmMsrForRecommendation.from_backbone(tmp_path / "adapter").item_ranker is None  # to be trained further
 
 
 def test_a_quantised_model_leaves_it_as_it_is(backbone, tmp_path: Path) -> None:
