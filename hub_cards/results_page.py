@@ -13,6 +13,7 @@ from mllm_msr.hub_cards.view import (
     AGREEMENT_HEAD,
     AMONG_ALL,
     COMPARED,
+    COMPARED_AMONG_ALL,
     DIVISIONS,
     FREQUENCY,
     SLICED,
@@ -52,7 +53,7 @@ def results_page(results: Results) -> str:
     """All of a run's results as Markdown."""
     parts = [f"# {' '.join(results.dataset.split())}", headline(results), _conditions(results)]
     parts += ["Percent, 95% interval by bootstrap over users; equal scores count by their expected place."]
-    parts += [results_table(results).to_markdown()]
+    parts += [results_table(results).to_markdown(), *results.notes]
     for section in sections(results):
         parts += [f"## {section.title}", section.words, section.table.to_markdown() if section.table else None]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -67,13 +68,16 @@ def console_page(results: Results) -> str:
     parts = [results_table(results).to_text()]
     if table := slice_table(results, FREQUENCY):
         parts += [f"{metric_label(SLICED)} by {DIVISIONS[FREQUENCY]}:", table.to_text()]
-    if differences := sasrec_table(results, ("auc", SLICED)):
+    if differences := sasrec_table(results.against_sasrec, ("auc", SLICED)):
         parts += ["In points, paired by user:", differences.to_text()]
     if differences := differences_table(results, ("auc", SLICED)):
         parts += ["In points, paired by user:", differences.to_text()]
     if catalogue := results.full_catalogue:
         items = f"{catalogue.n_users:,} users, sampled candidates and all {catalogue.n_candidates:,.0f} items:"
         parts += [items, catalogue_table(catalogue, AMONG_ALL[2:]).to_text(), catalogue_words(results, catalogue)]
+        if differences := sasrec_table(catalogue.against_sasrec, COMPARED_AMONG_ALL):
+            parts += ["Among all items, in points, paired by user:", differences.to_text()]
+    parts += results.notes
     return "\n".join(parts)
 
 
@@ -109,6 +113,11 @@ def compare(runs: Sequence[RunFolder]) -> str:
     parts = [TableView(("", "run", *(metric_label(name) for name in SIDE_BY_SIDE)), tuple(rows)).to_markdown()]
     if len({run_results.candidate_hash for run_results in results.values()}) > 1:
         parts.append("Not the same candidates: compare the differences between variants, not the figures.")
+    if among_all := catalogues_side_by_side(results):
+        parts += [
+            "Among all items, and less SASRec in the same run, in points, paired by user:",
+            among_all.to_markdown(),
+        ]
     if paired := beside_the_first(labels):
         parts.append(
             f"{variant_of(OURS).label} less that of {next(iter(labels))}, in points, paired by user; and how far the "
@@ -117,6 +126,23 @@ def compare(runs: Sequence[RunFolder]) -> str:
         parts.append(paired.to_markdown())
     parts.append("\n".join(f"- {label}: {facts.dataset}, {_conditions(facts)}" for label, facts in results.items()))
     return "\n\n".join(parts)
+
+
+def catalogues_side_by_side(results: Mapping[str, Results]) -> TableView | None:
+    """Each run's variants among all items, with their differences from SASRec; None if no run was ranked so."""
+    catalogues = {label: each.full_catalogue for label, each in results.items() if each.full_catalogue}
+    rows = []
+    for variant in in_order({name for catalogue in catalogues.values() for name in catalogue.variants}):
+        for label, catalogue in catalogues.items():
+            if figures := catalogue.variants.get(variant.name):
+                less = catalogue.against_sasrec.get(variant.name, {})
+                cells = [
+                    (estimate_cell(figures.full.get(name)), *difference_cells(less.get(name)))
+                    for name in COMPARED_AMONG_ALL
+                ]
+                rows.append(Row.of(variant, [Cell(label), *(cell for group in cells for cell in group)]))
+    head = [text for name in COMPARED_AMONG_ALL for text in (metric_label(name), "less SASRec", "p")]
+    return TableView(("", "run", *head), tuple(rows)) if rows else None
 
 
 def _labels(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:

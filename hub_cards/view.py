@@ -1,7 +1,7 @@
 """Results as tables: one view for the console, ``results.md``, the report, comparisons, studies and cards."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,6 +11,7 @@ from mllm_msr.records.results import Agreement, AgreementFigures, Difference, Es
 from mllm_msr.records.sections import OURS
 
 COMPARED = ("auc", "hr@5", "ndcg@5")
+COMPARED_AMONG_ALL = ("hr@10", "ndcg@10")
 AMONG_ALL = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
 ORDERED_BY = ("ndcg@5", "ndcg@10", "hr@10")  # the first that was measured
 SLICED = "ndcg@5"
@@ -209,10 +210,11 @@ def differences_table(results: Results, wanted: Sequence[str] = COMPARED) -> Tab
     return TableView((f"{variant_of(OURS).label} less", *head), tuple(rows)) if rows else None
 
 
-def sasrec_table(results: Results, wanted: Sequence[str] = COMPARED) -> TableView | None:
+def sasrec_table(
+    differences: Mapping[str, Mapping[str, Difference]], wanted: Sequence[str] = COMPARED
+) -> TableView | None:
     """Each variant less SASRec, in points, with p; None if SASRec was not evaluated."""
-    metrics = measured(metrics_of(results), wanted)
-    differences = results.against_sasrec
+    metrics = measured(dict.fromkeys(name for each in differences.values() for name in each), wanted)
     rows = [
         Row.of(variant, [cell for name in metrics for cell in difference_cells(differences[variant.name].get(name))])
         for variant in in_order(differences)
@@ -304,7 +306,7 @@ def sections(results: Results) -> list[Section]:
             "model of identities knows nothing."
         )
         parts.append(Section(f"{metric_label(SLICED)} by {DIVISIONS[FREQUENCY]}", words, table, detail=False))
-    if differences := sasrec_table(results):
+    if differences := sasrec_table(results.against_sasrec):
         words = "Each variant less SASRec, in points, on the same users and candidates, paired by user; p is two-sided."
         parts.append(Section("Differences from SASRec", words, differences, detail=False))
     if differences := differences_table(results):
@@ -320,6 +322,9 @@ def sections(results: Results) -> list[Section]:
             f"{catalogue_words(results, catalogue)} {SAMPLED_OR_ALL}"
         )
         parts.append(Section("Among all items", words, catalogue_table(catalogue), detail=False))
+        if differences := sasrec_table(catalogue.against_sasrec, COMPARED_AMONG_ALL):
+            words = "Each variant less SASRec among all items, in points, paired by user; p is two-sided."
+            parts.append(Section("Differences from SASRec among all items", words, differences, detail=False))
     if weights := fusion_table(results):
         words = (
             "The fused score of an item is a weighted sum of its standardised scores by each member, fitted on "

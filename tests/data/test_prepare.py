@@ -160,3 +160,11 @@ def test_statistics(raw: RawData, tmp_path: Path) -> None:
     )
     for part in wanted:
         assert part in shown
+
+
+def test_a_popularity_below_chance_is_explained_under_strict_alone(raw: RawData, tmp_path: Path) -> None:
+    report = prepare(raw, tmp_path / "data", OPTIONS, "made up", popularity_figures)
+    figures = {"test": {**report["protocol"]["popularity"]["test"], "auc_user": 0.4}}
+    for name, explained in (("strict", True), ("paper", False)):
+        shown = statistics_table({**report, "protocol": {**report["protocol"], "name": name, "popularity": figures}})
+        assert ("Popularity ranks below chance here" in shown) == explained

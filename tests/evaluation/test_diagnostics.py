@@ -8,7 +8,7 @@ import pytest
 
 from mllm_msr.evaluation import diagnostics
 from mllm_msr.evaluation.metrics import ranking_metrics, user_columns
-from mllm_msr.records.results import AgreementFigures, Check, Slice
+from mllm_msr.records.results import AgreementFigures, Check, Estimate, Slice
 
 RNG = np.random.default_rng(0)
 N_USERS, N_ITEMS = 60, 30
@@ -128,3 +128,18 @@ def test_ties_and_popularity_are_seen(scored):
     assert found["blind"] == Check(tied_users=1.0, popularity_correlation=None)
     reverse = scored.scores.filter(variant="popularity").with_columns(-pl.col("logit"))
     assert diagnostics.checks(reverse, scored.popularity)["popularity"].popularity_correlation == pytest.approx(-1.0)
+
+
+def report(n_items: int = 90) -> dict:
+    """Of a strict run of which 20 users were drawn, who met so many of the 100 items."""
+    steps = [("k-core", 50, 100), ("sample", 20, n_items), ("history", 20, n_items)]
+    cleaning = [{"step": step, "users": users, "items": items} for step, users, items in steps]
+    return {"cleaning": cleaning, "protocol": {"name": "strict"}}
+
+
+def test_a_cut_catalogue_and_popularity_below_chance_are_explained():
+    below, above = ({"auc_user": Estimate(value, value - 0.02, value + 0.02)} for value in (0.45, 0.49))
+    cut, upside_down = diagnostics.notes(report(), {"popularity": below})
+    assert "a sample of 20 of 50 users" in cut and "90 of 100 items" in cut and "below chance" in upside_down
+    assert diagnostics.notes(report(100), {"popularity": above}) == []
+    assert diagnostics.notes(report(100) | {"protocol": {"name": "paper"}}, {"popularity": below}) == []

@@ -106,6 +106,28 @@ def test_the_console_shows_differences_and_the_whole_catalogue():
     assert console_page(BARE).count("SASRec") == 1
 
 
+def among_all() -> FullCatalogue:
+    """Two variants, one of them SASRec, among all items."""
+    names = ("hr@10", "ndcg@10")
+    variants = {name: CatalogueFigures(metrics(0.8, *names), metrics(0.2, *names)) for name in ("fused", "sasrec")}
+    less = {"fused": dict.fromkeys(names, Difference(0.031, 0.011, 0.051, 0.002))}
+    return FullCatalogue(10, 1400.5, variants, against_sasrec=less)
+
+
+def test_differences_from_sasrec_are_shown_among_all_items_too(pair):
+    whole = replace(RESULTS, full_catalogue=among_all(), notes=["The catalogue is cut."])
+    page, shown = results_page(whole), console_page(whole)
+    assert "## Differences from SASRec among all items" in page and "The catalogue is cut." in page
+    assert "| less SASRec | HR@10 | p | NDCG@10 | p |" in page
+    assert "| fused | +3.1 (+1.1 to +5.1) | 0.002 | +3.1 (+1.1 to +5.1) | 0.002 |" in page
+    assert "Among all items, in points, paired by user:" in shown and shown.endswith("The catalogue is cut.")
+    replace(pair[1].results(), full_catalogue=among_all()).write(pair[1].metrics)
+    table = tables(compare(pair))[1]
+    assert table[0] == "| | run | HR@10 | less SASRec | p | NDCG@10 | less SASRec | p |"
+    assert [line.split("|")[1:3] for line in table[2:]] == [[" fused ", " two "], [" SASRec ", " two "]]
+    assert "+3.1 (+1.1 to +5.1) | 0.002" in table[2]
+
+
 def test_runs_side_by_side_say_when_their_candidates_differ(pair, tmp_path):
     both = compare(pair)
     assert "Not the same candidates" not in both

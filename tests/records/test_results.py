@@ -30,9 +30,15 @@ WHOLE = Results(
         "slices": [Slice("history_length", "5-19", 4, {"mllm_msr": AUC})],
         "checks": {"mllm_msr": Check(0.1, None), "popularity": Check(0.2, 1.0)},
         "calibration": Calibration(CURVE, CURVE, -1.5),
-        "full_catalogue": FullCatalogue(5, 39.5, {"mllm_msr": CatalogueFigures(AUC, AUC)}),
+        "full_catalogue": FullCatalogue(
+            5,
+            39.5,
+            {"mllm_msr": CatalogueFigures(AUC, AUC)},
+            against_sasrec={"mllm_msr": {"hr@10": Difference(0.1, 0.05, 0.15, 0.01)}},
+        ),
         "agreement": Agreement(4, "float32", {"bfloat16": AgreementFigures(0.01, 0.0, 0.99)}),
         "model_of": "trained on films",
+        "notes": ["The data is a sample."],
     }
 )
 

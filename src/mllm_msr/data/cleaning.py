@@ -100,7 +100,7 @@ def clean(
             chosen[part["user"]] = True
         present = np.flatnonzero(chosen).astype(np.uint32)
         chosen[np.random.default_rng(options.seed).permutation(present)[options.limit_users :]] = False
-        why = f"at most {options.limit_users} users, drawn with seed {options.seed}"
+        why = f"at most {options.limit_users} users, drawn with seed {options.seed}; of the items, what they have met"
         apply(("sample", why, lambda part: part[chosen[part["user"]]]))
     if (most := options.max_history) is not None:
         for number, part in enumerate(log.parts()):

@@ -7,6 +7,12 @@ import numpy as np
 from mllm_msr.data.cleaning import CleanData
 from mllm_msr.data.coded_log import Array, user_starts
 
+BELOW_CHANCE = (
+    "Popularity ranks below chance here, and the scores are not upside down: it counts training interactions, the "
+    "protocol strict holds out each user's last two, and items that are new at the end of the log are among the "
+    "choices and hardly in the counts."
+)
+
 
 def statistics(data: CleanData, n_images: int) -> dict[str, Any]:
     lengths: list[Array] = []
@@ -64,5 +70,7 @@ def statistics_table(report: dict[str, Any]) -> str:
             lines.append(f"{count:>8,}  targets refused: {name.removeprefix('targets_').replace('_', ' ')}")
     for split, figures in protocol["popularity"].items():
         lines.append(f"popularity, {split}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+    if protocol["name"] == "strict" and any(each["auc_user"] < 0.5 for each in protocol["popularity"].values()):
+        lines.append(BELOW_CHANCE)
     lines += [f"{row['count']:>8,}  {row['what']}" for row in report["skipped"]]
     return "\n".join(lines)

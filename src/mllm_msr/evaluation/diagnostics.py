@@ -5,13 +5,16 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from mllm_msr.data.statistics import BELOW_CHANCE
 from mllm_msr.evaluation.metrics import Array, Columns, Values, estimates, paired
 from mllm_msr.records.results import (
     AgreementFigures,
+    ByVariant,
     Check,
     Difference,
     Estimate,
@@ -35,6 +38,27 @@ def compared(ours: Columns, theirs: Columns) -> dict[str, Difference]:
     """The metrics of one variant less another's, columns of the same users; see
     :func:`~mllm_msr.evaluation.metrics.paired`."""
     return {name: Difference.from_json(content) for name, content in paired(ours, theirs).items()}
+
+
+def notes(report: Mapping[str, Any], variants: ByVariant) -> list[str]:
+    """What of the data must be known to read the figures right.
+
+    Args:
+        report: of ``prepare``.
+        variants: the metrics of each.
+    """
+    found = []
+    for before, row in pairwise(report["cleaning"]):
+        if row["step"] == "sample" and row["items"] < before["items"]:
+            found.append(
+                f"The data is a sample of {row['users']:,} of {before['users']:,} users, and the catalogue is what "
+                f"they have met, {row['items']:,} of {before['items']:,} items: among all items every figure is higher "
+                "than it would be in the whole catalogue."
+            )
+    auc = [estimate for name, estimate in variants.get("popularity", {}).items() if name in ("auc", "auc_user")]
+    if report["protocol"]["name"] == "strict" and any(estimate.high < 0.5 for estimate in auc):
+        found.append(BELOW_CHANCE)
+    return found
 
 
 def slices(columns: Mapping[str, Columns], tasks: pl.DataFrame, popularity: pl.DataFrame) -> list[Slice]:

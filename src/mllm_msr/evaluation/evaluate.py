@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.diagnostics import SLICE_METRICS, checks, compared, measured, reliability, slices
+from mllm_msr.evaluation.diagnostics import SLICE_METRICS, checks, compared, measured, notes, reliability, slices
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs, measure_catalogue, rank_in_catalogue
 from mllm_msr.evaluation.metrics import Columns, user_columns
 from mllm_msr.evaluation.places import place_columns
@@ -186,7 +186,8 @@ def measure(
         places: by variant, where the protocol ranks among all items: metrics, differences and slices are then of these,
             and the scores of the sampled candidates serve calibration and checks alone.
     """
-    protocol = json.loads(run.data_report.read_text(encoding="utf-8"))["protocol"]
+    report = json.loads(run.data_report.read_text(encoding="utf-8"))
+    protocol = report["protocol"]
     tasks, popularity = run.tasks(run.recipe.evaluation.split), run.read(POPULARITY)
     first = next(iter(scores.values()))
     for name, frame in scores.items():
@@ -217,6 +218,7 @@ def measure(
         odds, training_odds = (_positive_odds(part) for part in (tasks, run.tasks("train")))
         shift = float(np.log(odds / training_odds)) if training_odds else 0.0
         calibration = Calibration(reliability(labels, logits), reliability(labels, logits, shift), shift)
+    variants = {name: measured(own) for name, own in columns.items()}
     sizes = tasks["candidates"].list.len() if places is None else next(iter(places.values()))["candidates"]
     return Results(
         dataset=run.recipe.name,
@@ -226,13 +228,14 @@ def measure(
         n_candidates=int(sizes.to_numpy().max()),
         seed=protocol["seed"],
         candidate_hash=protocol["candidate_hash"],
-        variants={name: measured(own) for name, own in columns.items()},
+        variants=variants,
         against=against,
         against_sasrec=against_sasrec,
         slices=slices(columns_of(SLICE_METRICS), tasks, popularity),
         checks=checks(pl.concat(scores.values()), popularity),
         calibration=calibration,
         model_of=run.recipe.evaluation.model_of,
+        notes=notes(report, variants),
     )
 
 

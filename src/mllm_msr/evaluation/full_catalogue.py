@@ -5,9 +5,10 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
+from tqdm import tqdm
 
 from mllm_msr.evaluation.coded_tasks import CodedLists, count_above, item_codes
-from mllm_msr.evaluation.diagnostics import measured
+from mllm_msr.evaluation.diagnostics import compared, measured
 from mllm_msr.evaluation.metrics import user_columns
 from mllm_msr.evaluation.places import place_columns
 from mllm_msr.evaluation.scorers import Scorer
@@ -50,7 +51,8 @@ def places_in_catalogue(
     )
     codes, left_out = item_codes(targets["item_id"], items), CodedLists.of(lists["item_id"], items)
     ids, step, counts = items["item_id"].sort().to_list(), max(1, pairs // len(items)), []
-    for begin in range(0, len(tasks), step):
+    blocks = range(0, len(tasks), step)
+    for begin in tqdm(blocks, desc="    among all items", unit="block", leave=False, disable=len(blocks) < 2):
         end = min(begin + step, len(tasks))
         values = scorer.score_catalogue(tasks[begin:end], ids)
         counts.append(count_above(values, codes[begin:end], left_out.slice(begin, end)))
@@ -70,10 +72,12 @@ def measure_catalogue(
         places: each variant's ``records.schema.PLACES`` among all items.
     """
     variants = {}
+    columns = {variant: place_columns(frame, metrics) for variant, frame in places.items()}
     for variant, frame in places.items():
         own = scores[variant].join(frame.select("user_id"), on="user_id", how="semi", maintain_order="left")
-        full = place_columns(frame, metrics)
-        sampled = user_columns(own["user_id"], own["label"], own["logit"], list(full))
-        variants[variant] = CatalogueFigures(measured(sampled), measured(full))
+        sampled = user_columns(own["user_id"], own["label"], own["logit"], list(columns[variant]))
+        variants[variant] = CatalogueFigures(measured(sampled), measured(columns[variant]))
     sizes = next(iter(places.values()))["candidates"].to_numpy()
-    return FullCatalogue(len(sizes), round(float(sizes.mean()), 1), variants)
+    sasrec = columns.pop("sasrec", None)
+    differences = {} if sasrec is None else {variant: compared(own, sasrec) for variant, own in columns.items()}
+    return FullCatalogue(len(sizes), round(float(sizes.mean()), 1), variants, against_sasrec=differences)

@@ -21,7 +21,7 @@ import polars as pl
 Array = np.ndarray
 Values = Sequence | Array | pl.Series
 Columns = Mapping[str, Array]  # metric to (U,) values
-METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "map")
+METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "ndcg@10", "map")
 LABELS = {"auc_user": "AUC per user"}  # for readers, where capitals do not do
 NORMAL_FROM = 100_000  # users; from here on a bootstrapped mean is normal to more digits than anyone prints
 

@@ -26,6 +26,10 @@ class Ranker(ABC):
         coded = CodedTasks(tasks, self.items)
         return self.score(coded.histories, coded.candidates)
 
+    def catalogue(self, tasks: pl.DataFrame) -> Array:
+        """(U, I): the value of every item for each task, of ``history``."""
+        return self.score_catalogue(CodedLists.of(tasks["history"], self.items))
+
     @abstractmethod
     def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
         """(N,): the value of every candidate, list after list."""

@@ -11,7 +11,7 @@ import polars as pl
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.sources.demo import DemoSource, true_utilities
 from mllm_msr.data.sources.registry import source_options
-from mllm_msr.evaluation.coded_tasks import Array, CodedLists
+from mllm_msr.evaluation.coded_tasks import Array
 from mllm_msr.evaluation.loading import load_catalogue, load_recommender
 from mllm_msr.evaluation.rankers import Ranker
 from mllm_msr.evaluation.scoring import as_it_is, own_context, pairs, score_with_model, score_with_values
@@ -71,7 +71,7 @@ class RankerScorer(Scorer):
         return score_with_values(tasks, self.ranker(tasks))
 
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
-        return self.ranker.score_catalogue(CodedLists.of(tasks["history"], self.ranker.items))
+        return self.ranker.catalogue(tasks)
 
 
 class Oracle(Scorer):

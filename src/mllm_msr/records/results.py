@@ -107,11 +107,15 @@ class CatalogueFigures:
 
 @dataclass(frozen=True)
 class FullCatalogue:
-    """Users and mean candidates of the ranking over the full catalogue, and each variant's figures."""
+    """Users and mean candidates of the ranking over the full catalogue, and each variant's figures.
+
+    ``against_sasrec``: every other variant's differences from SASRec among all items.
+    """
 
     n_users: int
     n_candidates: float
     variants: dict[str, CatalogueFigures]
+    against_sasrec: dict[str, dict[str, Difference]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class Results:
         slices, checks, calibration, full_catalogue, agreement: further evidence, where it was computed.
         fusion: the weights of the variant ``fused``.
         model_of: what the model was trained on, if on other data.
+        notes: what of the data must be known to read the figures right, in sentences.
     """
 
     dataset: str
@@ -174,6 +179,7 @@ class Results:
     agreement: Agreement | None = None
     fusion: FusionWeights | None = None
     model_of: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``metrics.json``; what was not computed is left out."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mllm_msr.records.typed import check_types
 
 OnBadRows = Literal["error", "skip"]
-DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "map")
+DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "ndcg@10", "map")
 OURS = "mllm_msr"  # the variant that is our model, trained
 HEAD_VARIANTS = ("sequence_head", "fused", "content_only", "identity_only", "likeness")  # which rank by item vectors
 DEFAULT_VARIANTS = (
