@@ -8,6 +8,9 @@
 ``--vectors`` is a file with ``item_id`` and ``vector`` of every item, such as ``RUN/vectors/items.parquet``. Without
 it the head knows items by their identity alone, which is SASRec; with ``--no_identity``, by their vectors alone. Every
 epoch is saved: run again after an interruption with the same ``--output_dir``, it goes on to the same result.
+
+``ItemRanker.from_pretrained`` reads the folder. With ``--model``, a trained recommender's folder or id, the folder is
+that recommender with the head as its ``item_ranker``, and ``AutoModel.from_pretrained`` reads it.
 """
 
 import sys
@@ -24,8 +27,10 @@ from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
 from mllm_msr.evaluation.rankers import training_log
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
 from mllm_msr.modeling.item_ranking import ItemRanker
+from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.score_fusion import ScoreFusion
 from mllm_msr.modeling.sequence_head import SequenceHeadConfig, SequenceHeadOptions
+from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
 from mllm_msr.training.arguments import flag
@@ -38,6 +43,7 @@ class HeadArguments:
     dataset_name: str = flag("", "A prepared run's folder.")
     vectors: str | None = flag(None, "A file with item_id and vector of every item; none: identity alone.")
     output_dir: str = flag("", "Folder of the trained head and of its epochs.")
+    model: str | None = flag(None, "A trained recommender that the head becomes a part of, in --output_dir.")
     seed: int = flag(0, "Of weights, batches and dropout.")
 
     def __post_init__(self) -> None:
@@ -61,7 +67,15 @@ def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: Fi
     head = fit(config, data, fit_options, arguments.seed, folder / "epochs")
     name = "content_only" if not options.identity else "sequence_head" if content_size else "identity_only"
     ranker = ItemRanker.of(items["item_id"].sort().to_list(), {name: head}, ScoreFusion.alone(name))
-    ranker.save_pretrained(folder)
+
+    # Saving
+    if arguments.model is None:
+        ranker.save_pretrained(folder)
+    else:
+        model = MllmMsrForRecommendation.from_pretrained(arguments.model, dtype="auto")
+        model.attach(ranker)
+        model.save_pretrained(folder)
+        MllmMsrProcessor.from_pretrained(arguments.model).save_pretrained(folder)
     return ranker
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import AutoModel, AutoProcessor
 
+from mllm_msr import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.modeling.item_ranking import ItemRanker
 from mllm_msr.training import head as script
 
@@ -69,3 +71,23 @@ def test_without_vectors_it_is_sasrec_and_a_missing_file_is_named(small_run, tmp
         script.main(script.HeadArguments(str(small_run.folder), "nothing.parquet", str(tmp_path / "head")), *settings)
     with pytest.raises(ValueError, match="--dataset_name, a prepared run, and --output_dir"):
         script.HeadArguments()
+
+
+def test_the_head_becomes_a_part_of_a_model(small_run, vectors, backbone, tmp_path):
+    trained = tmp_path / "trained"
+    processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
+    MllmMsrForRecommendation.from_backbone(backbone("llava"), processor=processor, dtype="bfloat16").save_pretrained(
+        trained
+    )
+    processor.save_pretrained(trained)
+    ranker = script.main(
+        script.HeadArguments(str(small_run.folder), str(vectors), str(tmp_path / "both"), str(trained)),
+        script.SequenceHeadOptions(hidden=16),
+        script.FitOptions(max_epochs=1),
+    )
+    model = AutoModel.from_pretrained(tmp_path / "both", dtype="auto")
+    assert (
+        model.dtype == torch.bfloat16 and AutoProcessor.from_pretrained(tmp_path / "both").prompts == processor.prompts
+    )
+    history = [ranker.item_ids[:3]]
+    assert torch.allclose(model.item_ranker.score(history), ranker.score(history), atol=1e-6)
