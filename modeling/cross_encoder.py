@@ -34,15 +34,21 @@ class RecommendationAnswers(InputModule):
     def load(
         cls,
         model_name_or_path: str,
-        *,
+        subfolder: str = "",
+        token: bool | str | None = None,
         cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_defaults: dict[str, Any] | None = None,
+        *,
+        trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> "RecommendationAnswers":
         """Called by the library: the model and the processor that lie beside this file."""
-        given = ("token", "revision", "local_files_only", "trust_remote_code")
-        hub = {"cache_dir": cache_folder, **{name: kwargs[name] for name in given if name in kwargs}}
+        hub = {"token": token, "cache_dir": cache_folder, "revision": revision, "local_files_only": local_files_only}
+        hub |= {"trust_remote_code": trust_remote_code}
         return cls(
             AutoModel.from_pretrained(model_name_or_path, **hub, **(model_kwargs or {})),
             AutoProcessor.from_pretrained(model_name_or_path, **hub, **(processor_kwargs or {})),

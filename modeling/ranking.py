@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Recommender:
             model.use_block_attention()
         memory = int(memory_gb * 1e9) if memory_gb is not None else _free_memory(model.device) // 2
         self.cache = ItemCache(Path(cache), model, processor) if cache is not None else None
-        self.plan: JointPlan | LatePlan
+        self.plan: Plan
         if self.late:
             self.plan = LatePlan(model, processor, token_budget, memory, self.cache)
         else:
@@ -154,6 +154,16 @@ class Recommender:
                 bar.update(count)
         deleted = self.cache.prune(paths.values())
         return IndexReport(len(missing), len(paths) - len(missing), deleted, self.cache.folder)
+
+
+class Plan(Protocol):
+    """How pairs are scored."""
+
+    def scores(
+        self, users: Sequence[User], rows: Sequence[np.ndarray], names: Sequence[str], catalogue: Mapping[str, Any]
+    ) -> Iterator[Scores]:
+        """The logits of all pairs, some at a time; ``rows`` has for each user the candidates as places in ``names``."""
+        ...
 
 
 class JointPlan:

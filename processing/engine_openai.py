@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -32,6 +32,7 @@ from mllm_msr.processing.engines import Answer, EngineUnavailable, Failure, Text
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, Task
 
 logger = logging.getLogger(__name__)
+Done = TypeVar("Done")
 AGAIN = {"temperature": 0.7, "top_p": 0.9, "room": 1.5}  # for a second answer
 GIVE_UP_AFTER = 3  # requests in a row that failed on the way, each after all its tries
 OF_THE_INPUT = (400, 413, 415, 422)  # too long, or refused as it is: another may well pass
@@ -94,7 +95,7 @@ class OpenAIEngine:
         pause: float = 1.0,
     ) -> None:
         self._url = _endpoint(base_url or os.environ.get("OPENAI_BASE_URL", ""))
-        self._headers = {"Content-Type": "application/json"} | ({} if self._url.user else _authorization())
+        self._headers = {"Content-Type": "application/json"} | ({} if self._url.user else authorization())
         self.generator, self.revision, self.prompts, self.noun = model, revision or "", prompts, noun
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
         self.temperature, self.top_p = temperature, top_p
@@ -132,7 +133,7 @@ class OpenAIEngine:
                     )
                 )
 
-        return _run(answers())
+        return run_to_end(answers())
 
     def _request(self, task: Task, given: Any, seed: int, again: bool) -> dict[str, Any]:
         content = [_part(part) for part in chat_parts(self.prompts[task], _harmless(given), self.noun)]
@@ -169,7 +170,7 @@ class OpenAIEngine:
         await asyncio.sleep(start - now)
         try:
             async with session.post(
-                self._url, data=json.dumps(request).encode(), allow_redirects=False, proxy=_proxy(self._url)
+                self._url, data=json.dumps(request).encode(), allow_redirects=False, proxy=proxy_of(self._url)
             ) as response:
                 content = bytearray()
                 async for chunk in response.content.iter_chunked(2**16):
@@ -259,7 +260,7 @@ class _Batch:
             return self.unavailable or Failure(trouble.reason)
 
 
-def _run(work: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
+def run_to_end(work: Coroutine[Any, Any, list[Done]]) -> list[Done]:
     """``work`` to its end; in a thread of its own where there is an event loop already, as in a notebook."""
     try:
         asyncio.get_running_loop()
@@ -270,17 +271,25 @@ def _run(work: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
 
 
 def _endpoint(base_url: str) -> URL:
-    """The address of chat completions. It may be a secret, so that no error shows it."""
-    try:
-        url = URL(base_url.strip().rstrip("/").removesuffix("/chat/completions"))
-    except ValueError:
-        url = URL()
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError("no server: set summaries.base_url or OPENAI_BASE_URL to an address http(s)://HOST/v1")
+    """The address of chat completions."""
+    url = server_url(
+        base_url.strip().rstrip("/").removesuffix("/chat/completions"), "summaries.base_url or OPENAI_BASE_URL"
+    )
     return (url / "chat/completions").with_query(url.query)
 
 
-def _authorization() -> dict[str, str]:
+def server_url(address: str, setting: str) -> URL:
+    """The address of a server, which ``setting`` gives. It may be a secret, so that no error shows it."""
+    try:
+        url = URL(address.strip())
+    except ValueError:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"no server: set {setting} to an address http(s)://HOST/v1")
+    return url
+
+
+def authorization() -> dict[str, str]:
     """The header with the key, if there is one; ValueError, without the key, if no header can hold it."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not all("!" <= character <= "~" for character in key):
@@ -291,7 +300,7 @@ def _authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _proxy(url: URL) -> str | None:
+def proxy_of(url: URL) -> str | None:
     """As the environment says."""
     return None if proxy_bypass(url.host or "") else getproxies().get(url.scheme)
 

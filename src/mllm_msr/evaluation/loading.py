@@ -33,7 +33,9 @@ class Computing:
 
 
 def load_recommender(run: RunFolder, how: Computing = Computing()) -> "Recommender":
-    """The run's trained model."""
+    """The run's trained model, in this process or on the server of ``evaluation.served``."""
+    if run.recipe.evaluation.served:
+        return _served(run, run.recipe.evaluation.served)
     from mllm_msr.processing.auto import MllmMsrForRecommendation
 
     loading = {"dtype": how.dtype, "attn_implementation": how.attn_implementation}
@@ -41,6 +43,15 @@ def load_recommender(run: RunFolder, how: Computing = Computing()) -> "Recommend
         run.model, **{name: value for name, value in loading.items() if value}
     )
     return _recommender(run, model, how)
+
+
+def _served(run: RunFolder, url: str) -> "Recommender":
+    from mllm_msr.processing.auto import MllmMsrConfig, MllmMsrProcessor
+    from mllm_msr.processing.served_scoring import ServedRecommender
+
+    if MllmMsrConfig.from_pretrained(run.model).interaction != "joint":
+        raise ValueError(f"evaluation.served: the model of {run.path} is `late`, and servers answer whole prompts only")
+    return ServedRecommender(MllmMsrProcessor.from_pretrained(run.model), url)
 
 
 def load_backbone(run: RunFolder) -> "Recommender":

@@ -13,6 +13,7 @@ MASK = "***"
 PLACES = {
     "source": {"folder", "interactions", "items", "images", "covers"},
     "summaries": {"base_url", "cache"},
+    "evaluation": {"served"},
 }
 SECRET_NAMES = re.compile(
     r"(^|_)(token|key|secret|password|passwd|passphrase|credentials?|auth|cookie|webhook|endpoint|ur[li]|proxy)$"

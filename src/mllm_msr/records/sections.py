@@ -204,6 +204,7 @@ class EvaluationOptions:
     rows: list[str] = field(default_factory=lambda: list(DEFAULT_VARIANTS))  # names in evaluation.variants
     seed: int = 0
     token_budget: int = 8192  # tokens of one forward
+    served: str | None = None  # address of a vLLM or SGLang server that has the trained model's backbone; text only
     # these decide what is measured and leave scores as they are
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))  # names in evaluation.metrics
     full_catalogue: int | Literal["all"] | None = None  # users ranked among all items as well
@@ -221,4 +222,5 @@ class EvaluationOptions:
 
     def facts(self) -> dict[str, Any]:
         """All that a score depends on."""
-        return {name: getattr(self, name) for name in ("split", "seed", "token_budget")}
+        served = {"served": True} if self.served else {}
+        return {name: getattr(self, name) for name in ("split", "seed", "token_budget")} | served
