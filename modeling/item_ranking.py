@@ -48,6 +48,7 @@ class ItemRanker(nn.Module):
 
     content: Tensor
     counts: Tensor
+    answer_fusion: ScoreFusion | None = None  # of a model's answer, first, and the fused score, second
 
     def __init__(self, config: Mapping[str, Any], item_ids: Sequence[str]) -> None:
         super().__init__()
@@ -59,6 +60,8 @@ class ItemRanker(nn.Module):
         if config["likeness"] is not None:
             members[LIKENESS] = ContentLikeness(n_items, **config["likeness"])
         self._assemble(item_ids, members, ScoreFusion.from_dict(config["fusion"]))
+        if config.get("answer_fusion") is not None:
+            self.answer_fusion = ScoreFusion.from_dict(config["answer_fusion"])
 
     @classmethod
     def of(cls, item_ids: Sequence[str], members: Mapping[str, Any], fusion: ScoreFusion) -> "ItemRanker":
@@ -287,7 +290,9 @@ class ItemRanker(nn.Module):
             member: Any = self.members[LIKENESS]
             content_size, rank = member.whitening.shape
             likeness = {"content_size": content_size, "rank": rank, "reach": member.reach}
-        return {"n_items": len(self), "heads": heads, "likeness": likeness, "fusion": self.fusion.to_dict()}
+        answer = None if self.answer_fusion is None else self.answer_fusion.to_dict()
+        fusions = {"fusion": self.fusion.to_dict(), "answer_fusion": answer}
+        return {"n_items": len(self), "heads": heads, "likeness": likeness, **fusions}
 
     def train(self, mode: bool = True) -> "ItemRanker":
         """Stays as it is: a model around it may be trained, this is not."""

@@ -3,7 +3,7 @@
 Letters: M members, K buckets of training frequency, N any shape of items.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,45 @@ class ScoreFusion:
         """(N, M): what each member adds to the fused scores."""
         mean, deviation, weights = (part.to(scores.device) for part in (self.mean, self.deviation, self.weights))
         return (scores - mean) / deviation * weights[buckets]
+
+    def rerank(
+        self,
+        scores: Tensor,
+        buckets: Tensor,
+        left_out: Tensor,
+        depth: int,
+        answer: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """(U, I): the scores of all items, of which each user's best are ranked anew with what only few can be asked.
+
+        The members are that, first, and what ranks all items, second. The other items follow behind those ranked anew,
+        in their order.
+
+        Args:
+            scores: (U, I), of every item by the second member.
+            buckets: (I,), of the items.
+            left_out: (U, I), true for items that need not be ranked anew, such as chosen ones.
+            depth: N, how many items of each user are ranked anew.
+            answer: gives (U, N) items of the U users their scores by the first member.
+        """
+        best = scores.masked_fill(left_out, -torch.inf).topk(min(depth, scores.shape[1])).indices
+        if not best.numel():
+            return scores
+        values = self(torch.stack([answer(best), scores.gather(1, best)], dim=-1), buckets[best])
+        highest = scores.scatter(1, best, -torch.inf).max(dim=1, keepdim=True).values  # of the others
+        behind = values.min(dim=1, keepdim=True).values - 1.0 - highest
+        return (scores + behind).scatter(1, best, values)
+
+    def spread(self, last: "ScoreFusion") -> "ScoreFusion":
+        """The same score as one weighted sum, for a last member that is itself the fusion ``last``."""
+        outer = self.weights[:, -1] / self.deviation[-1]
+        return ScoreFusion(
+            (*self.members[:-1], *last.members),
+            torch.cat([self.mean[:-1], last.mean]),
+            torch.cat([self.deviation[:-1], last.deviation]),
+            torch.cat([self.weights[:, :-1], outer[:, None] * last.weights], dim=1),
+            self.bias + outer * (last.bias - self.mean[-1]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: each member's weights and the bias by bucket."""

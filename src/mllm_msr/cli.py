@@ -139,7 +139,7 @@ def rank(options: argparse.Namespace) -> None:
     from mllm_msr import rank
 
     run = existing_run(options)
-    how = rank.Ranking(options.items, options.by, options.top_k, options.memory_gb)
+    how = rank.Ranking(options.items, options.by, options.top_k, options.memory_gb, options.rerank)
     if options.users:
         rank.rank_users(run, None if options.users == ["all"] else options.users, options.output, how)
     elif options.user:

@@ -116,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--by", choices=("answer", "head", "fused"), help=ways)
     rank.add_argument("--items", type=names, metavar="A,B", help="candidate item ids (default: the catalogue)")
     rank.add_argument("--top-k", type=positive, default=10, help="how many to show (default: 10)")
+    best = "of how many of a user's best candidates the fused score asks the answer; 0: none (default: 100)"
+    rank.add_argument("--rerank", metavar="N", type=none_or_more, default=100, help=best)
     rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")
     index = command("index", "compute ahead what a model with interaction=late keeps of every item, for rank")
     index.add_argument("run", type=Path, help="folder of a run with a trained model")
@@ -191,6 +193,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def none_or_more(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def positive_or_all(text: str) -> int | Literal["all"]:

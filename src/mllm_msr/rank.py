@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -33,12 +33,14 @@ class Ranking:
         by: "answer" of the trained model, "head" or "fused" scores of item vectors; None: fused where it is there.
         top_k: how many candidates a user gets.
         memory_gb: what may be kept of users and items; None is half of what is free.
+        rerank: of how many of a user's best candidates "fused" asks the answer; 0 leaves the answer out.
     """
 
     items: Sequence[str] | None = None
     by: By | None = None
     top_k: int = 10
     memory_gb: float | None = None
+    rerank: int = 100
 
     def candidates(self, catalogue: Catalogue) -> list[str]:
         """The ids of the candidates, each once, in their order; ValueError names those that are unknown."""
@@ -98,6 +100,29 @@ class HeadRanker:
         return list(self.ranker.score([user.history for user in users], names, self.by).numpy())
 
 
+class FusedRanker:
+    """Ranks by item vectors, and what that puts first by the answer as well; see ``evaluation.answer_fusion``."""
+
+    def __init__(self, run: RunFolder, how: Ranking) -> None:
+        self.others, self.answers, self.depth = HeadRanker(run, "fused").ranker, AnswerRanker(run, how), how.rerank
+
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
+        import torch
+
+        from mllm_msr.modeling.score_fusion import frequency_buckets
+
+        def answer(best: torch.Tensor) -> torch.Tensor:
+            words, asked = [user.words for user in users], [[names[place] for place in row] for row in best.tolist()]
+            logits = self.answers.recommender.score(words, asked, catalogue, progress="pairs")
+            return torch.from_numpy(np.stack(logits))
+
+        fusion, buckets = self.others.answer_fusion, frequency_buckets(self.others.counts[self.others.codes_of(names)])
+        assert fusion is not None  # the stage `head` of this recipe has fitted it
+        chosen = torch.tensor([[item in user.chosen for item in names] for user in users])
+        scores = self.others.score([user.history for user in users], names)
+        return list(fusion.rerank(scores, buckets, chosen, self.depth, answer).numpy())
+
+
 def way_of(run: RunFolder, how: Ranking) -> By:
     """What the run is ranked by; its stage must be done."""
     by = how.by
@@ -110,7 +135,7 @@ def way_of(run: RunFolder, how: Ranking) -> By:
 def rank_user(run: RunFolder, user_id: str, how: Ranking) -> None:
     """Print the best candidates that a user of the run has not chosen yet."""
     by = way_of(run, how)
-    print_best(run, read_users(run, [user_id], by)[0], by, how)
+    print_best(run, read_users(run, [user_id], reads_words(run, by, how))[0], by, how)
 
 
 def rank_preference(run: RunFolder, preference: str, how: Ranking) -> None:
@@ -122,13 +147,14 @@ def rank_preference(run: RunFolder, preference: str, how: Ranking) -> None:
 
 
 def rank_history(run: RunFolder, history: Sequence[str], how: Ranking) -> None:
-    """Print the best candidates after some items of the catalogue, for a user that the run need not know."""
+    """Print the best candidates after some items of the catalogue, for a user that the run need not know; without the
+    answer, which reads a preference."""
     if how.by == "answer":
         raise ValueError("--by answer: reads a preference in words; --history is ranked by head or fused")
     by: By = how.by or "fused"
     run.require("head")
     Ranking(items=history).candidates(load_catalogue(run))  # or an error that names the unknown
-    print_best(run, RunUser("", history=tuple(history)), by, how)
+    print_best(run, RunUser("", history=tuple(history)), by, replace(how, rerank=0))
 
 
 def print_best(run: RunFolder, user: RunUser, by: By, how: Ranking) -> None:
@@ -164,7 +190,7 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     names = how.candidates(catalogue)
     claim(
         output,
-        digest(by, run.key("train" if by == "answer" else "head"), users, how.top_k, names),
+        digest(by, run.key("train" if by == "answer" else "head"), users, how.top_k, how.rerank, names),
         state.is_main_process,
     )
     state.wait_for_everyone()
@@ -173,7 +199,8 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     ranker = load_ranker(run, by, how)
     for number in tqdm(missing[state.process_index :: state.num_processes], desc="ranking", unit="file"):
-        best = best_of(read_users(run, shards[number], by), ranker, names, catalogue, how.top_k)
+        shown = read_users(run, shards[number], reads_words(run, by, how))
+        best = best_of(shown, ranker, names, catalogue, how.top_k)
         RANKINGS.write(best, paths[number])
     state.wait_for_everyone()
     if state.is_main_process:
@@ -184,7 +211,9 @@ def claim(folder: Path, key: str, first: bool) -> None:
     """Make ``folder`` that of the ranking called ``key``; a ValueError if it holds another."""
     mark = folder / "ranking.json"
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["key"] != key:
-        raise ValueError(f"{folder} holds another ranking (other model, users or top-k): remove it or name another")
+        raise ValueError(
+            f"{folder} holds another ranking (other model, users, top-k or rerank): remove it or name another"
+        )
     if first and not mark.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no ranking: name another folder by --output")
@@ -212,9 +241,9 @@ def best_of(
     return RANKINGS.frame(rows)
 
 
-def read_users(run: RunFolder, users: Sequence[str], by: By = "answer") -> list[RunUser]:
-    """Some users of a run, for the answer with the preference in force and the items chosen since; ValueError for an
-    unknown one."""
+def read_users(run: RunFolder, users: Sequence[str], in_words: bool = True) -> list[RunUser]:
+    """Some users of a run, for the answer ``in_words``: with the preference in force and the items chosen since;
+    ValueError for an unknown one."""
     wanted = pl.col("user_id").is_in(list(users))
     histories = _items_of(run.scan(INTERACTIONS).filter(wanted))
     cut = _items_of(run.scan(CUT_INTERACTIONS).filter(wanted)) if run.recipe.data.max_history is not None else {}
@@ -222,7 +251,7 @@ def read_users(run: RunFolder, users: Sequence[str], by: By = "answer") -> list[
         if user not in histories:
             example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
             raise ValueError(f"{_listed([user])} no user of {run.path}; ids look like {example!r}")
-    words = read_words(run, histories) if by == "answer" else {}
+    words = read_words(run, histories) if in_words else {}
     whole = {user: (*cut.get(user, ()), *histories[user]) for user in users}
     return [RunUser(user, words.get(user, NOTHING_SAID), whole[user]) for user in users]
 
@@ -268,7 +297,14 @@ def index(run: RunFolder, memory_gb: float | None) -> None:
 
 def load_ranker(run: RunFolder, by: By, how: Ranking) -> RunRanker:
     """What ranks a run's users."""
-    return AnswerRanker(run, how) if by == "answer" else HeadRanker(run, by)
+    if by == "answer":
+        return AnswerRanker(run, how)
+    return FusedRanker(run, how) if reads_words(run, by, how) else HeadRanker(run, by)
+
+
+def reads_words(run: RunFolder, by: By, how: Ranking) -> bool:
+    """Whether the answer is asked, which reads of users what is said of them in words."""
+    return by == "answer" or (by == "fused" and run.recipe.fuses_answer and how.rerank > 0)
 
 
 def is_late(run: RunFolder) -> bool:

@@ -228,12 +228,23 @@ def train(run: RunFolder) -> None:
 
 
 def head(run: RunFolder) -> None:
-    """Train the sequence head over the item vectors, with identity alone and with content alone, and fuse them."""
+    """Train the heads over the item vectors, and fuse them, with the trained model's answer where the recipe has it."""
+    from mllm_msr.evaluation.answer_fusion import fit_answer
     from mllm_msr.evaluation.heads import train_heads
+
+    if run.recipe.fuses_answer:
+        try:
+            run.require("train")
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(
+                f"{error}; or leave the answer out of the fused score by --set head.answer=false"
+            ) from error
 
     def work(key: str) -> None:
         with whole_folder(run.head) as folder:
-            train_heads(run, folder)
+            heads = train_heads(run, folder)
+            if run.recipe.fuses_answer:
+                fit_answer(run, heads, folder)
 
     run.stage("head", work, writes=[run.head])
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from mllm_msr.evaluation.evaluate import scores_folder
+from mllm_msr.evaluation.kept_scores import scores_folder
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, PREFERENCES
 from mllm_msr.records.sections import HEAD_VARIANTS
 from mllm_msr.records.storage import digest, folder_digest, link_file, whole_folder
 
 TEXTS = ("prepare", "summarize items", "summarize users")  # the stages that another model shares
-HEADS = ("vectors", "head")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ def with_model_of(run: RunFolder, place: str | None, fine_tune: int | None = Non
     other = _beside(run, model.name, variants, f"trained on {model.name}", training)
     _link(other.model, model.folder)
     other.take_over("train", digest(other.key("summarize users"), model.name, model.revision), [other.model])
+    _fuse(run, other)
     return other
 
 
@@ -76,7 +76,21 @@ def _fine_tuned(run: RunFolder, model: OtherModel | None, count: int) -> RunFold
     key = digest(run.key("summarize users"), count)
     other.take_over("summarize users", key, [other.file(PREFERENCES), other.examples])
     train(other)
+    _fuse(run, other)
     return other
+
+
+def _fuse(run: RunFolder, other: RunFolder) -> None:
+    """The run's heads, fused with the other model's answers; what is trained already is not trained again."""
+    from mllm_msr.stages import head
+
+    if not set(HEAD_VARIANTS) & set(other.recipe.evaluation.rows):
+        return
+    other.adopt(run, ("vectors",))
+    for ours, theirs in ((run.trained_heads, other.trained_heads), (run.trained_baselines, other.trained_baselines)):
+        for path in ours.glob("*"):
+            link_file(path, theirs / path.name)
+    head(other)
 
 
 def _folder(run: RunFolder, name: str) -> Path:
@@ -88,13 +102,9 @@ def _beside(run: RunFolder, name: str, variants: Sequence[str], words: str, trai
     evaluation = replace(run.recipe.evaluation, rows=list(variants), model_of=words)
     other = RunFolder.create(_folder(run, name), replace(run.recipe, evaluation=evaluation, training=training))
     other.adopt(run, TEXTS)
-    same = [scores_folder(run, ("prepare",))]
-    if set(HEAD_VARIANTS) & set(variants):
-        other.adopt(run, HEADS)
-        same.append(scores_folder(run, ("prepare", "head")))
-    for folder in same:  # of what our model has no part in
-        for path in folder.glob("*"):
-            link_file(path, other.scores / folder.name / path.name)
+    folder = scores_folder(run, ("prepare",))  # of what our model has no part in
+    for path in folder.glob("*"):
+        link_file(path, other.scores / folder.name / path.name)
     return other
 
 

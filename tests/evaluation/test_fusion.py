@@ -69,6 +69,34 @@ def test_a_fusion_comes_back_from_json_and_scores_any_shape():
     assert tuple(fusion.to_dict()["weights"]) == BUCKETS
 
 
+def test_a_fusion_whose_last_member_is_a_fusion_is_one_weighted_sum():
+    rng = torch.Generator().manual_seed(3)
+    inner = ScoreFusion(("b", "c"), *(torch.rand(shape, generator=rng) + 0.5 for shape in (2, 2, (4, 2), 4)))
+    outer = ScoreFusion(("a", "inner"), *(torch.rand(shape, generator=rng) + 0.5 for shape in (2, 2, (4, 2), 4)))
+    scores, buckets = torch.randn(50, 3, generator=rng), torch.randint(0, 4, (50,), generator=rng)
+    whole = outer.spread(inner)
+    nested = outer(torch.stack([scores[:, 0], inner(scores[:, 1:], buckets)], dim=-1), buckets)
+    assert whole.members == ("a", "b", "c") and whole.weights.shape == (4, 3)
+    assert torch.allclose(whole(scores, buckets), nested, atol=1e-5)
+
+
+def test_the_best_are_ranked_anew_and_the_others_follow_in_their_order():
+    fusion = ScoreFusion(("answer", "others"), torch.zeros(2), torch.ones(2), torch.eye(2)[[0] * 4], torch.zeros(4))
+    scores, answers = torch.tensor([[5.0, 9.0, 3.0, 7.0, 1.0]]), torch.tensor([[-3.0, 0.0, 8.0, -2.0, 9.0]])
+    left_out = torch.tensor([[False, True, False, False, False]])
+
+    def order(depth: int) -> list[int]:
+        ranked = fusion.rerank(
+            scores, torch.zeros(5, dtype=torch.int64), left_out, depth, lambda best: answers.gather(1, best)
+        )
+        return ranked[0].argsort(descending=True).tolist()
+
+    assert order(0) == [1, 3, 0, 2, 4]
+    assert order(2) == [3, 0, 1, 2, 4]  # by the answer -2 before -3, then the left-out one and those that were behind
+    assert order(3) == [2, 3, 0, 1, 4]
+    assert order(9) == [4, 2, 1, 3, 0]
+
+
 class Fixed:
     """A member with one score an item, whatever the history; -9 for hidden items."""
 

@@ -18,7 +18,12 @@ from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_VECTORS, ITEMS, POPULARITY
 from mllm_msr.records.sections import HEAD_VARIANTS
 
-SETTINGS = {"head.max_epochs": 2, "head.hidden": 8, "evaluation.rows": [*HEAD_VARIANTS, "popularity"]}
+SETTINGS = {
+    "head.max_epochs": 2,
+    "head.hidden": 8,
+    "head.answer": False,
+    "evaluation.rows": [*HEAD_VARIANTS, "popularity"],
+}
 
 
 def prepared(folder: Path, **settings) -> RunFolder:

@@ -190,8 +190,8 @@ def test_the_fused_score_is_the_default_where_the_head_is_there(
 
 
 def test_a_history_is_enough_to_rank_by(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    (user,) = read_users(finished, ["u0003"], "fused")
-    main(["rank", str(finished.path), "--user", "u0003"])
+    (user,) = read_users(finished, ["u0003"], in_words=False)
+    main(["rank", str(finished.path), "--user", "u0003", "--rerank", "0"])
     known = capsys.readouterr().out
     main(["rank", str(finished.path), "--history", ",".join(user.history)])
     assert capsys.readouterr().out == known

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,14 @@ import numpy as np
 import polars as pl
 
 from mllm_msr.evaluation.diagnostics import SLICE_METRICS, checks, compared, measured, notes, reliability, slices
-from mllm_msr.evaluation.full_catalogue import catalogue_pairs, measure_catalogue, rank_in_catalogue
+from mllm_msr.evaluation.full_catalogue import (
+    catalogue_pairs,
+    measure_catalogue,
+    rank_in_catalogue,
+    rerank_depth,
+    users_among_all,
+)
+from mllm_msr.evaluation.kept_scores import MODEL_STAGES, kept, scores_folder
 from mllm_msr.evaluation.metrics import Columns, user_columns
 from mllm_msr.evaluation.places import place_columns
 from mllm_msr.evaluation.scorers import Scorer
@@ -20,12 +27,11 @@ from mllm_msr.evaluation.scoring import random_tasks
 from mllm_msr.evaluation.variants import VARIANTS, Variant, baselines
 from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
 from mllm_msr.processing.examples import run_contexts
-from mllm_msr.records.results import Calibration, FusionWeights, Results
+from mllm_msr.records.results import Calibration, Results
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import PLACES, POPULARITY, SCORES, WAYS_OF_COMPUTING, Table
+from mllm_msr.records.schema import PLACES, POPULARITY, SCORES, WAYS_OF_COMPUTING
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.stage_specs import STAGES
-from mllm_msr.records.storage import digest
 
 
 def with_evaluation(
@@ -79,7 +85,11 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Resul
     after = [stage for stage in STAGES if stage in read]
 
     def work(key: str) -> None:
-        folders = {stages: scores_folder(run, stages) for stages in {variant.stages for variant in wanted}}
+        by_answer = (
+            {MODEL_STAGES} if run.recipe.fuses_answer and any(each.name == "fused" for each in wanted) else set()
+        )
+        stages = {variant.stages for variant in wanted} | by_answer
+        folders = {names: scores_folder(run, names) for names in stages}
         score_and_measure(run, wanted, folders).write(run.metrics)
         for stale in set(run.scores.iterdir()) - set(folders.values()):
             shutil.rmtree(stale)
@@ -87,11 +97,6 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Resul
     facts = [[variant.name for variant in wanted], asdict(run.recipe.evaluation)]
     run.stage("evaluate", work, writes=[run.metrics, run.file(SCORES)], facts=facts, after=after)
     return run.results()
-
-
-def scores_folder(run: RunFolder, stages: Sequence[str]) -> Path:
-    """Where the scores are kept of the variants that read some stages."""
-    return run.scores / digest([run.key(stage) for stage in stages], run.recipe.evaluation.facts())
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ class ScoredVariant:
                 f"evaluation.full_catalogue_pairs, {options.full_catalogue_pairs:,}"
             )
             return None
-        path = self.folder / f"{self.variant.name}.catalogue-{users}.parquet"
+        depth = rerank_depth(self.run) if self.variant.name == "fused" else 0
+        path = self.folder / f"{self.variant.name}.catalogue-{users}{f'-{depth}' if depth else ''}.parquet"
         tasks = random_tasks(self.tasks, None if users == "all" else users, options.seed)
         return kept(PLACES, path, lambda: rank_in_catalogue(self.run, tasks, self.scorer))
 
@@ -138,21 +144,13 @@ class ScoredVariant:
         return kept(WAYS_OF_COMPUTING, path, lambda: score_in_all_ways(self.run, tasks))
 
 
-def kept(table: Table, path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
-    """What ``path`` holds; made and written first if it is not there."""
-    if not path.is_file():
-        table.write(make(), path)
-    return table.read(path)
-
-
 def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapping[tuple[str, ...], Path]) -> Results:
     """Score with every variant, write ``scores.parquet``, and measure.
 
     ``folders``: where scores are kept, by the stages that a variant reads.
     """
     options, scores, places, agreement = run.recipe.evaluation, {}, {}, None
-    among_all = run.recipe.data.negatives == "all"
-    users = "all" if among_all else options.full_catalogue
+    among_all, users = run.recipe.data.negatives == "all", users_among_all(run)
     for variant in variants:
         scored = ScoredVariant(run, variant, folders[variant.stages])
         scores[variant.name] = scored.scores()
@@ -164,16 +162,15 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
     run.write(SCORES, pl.concat(scores.values()))
     ranked = {name: frame for name, frame in places.items() if frame is not None}
     names = [name for name in options.metrics if name != "auc"]  # which places do not tell
-    full_catalogue = measure_catalogue(scores, ranked, names) if ranked and names else None
+    full_catalogue = measure_catalogue(scores, ranked, names, rerank_depth(run)) if ranked and names else None
     results = measure(run, scores, ranked if among_all else None)
-    fusion = fusion_weights(run) if "fused" in scores else None
-    return replace(results, full_catalogue=full_catalogue, agreement=agreement, fusion=fusion)
+    results = replace(results, full_catalogue=full_catalogue, agreement=agreement)
+    if "fused" not in scores:
+        return results
+    from mllm_msr.evaluation.answer_fusion import fusion_weights  # which needs torch
 
-
-def fusion_weights(run: RunFolder) -> FusionWeights:
-    """What the run's fused score weighs."""
-    content = json.loads((run.head / "config.json").read_text(encoding="utf-8"))["sequence_head"]["fusion"]
-    return FusionWeights(content["members"], content["weights"], content["bias"])
+    fusion, without_answer = fusion_weights(run)
+    return replace(results, fusion=fusion, fusion_without_answer=without_answer)
 
 
 def measure(

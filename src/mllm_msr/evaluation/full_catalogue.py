@@ -17,10 +17,28 @@ from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEMS
 
 
+def users_among_all(run: RunFolder) -> int | Literal["all"] | None:
+    """How many users' choices the recipe wants ranked among all items."""
+    return "all" if run.recipe.data.negatives == "all" else run.recipe.evaluation.full_catalogue
+
+
+def n_users(run: RunFolder, users: int | Literal["all"]) -> int:
+    """The same as a number."""
+    every = run.tasks(run.recipe.evaluation.split).height
+    return every if users == "all" else min(users, every)
+
+
 def catalogue_pairs(run: RunFolder, users: int | Literal["all"]) -> int:
     """About how many candidates there are when the choices of so many users are ranked among all items."""
-    n_users, n_items = run.tasks(run.recipe.evaluation.split).height, run.scan(ITEMS).select(pl.len()).collect().item()
-    return (n_users if users == "all" else min(users, n_users)) * n_items
+    return n_users(run, users) * run.scan(ITEMS).select(pl.len()).collect().item()
+
+
+def rerank_depth(run: RunFolder) -> int:
+    """For how many of each user's best items ``fused`` asks the answer, within the pairs that may be scored."""
+    options, users = run.recipe.evaluation, users_among_all(run)
+    if users is None or not run.recipe.fuses_answer:
+        return 0
+    return min(options.rerank, options.full_catalogue_pairs // max(1, n_users(run, users)))
 
 
 def rank_in_catalogue(run: RunFolder, tasks: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
@@ -63,13 +81,17 @@ def places_in_catalogue(
 
 
 def measure_catalogue(
-    scores: Mapping[str, pl.DataFrame], places: Mapping[str, pl.DataFrame], metrics: Sequence[str]
+    scores: Mapping[str, pl.DataFrame],
+    places: Mapping[str, pl.DataFrame],
+    metrics: Sequence[str],
+    reranked: int = 0,
 ) -> FullCatalogue:
     """The metrics of the same users among sampled candidates and among all items.
 
     Args:
         scores: each variant's scores of the sampled candidates.
         places: each variant's ``records.schema.PLACES`` among all items.
+        reranked: see :func:`rerank_depth`.
     """
     variants = {}
     columns = {variant: place_columns(frame, metrics) for variant, frame in places.items()}
@@ -80,4 +102,4 @@ def measure_catalogue(
     sizes = next(iter(places.values()))["candidates"].to_numpy()
     sasrec = columns.pop("sasrec", None)
     differences = {} if sasrec is None else {variant: compared(own, sasrec) for variant, own in columns.items()}
-    return FullCatalogue(len(sizes), round(float(sizes.mean()), 1), variants, against_sasrec=differences)
+    return FullCatalogue(len(sizes), round(float(sizes.mean()), 1), variants, differences, reranked)

@@ -110,37 +110,50 @@ def _lists(
     shape: tuple[int, int],
     rng: np.random.Generator,
 ) -> FusionTasks:
-    (top, drawn), n_items = shape, len(counts)
-    length = 1 + top * len(members) + drawn
     buckets = frequency_buckets(counts if hidden is None else counts * ~hidden)
     parts = []
     for begin in range(0, len(chosen), 256):
         some = chosen[begin : begin + 256]
         histories = tasks.histories.pick(some)
         scores = torch.from_numpy(np.stack([member.score_catalogue(histories, hidden) for member in members], axis=-1))
-        rows = torch.arange(len(some))
-        allowed = torch.ones(len(some), n_items, dtype=torch.bool)
-        allowed[histories.owner, histories.codes] = False
-        target = torch.from_numpy(targets[some])
-        allowed[rows, target] = False
-        sure = torch.zeros_like(allowed)
-        for member in range(len(members)):
-            values = scores[..., member].masked_fill(~allowed, -torch.inf)
-            sure.scatter_(1, values.topk(min(top, n_items), dim=1).indices, True)
-        sure &= allowed
-        rest = allowed & ~sure
-        order = torch.from_numpy(rng.random((len(some), n_items), dtype=np.float32)) * rest + 2.0 * sure
-        codes = torch.cat([target[:, None], order.topk(min(length - 1, n_items), dim=1).indices], dim=1)
-        n_sure, n_rest = sure.sum(dim=1, keepdim=True), rest.sum(dim=1, keepdim=True)
-        share = ((codes.shape[1] - 1 - n_sure) / n_rest.clamp(min=1)).clamp(max=1.0)
-        listed = torch.where(sure.gather(1, codes), torch.ones(1), share)
-        listed[~allowed.gather(1, codes)] = torch.inf  # filled up with what may not be a candidate: counts for nothing
-        listed[:, 0] = 1.0
-        parts.append(FusionTasks(scores[rows[:, None], codes], buckets[codes], listed.log()))
+        codes, log_q = draw_lists(scores, histories, torch.from_numpy(targets[some]), shape, rng)
+        parts.append(FusionTasks(scores[torch.arange(len(some))[:, None], codes], buckets[codes], log_q))
     joined = parts[0]
     for part in parts[1:]:
         joined = joined.joined(part)
     return joined
+
+
+def draw_lists(
+    scores: Tensor, histories: CodedLists, target: Tensor, shape: tuple[int, int], rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Item codes (T, C) of lists that stand for the whole catalogue, and their ``log_q``, see :class:`FusionTasks`.
+
+    Args:
+        scores: (T, I, M) of every item by every member.
+        histories: T lists of items that are no candidates.
+        target: (T,), which comes first.
+        shape: how many items come from the top of each member, and how many are drawn from the others.
+    """
+    (top, drawn), (n_tasks, n_items, n_members) = shape, scores.shape
+    length = 1 + top * n_members + drawn
+    allowed = torch.ones(n_tasks, n_items, dtype=torch.bool)
+    allowed[histories.owner, histories.codes] = False
+    allowed[torch.arange(n_tasks), target] = False
+    sure = torch.zeros_like(allowed)
+    for member in range(n_members):
+        values = scores[..., member].masked_fill(~allowed, -torch.inf)
+        sure.scatter_(1, values.topk(min(top, n_items), dim=1).indices, True)
+    sure &= allowed
+    rest = allowed & ~sure
+    order = torch.from_numpy(rng.random((n_tasks, n_items), dtype=np.float32)) * rest + 2.0 * sure
+    codes = torch.cat([target[:, None], order.topk(min(length - 1, n_items), dim=1).indices], dim=1)
+    n_sure, n_rest = sure.sum(dim=1, keepdim=True), rest.sum(dim=1, keepdim=True)
+    share = ((codes.shape[1] - 1 - n_sure) / n_rest.clamp(min=1)).clamp(max=1.0)
+    listed = torch.where(sure.gather(1, codes), torch.ones(1), share)
+    listed[~allowed.gather(1, codes)] = torch.inf  # filled up with what may not be a candidate: counts for nothing
+    listed[:, 0] = 1.0
+    return codes, listed.log()
 
 
 def candidate_lists(scores: Array, tasks: CodedTasks, counts: Array) -> FusionTasks:

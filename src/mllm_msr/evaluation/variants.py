@@ -7,6 +7,7 @@ from typing import Literal
 
 import polars as pl
 
+from mllm_msr.evaluation.kept_scores import MODEL_STAGES
 from mllm_msr.evaluation.loading import load_backbone
 from mllm_msr.evaluation.metrics import check_metric
 from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, item_vectors, training_log
@@ -62,7 +63,7 @@ class Variant:
     def stages(self) -> tuple[str, ...]:
         """The stages whose output it reads."""
         if self.needs_model:
-            return ("prepare", "summarize users", "train")
+            return MODEL_STAGES
         if self.reads_vectors:
             return ("prepare", "vectors")
         return ("prepare", "head") if self.kind == "head" else ("prepare",)
@@ -134,7 +135,7 @@ def gru4recf(run: RunFolder) -> Ranker:
 
 
 def headed(name: str) -> Callable[[RunFolder], Scorer]:
-    """What scores by one of the run's heads, or by all of them fused."""
+    """What scores by one of the run's heads, or by all of them fused, without the answer."""
 
     def make(run: RunFolder) -> Ranker:
         from mllm_msr.evaluation.heads import load_heads
@@ -142,6 +143,15 @@ def headed(name: str) -> Callable[[RunFolder], Scorer]:
         return load_heads(run).ranker(name)
 
     return ranked_by(make)
+
+
+def fused(run: RunFolder) -> Scorer:
+    """What scores by the heads fused, and by the trained model's answer with them where the recipe says so."""
+    if not run.recipe.fuses_answer:
+        return headed("fused")(run)
+    from mllm_msr.evaluation.answer_fusion import FusedScorer
+
+    return FusedScorer(run)
 
 
 def learnt_from(run: RunFolder) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
@@ -171,9 +181,9 @@ VARIANTS = {
         Variant(
             "fused",
             "fused",
-            "the sequence head, identity alone, content alone and likeness of content, weighted by validation",
+            "the answer, the sequence head, identity and content alone, likeness of content, weighted by validation",
             "head",
-            headed("fused"),
+            fused,
             "blue",
             "12 4",
         ),

@@ -69,6 +69,11 @@ class Recipe:
         by_model = self.summaries.engine not in ("extractive", "titles")
         return by_model and self.vectors.summaries and self.vectors.file is None
 
+    @property
+    def fuses_answer(self) -> bool:
+        """Whether the trained model's answer is a member of the fused score."""
+        return self.head.enabled and self.head.answer and bool(self.training.get("model_name_or_path"))
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, defaults included, as it stands in a run's ``config.yaml``."""
         content = asdict(self)

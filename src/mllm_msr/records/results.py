@@ -110,12 +110,14 @@ class FullCatalogue:
     """Users and mean candidates of the ranking over the full catalogue, and each variant's figures.
 
     ``against_sasrec``: every other variant's differences from SASRec among all items.
+    ``reranked``: of how many of each user's best items the variant ``fused`` has asked the answer.
     """
 
     n_users: int
     n_candidates: float
     variants: dict[str, CatalogueFigures]
     against_sasrec: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    reranked: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Results:
         against: our answer's differences from every other variant.
         against_sasrec: every other variant's differences from SASRec.
         slices, checks, calibration, full_catalogue, agreement: further evidence, where it was computed.
-        fusion: the weights of the variant ``fused``.
+        fusion: the weights of the variant ``fused``; ``fusion_without_answer``: those where the answer is not asked.
         model_of: what the model was trained on, if on other data.
         notes: what of the data must be known to read the figures right, in sentences.
     """
@@ -178,6 +180,7 @@ class Results:
     full_catalogue: FullCatalogue | None = None
     agreement: Agreement | None = None
     fusion: FusionWeights | None = None
+    fusion_without_answer: FusionWeights | None = None
     model_of: str | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -116,6 +116,11 @@ class RunFolder:
         return self.path / "cache/heads"
 
     @property
+    def answers(self) -> Path:
+        """The trained model's scores of validation tasks, by which its weight in the fused score is fitted."""
+        return self.path / "cache/answers"
+
+    @property
     def training_log(self) -> Path:
         return self.model / "log_history.json"
 

@@ -184,11 +184,13 @@ class HeadOptions:
     # fusion
     fusion_tasks: int = 4000  # validation tasks on which weights are fitted, at most
     hidden_share: float = 0.1  # of trained items, taken as never chosen while weights are fitted
+    answer: bool = True  # the trained model's answer is a member of the fused score, if the recipe trains one
+    answer_tasks: int = 400  # validation tasks on which its weight is fitted, at most; of 41 pairs each
 
     def __post_init__(self) -> None:
         check_types(self, "head")
         at_least(self, hidden=1, layers=1, heads=1, max_length=1, batch_size=1, most_classes=1)
-        at_least(self, max_epochs=0, patience=1, seed=0, fusion_tasks=1)
+        at_least(self, max_epochs=0, patience=1, seed=0, fusion_tasks=1, answer_tasks=1)
         for name in ("dropout", "identity_dropout", "hidden_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
@@ -209,12 +211,13 @@ class EvaluationOptions:
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))  # names in evaluation.metrics
     full_catalogue: int | Literal["all"] | None = None  # users ranked among all items as well
     full_catalogue_pairs: int = 500_000  # that our model scores for it at most; baselines score any number
+    rerank: int = 100  # best items of each user among all for which `fused` asks the answer, within these pairs
     agreement: int | None = None  # tasks on which ways of computing are compared
     model_of: str | None = None  # what the report says of a model that was trained on other data
 
     def __post_init__(self) -> None:
         check_types(self, "evaluation")
-        at_least(self, seed=0, token_budget=1, full_catalogue=1, full_catalogue_pairs=1, agreement=1)
+        at_least(self, seed=0, token_budget=1, full_catalogue=1, full_catalogue_pairs=1, agreement=1, rerank=0)
         if self.full_catalogue != "all":
             at_least(self, full_catalogue=1)
         if not self.metrics or not self.rows:

@@ -50,7 +50,11 @@ STAGES: dict[str, StageSpec] = {  # in their order, by the command that does eac
     ),
     "vectors": StageSpec(("vectors",), _item_vectors, _read_by_vectors),
     "train": StageSpec(("training",), Recipe.training_flags, lambda recipe: ("summarize users",)),
-    "head": StageSpec(("head",), lambda recipe: asdict(recipe.head), lambda recipe: ("prepare", "vectors")),
+    "head": StageSpec(
+        ("head",),
+        lambda recipe: [asdict(recipe.head), recipe.fuses_answer],
+        lambda recipe: ("prepare", "vectors", *(("train",) if recipe.fuses_answer else ())),
+    ),
     "evaluate": StageSpec(  # of baselines alone it rests on the data only, as its entry in the provenance then says
         ("evaluation",),
         lambda recipe: asdict(recipe.evaluation),
