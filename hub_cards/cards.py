@@ -174,6 +174,7 @@ def _shared(facts: RunFacts) -> dict[str, Any]:
     """What both templates speak of."""
     results = facts.results
     popularity = results.variants.get("popularity", {}).get("auc") if results else None
+    fusions = (results.fusion, results.fusion_without_answer) if results else ()
     statistics = facts.data.statistics
     counted = [f"{statistics[name]:,} {name}" for name in ("users", "items", "interactions") if name in statistics]
     return {
@@ -185,7 +186,7 @@ def _shared(facts: RunFacts) -> dict[str, Any]:
         "terms": SOURCE_TERMS.get(facts.source),
         "headline": headline(results) if results else None,
         "findings": findings(results)[1:] if results else [],
-        "fusion_table": fusion_table(results) if results else None,
+        "fusion_tables": [fusion_table(each) for each in fusions if each],
         "results_table": results_table(results) if results else None,
         "variants": in_order(results.variants) if results else [],
         "popularity_auc": percent(popularity.value) if popularity else "",

@@ -7,7 +7,15 @@ from itertools import combinations
 
 from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.evaluation.variants import VARIANTS, Variant, variant_of
-from mllm_msr.records.results import Agreement, AgreementFigures, Difference, Estimate, FullCatalogue, Results
+from mllm_msr.records.results import (
+    Agreement,
+    AgreementFigures,
+    Difference,
+    Estimate,
+    FullCatalogue,
+    FusionWeights,
+    Results,
+)
 from mllm_msr.records.sections import OURS
 
 COMPARED = ("auc", "hr@5", "ndcg@5")
@@ -224,10 +232,8 @@ def sasrec_table(
     return TableView((f"less {variant_of('sasrec').label}", *head), tuple(rows)) if rows else None
 
 
-def fusion_table(results: Results) -> TableView | None:
+def fusion_table(fusion: FusionWeights) -> TableView:
     """What the fused score gives each member, by how often an item was chosen in training."""
-    if (fusion := results.fusion) is None:
-        return None
     rows = [
         (bucket, *(f"{weight:+.2f}" for weight in weights), f"{fusion.bias[bucket]:+.2f}")
         for bucket, weights in fusion.weights.items()
@@ -265,6 +271,8 @@ def catalogue_words(results: Results, catalogue: FullCatalogue) -> str:
             )
     order = "; ".join(turned[:3]) + (f"; and {len(turned) - 3} pairs more" if turned[3:] else "")
     words = f"By {metric_label(metric)} of these users {order or 'both put the variants into one order'}."
+    if "fused" in catalogue.variants and results.fusion_without_answer:
+        words += f" The fused score has asked the answer of the best {catalogue.reranked} items of each user."
     if OURS in results.variants and OURS not in catalogue.variants:
         words += f" {variant_of(OURS).label} is not among them: so many pairs were too costly; fewer users may not be."
     return words
@@ -325,12 +333,18 @@ def sections(results: Results) -> list[Section]:
         if differences := sasrec_table(catalogue.against_sasrec, COMPARED_AMONG_ALL):
             words = "Each variant less SASRec among all items, in points, paired by user; p is two-sided."
             parts.append(Section("Differences from SASRec among all items", words, differences, detail=False))
-    if weights := fusion_table(results):
+    if results.fusion:
         words = (
             "The fused score of an item is a weighted sum of its standardised scores by each member, fitted on "
             "validation tasks, by how often the item occurs in training; weights are drawn towards shared ones."
         )
-        parts.append(Section("What the fused score weighs", words, weights, detail=False))
+        parts.append(Section("What the fused score weighs", words, fusion_table(results.fusion), detail=False))
+    if weights := results.fusion_without_answer:
+        words = (
+            f"These rank the whole catalogue; the answer of {ours}, which takes a forward of the model, is asked of "
+            "its best items alone."
+        )
+        parts.append(Section("What it weighs where the answer is not asked", words, fusion_table(weights)))
     for by, title in DIVISIONS.items():
         if by != FREQUENCY and (table := slice_table(results, by)):
             parts.append(Section(f"{metric_label(SLICED)} by {title}", "Percent.", table))

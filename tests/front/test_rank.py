@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 
 from mllm_msr.cli import main
-from mllm_msr.rank import Ranking, best_of, read_users
+from mllm_msr.evaluation.loading import load_catalogue
+from mllm_msr.modeling.score_fusion import ScoreFusion
+from mllm_msr.rank import AnswerRanker, FusedRanker, HeadRanker, Ranking, RunUser, best_of, read_users
 from mllm_msr.records.recipe import demo_recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, PREFERENCES, RANKINGS
@@ -187,6 +190,27 @@ def test_the_fused_score_is_the_default_where_the_head_is_there(
     main(["rank", str(finished.path), "--user", "u0003"])
     assert shown_items(capsys.readouterr().out) == by_way["fused"]
     assert sorted(map(len, by_way.values())) == [10, 10, 10] and by_way["head"] != by_way["answer"]
+
+
+def test_the_answer_is_asked_of_the_best_alone(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    users, catalogue = read_users(finished, ["u0003", "u0000"]), load_catalogue(finished)
+    names = list(catalogue)
+    ranker = FusedRanker(finished, Ranking(rerank=4))
+    ranker.others.answer_fusion = ScoreFusion(
+        ("mllm_msr", "others"), torch.zeros(2), torch.ones(2), torch.eye(2)[[0] * 4], torch.zeros(4)
+    )
+    answers = AnswerRanker(finished, Ranking()).score(users, names, catalogue)
+    others = HeadRanker(finished, "fused").score(users, names, catalogue)
+    for user, ours, answer, other in zip(users, ranker.score(users, names, catalogue), answers, others, strict=True):
+        fresh = [place for place in np.argsort(-other) if names[place] not in user.chosen]
+        order = [place for place in np.argsort(-ours) if names[place] not in user.chosen]
+        assert order == sorted(fresh[:4], key=lambda place: -answer[place]) + fresh[4:]
+    main(["rank", str(finished.path), "--user", "u0003", "--rerank", "0"])
+    assert shown_items(capsys.readouterr().out) == best_items(users[0], others[0], names)
+
+
+def best_items(user: RunUser, scores: np.ndarray, names: list[str]) -> list[str]:
+    return [names[place] for place in np.argsort(-scores) if names[place] not in user.chosen][:10]
 
 
 def test_a_history_is_enough_to_rank_by(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
