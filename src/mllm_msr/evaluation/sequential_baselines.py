@@ -12,7 +12,10 @@ in training, so content is not taught to stand alone. (RecBole's SASRecF and GRU
 alone, by which no item without interactions can be ranked; its GRU4RecF reads identities and features by two networks.)
 """
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -20,7 +23,11 @@ import torch
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.rankers import Ranker
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit, score_candidates, score_catalogue
-from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig
+from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions
+from mllm_msr.records.sections import HeadOptions
+
+# items are a projection of an identity, never dropped, beside their content
+FEATURED: dict[str, Any] = {"join": "concatenation", "identity_dropout": 0.0}
 
 
 class SequenceRanker(Ranker):
@@ -43,7 +50,7 @@ def sasrec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame
 
     Arguments as for :func:`train_ranker`.
     """
-    return train_ranker("sasrec", SequenceHeadConfig(n_items=len(items)), validation, items, training, **settings)
+    return train_ranker("sasrec", {}, validation, items, training, **settings)
 
 
 def gru4rec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, **settings) -> SequenceRanker:
@@ -51,8 +58,7 @@ def gru4rec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFram
 
     Arguments as for :func:`train_ranker`.
     """
-    config = SequenceHeadConfig(n_items=len(items), encoder="gru")
-    return train_ranker("gru4rec", config, validation, items, training, **settings)
+    return train_ranker("gru4rec", {"encoder": "gru"}, validation, items, training, **settings)
 
 
 def sasrecf(
@@ -62,32 +68,25 @@ def sasrecf(
 
     ``vectors``: (I, F), in the order of ``items.sort("item_id")``; other arguments as for :func:`train_ranker`.
     """
-    content = torch.from_numpy(vectors)
-    return train_ranker("sasrecf", featured(content), validation, items, training, content, **settings)
+    return train_ranker("sasrecf", FEATURED, validation, items, training, torch.from_numpy(vectors), **settings)
 
 
 def gru4recf(
     validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, vectors: Array, **settings
 ) -> SequenceRanker:
     """Variant ``gru4recf``: GRU4Rec with features (Hidasi et al., RecSys 2016); arguments as for :func:`sasrecf`."""
-    content = torch.from_numpy(vectors)
-    config = featured(content, encoder="gru")
-    return train_ranker("gru4recf", config, validation, items, training, content, **settings)
-
-
-def featured(content: torch.Tensor, **options) -> SequenceHeadConfig:
-    """A head whose items are a projection of an identity, never dropped, beside their (I, F) content."""
-    n_items, size = content.shape
-    return SequenceHeadConfig(n_items=n_items, content_size=size, join="concatenation", identity_dropout=0.0, **options)
+    own, content = {**FEATURED, "encoder": "gru"}, torch.from_numpy(vectors)
+    return train_ranker("gru4recf", own, validation, items, training, content, **settings)
 
 
 def train_ranker(
     name: str,
-    config: SequenceHeadConfig,
+    own: Mapping[str, Any],
     validation: pl.DataFrame,
     items: pl.DataFrame,
     training: pl.DataFrame,
     content: torch.Tensor | None = None,
+    head: HeadOptions | None = None,
     options: FitOptions | None = None,
     seed: int = 0,
     folder: Path | None = None,
@@ -96,11 +95,24 @@ def train_ranker(
 
     Args:
         name: of the progress bar and of what is saved.
+        own: fields of ``SequenceHeadOptions`` that are not as in ``head``.
         validation: tasks, see :class:`~mllm_msr.evaluation.coded_tasks.CodedTasks`; so are those that are ranked.
         items: ``item_id`` of the whole catalogue.
         training: ``user_id``, ``item_id`` of every training interaction, each user's oldest first.
         content: (I, F), in the order of ``items.sort("item_id")``, for a head with content.
+        head: settings of network and training, None: the defaults. What is compared has the same, as far as they
+            concern it.
+        options: other settings of the training.
         folder: where epochs are saved, so that a killed training goes on and a finished one is not repeated.
     """
+    head, size = head or HeadOptions(), 0 if content is None else content.shape[1]
+    network = {**shared(head, SequenceHeadOptions), **own}
+    config = SequenceHeadConfig(**network, n_items=len(items), content_size=size)
+    options = options or FitOptions(**shared(head, FitOptions))
     data = TrainingData(len(items), CodedLists.of_log(training, items), CodedTasks(validation, items), content)
-    return SequenceRanker(fit(config, data, options or FitOptions(), seed, folder, name), items)
+    return SequenceRanker(fit(config, data, options, seed, folder, name), items)
+
+
+def shared(head: HeadOptions, kind: type[Any]) -> dict[str, Any]:
+    """The fields of a kind of options that the section ``head`` has."""
+    return {each.name: getattr(head, each.name) for each in fields(kind) if hasattr(head, each.name)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -111,27 +111,30 @@ def svd(run: RunFolder) -> Ranker:
 def sasrec(run: RunFolder) -> Ranker:
     from mllm_msr.evaluation.sequential_baselines import sasrec
 
-    return sasrec(*learnt_from(run), seed=run.recipe.evaluation.seed, folder=run.trained_baselines)
+    return sasrec(*learnt_from(run), **as_the_head(run))
 
 
 def gru4rec(run: RunFolder) -> Ranker:
     from mllm_msr.evaluation.sequential_baselines import gru4rec
 
-    return gru4rec(*learnt_from(run), seed=run.recipe.evaluation.seed, folder=run.trained_baselines)
+    return gru4rec(*learnt_from(run), **as_the_head(run))
 
 
 def sasrecf(run: RunFolder) -> Ranker:
     from mllm_msr.evaluation.sequential_baselines import sasrecf
 
-    own = {"seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
-    return sasrecf(*learnt_from(run), item_vectors(run), **own)
+    return sasrecf(*learnt_from(run), item_vectors(run), **as_the_head(run))
 
 
 def gru4recf(run: RunFolder) -> Ranker:
     from mllm_msr.evaluation.sequential_baselines import gru4recf
 
-    own = {"seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
-    return gru4recf(*learnt_from(run), item_vectors(run), **own)
+    return gru4recf(*learnt_from(run), item_vectors(run), **as_the_head(run))
+
+
+def as_the_head(run: RunFolder) -> dict[str, Any]:
+    """How sequential baselines are trained: with the settings of the head that they stand beside."""
+    return {"head": run.recipe.head, "seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
 
 
 def headed(name: str) -> Callable[[RunFolder], Scorer]:

@@ -176,6 +176,7 @@ class HeadOptions:
     batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
+    average: float = 0.99
     most_classes: int = 2048
     max_epochs: int = 100
     patience: int = 5
@@ -191,7 +192,7 @@ class HeadOptions:
         check_types(self, "head")
         at_least(self, hidden=1, layers=1, heads=1, max_length=1, batch_size=1, most_classes=1)
         at_least(self, max_epochs=0, patience=1, seed=0, fusion_tasks=1, answer_tasks=1)
-        for name in ("dropout", "identity_dropout", "hidden_share"):
+        for name in ("dropout", "identity_dropout", "average", "hidden_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.hidden % self.heads:
