@@ -225,6 +225,8 @@ class ItemRanker(nn.Module):
         """As :meth:`score`, by (B, L) codes of :meth:`read` and (N,) of :meth:`codes_of`."""
         if by != FUSED and by not in self.members:
             raise ValueError(f"by={by!r} is not known; there are {', '.join([FUSED, *self.members])}")
+        if not histories.shape[1]:  # all are empty
+            histories = F.pad(histories, (0, 1), value=PADDING)
         buckets = self._buckets(items)
         step = max(1, PAIRS // max(1, len(buckets)))
         parts = [buckets.new_zeros(0, len(buckets), dtype=torch.float32)]

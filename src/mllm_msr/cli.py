@@ -139,7 +139,8 @@ def rank(options: argparse.Namespace) -> None:
     from mllm_msr import rank
 
     run = existing_run(options)
-    how = rank.Ranking(options.items, options.by, options.top_k, options.memory_gb, options.rerank)
+    new = None if options.new_items is None else rank.new_items(run, options.new_items)
+    how = rank.Ranking(options.items, options.by, options.top_k, options.memory_gb, options.rerank, new)
     if options.users:
         rank.rank_users(run, None if options.users == ["all"] else options.users, options.output, how)
     elif options.user:

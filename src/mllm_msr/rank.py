@@ -12,11 +12,12 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.new_items import NewItems, read_new_items
 from mllm_msr.evaluation.loading import Computing, load_catalogue, load_recommender
 from mllm_msr.modeling.inputs import HistoryItem, User
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS
-from mllm_msr.records.storage import digest, write_text
+from mllm_msr.records.storage import digest, file_digest, write_text
 
 SHARD = 64  # users of one file
 
@@ -34,6 +35,7 @@ class Ranking:
         top_k: how many candidates a user gets.
         memory_gb: what may be kept of users and items; None is half of what is free.
         rerank: of how many of a user's best candidates "fused" asks the answer; 0 leaves the answer out.
+        new: items that the run has never seen, candidates among those of its catalogue.
     """
 
     items: Sequence[str] | None = None
@@ -41,6 +43,11 @@ class Ranking:
     top_k: int = 10
     memory_gb: float | None = None
     rerank: int = 100
+    new: NewItems | None = None
+
+    def catalogue(self, run: RunFolder) -> Catalogue:
+        """The run's items and the new ones."""
+        return replace(load_catalogue(run), new=self.new.candidates if self.new else {})
 
     def candidates(self, catalogue: Catalogue) -> list[str]:
         """The ids of the candidates, each once, in their order; ValueError names those that are unknown."""
@@ -91,10 +98,14 @@ class AnswerRanker:
 class HeadRanker:
     """Ranks by item vectors: a history is all that it needs of a user, a vector all that it needs of an item."""
 
-    def __init__(self, run: RunFolder, by: By) -> None:
+    def __init__(self, run: RunFolder, by: By, new: NewItems | None) -> None:
         from mllm_msr.modeling.item_ranking import ItemRanker
 
         self.ranker, self.by = ItemRanker.from_pretrained(run.head), "fused" if by == "fused" else "sequence_head"
+        if new is not None:
+            from mllm_msr.processing.new_vectors import put_new_items
+
+            put_new_items(self.ranker, run.recipe, new)
 
     def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
         return list(self.ranker.score([user.history for user in users], names, self.by).numpy())
@@ -104,7 +115,8 @@ class FusedRanker:
     """Ranks by item vectors, and what that puts first by the answer as well; see ``evaluation.answer_fusion``."""
 
     def __init__(self, run: RunFolder, how: Ranking) -> None:
-        self.others, self.answers, self.depth = HeadRanker(run, "fused").ranker, AnswerRanker(run, how), how.rerank
+        self.others, self.answers = HeadRanker(run, "fused", how.new).ranker, AnswerRanker(run, how)
+        self.depth = how.rerank
 
     def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
         import torch
@@ -121,6 +133,11 @@ class FusedRanker:
         chosen = torch.tensor([[item in user.chosen for item in names] for user in users])
         scores = self.others.score([user.history for user in users], names)
         return list(fusion.rerank(scores, buckets, chosen, self.depth, answer).numpy())
+
+
+def new_items(run: RunFolder, path: Path) -> NewItems:
+    """Items that the run has never seen, from a file."""
+    return read_new_items(path, load_catalogue(run), run.recipe.data, run.path / "image_cache")
 
 
 def way_of(run: RunFolder, how: Ranking) -> By:
@@ -153,12 +170,12 @@ def rank_history(run: RunFolder, history: Sequence[str], how: Ranking) -> None:
         raise ValueError("--by answer: reads a preference in words; --history is ranked by head or fused")
     by: By = how.by or "fused"
     run.require("head")
-    Ranking(items=history).candidates(load_catalogue(run))  # or an error that names the unknown
+    Ranking(items=history).candidates(how.catalogue(run))  # or an error that names the unknown
     print_best(run, RunUser("", history=tuple(history)), by, replace(how, rerank=0))
 
 
 def print_best(run: RunFolder, user: RunUser, by: By, how: Ranking) -> None:
-    catalogue = load_catalogue(run)
+    catalogue = how.catalogue(run)
     names = how.candidates(catalogue)
     if user.chosen.issuperset(names):
         raise ValueError(f"user {user.user_id!r} has chosen all of these items already: there is nothing to rank")
@@ -186,11 +203,12 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     users = list(everyone if users is None else dict.fromkeys(users))
     if unknown := [user for user in users if user not in everyone]:
         raise ValueError(f"{_listed(unknown)} no user of {run.path}; ids look like {next(iter(everyone))!r}")
-    catalogue = load_catalogue(run)
+    catalogue = how.catalogue(run)
     names = how.candidates(catalogue)
+    new = file_digest(how.new.path) if how.new else None
     claim(
         output,
-        digest(by, run.key("train" if by == "answer" else "head"), users, how.top_k, how.rerank, names),
+        digest(by, run.key("train" if by == "answer" else "head"), users, how.top_k, how.rerank, names, new),
         state.is_main_process,
     )
     state.wait_for_everyone()
@@ -299,7 +317,7 @@ def load_ranker(run: RunFolder, by: By, how: Ranking) -> RunRanker:
     """What ranks a run's users."""
     if by == "answer":
         return AnswerRanker(run, how)
-    return FusedRanker(run, how) if reads_words(run, by, how) else HeadRanker(run, by)
+    return FusedRanker(run, how) if reads_words(run, by, how) else HeadRanker(run, by, how.new)
 
 
 def reads_words(run: RunFolder, by: By, how: Ranking) -> bool:

@@ -200,7 +200,7 @@ def test_the_answer_is_asked_of_the_best_alone(finished: RunFolder, capsys: pyte
         ("mllm_msr", "others"), torch.zeros(2), torch.ones(2), torch.eye(2)[[0] * 4], torch.zeros(4)
     )
     answers = AnswerRanker(finished, Ranking()).score(users, names, catalogue)
-    others = HeadRanker(finished, "fused").score(users, names, catalogue)
+    others = HeadRanker(finished, "fused", None).score(users, names, catalogue)
     for user, ours, answer, other in zip(users, ranker.score(users, names, catalogue), answers, others, strict=True):
         fresh = [place for place in np.argsort(-other) if names[place] not in user.chosen]
         order = [place for place in np.argsort(-ours) if names[place] not in user.chosen]

@@ -38,6 +38,7 @@ def test_scores_are_those_of_the_members_and_their_weighted_sum():
     some = ["film-9", "film-0"]
     assert torch.allclose(ranker.score(HISTORIES, some), fused[:, [9, 0]], atol=1e-6)
     assert torch.allclose(ranker.score(HISTORIES, some, by="likeness"), scores["likeness"][:, [9, 0]], atol=1e-6)
+    assert torch.equal(ranker.score_codes(torch.empty(2, 0, dtype=torch.int64))[1], ranker.score([[]])[0])
     assert ranker.score([], some).shape == (0, 2) and ranker.score(HISTORIES, []).shape == (4, 0)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from datasets import Dataset
 
@@ -14,25 +15,29 @@ class Catalogue(Mapping[str, Candidate]):
 
     Args:
         items: ``item_id``, ``title``, ``text``, ``image`` (an ``Image`` feature, null where there is none).
+        new: further items, which come last.
     """
 
     items: Dataset
+    new: Mapping[str, Candidate] = field(default_factory=dict)
     index: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.index = {item_id: row for row, item_id in enumerate(self.items["item_id"])}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.index)
+        return chain(self.index, self.new)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.index) + len(self.new)
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self.index
+        return item_id in self.index or item_id in self.new
 
     def __getitem__(self, item_id: str) -> Candidate:
         """One item; KeyError names an unknown id."""
+        if item_id in self.new:
+            return self.new[item_id]
         if item_id not in self.index:
             raise KeyError(f"item {item_id!r} is not in the items table ({len(self.index)} items)")
         row = self.items[self.index[item_id]]

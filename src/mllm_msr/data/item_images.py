@@ -47,7 +47,7 @@ def with_files(items: pl.DataFrame, files: dict[str, str | None]) -> pl.DataFram
 def broken_images(items: pl.DataFrame, options: PrepareOptions) -> ByReason:
     """The items whose images cannot be decoded."""
     broken: ByReason = {}
-    for _ in _decoded(items, options, broken):
+    for _ in decoded_items(items, options, broken):
         pass
     return broken
 
@@ -65,7 +65,7 @@ def write_items(output: Path, items: pl.DataFrame, options: PrepareOptions) -> t
         ITEMS.writer(output / Path(ITEMS.file).name) as write,
         THUMBNAILS.writer(output / Path(THUMBNAILS.file).name) as write_thumbnails,
     ):
-        for batch in _decoded(items, options, broken):
+        for batch in decoded_items(items, options, broken):
             write(batch.drop("thumbnail"))
             small = batch.select("item_id", "thumbnail").drop_nulls("thumbnail")
             write_thumbnails(small)
@@ -73,7 +73,7 @@ def write_items(output: Path, items: pl.DataFrame, options: PrepareOptions) -> t
     return n_images, broken
 
 
-def _decoded(items: pl.DataFrame, options: PrepareOptions, broken: ByReason) -> Iterator[pl.DataFrame]:
+def decoded_items(items: pl.DataFrame, options: PrepareOptions, broken: ByReason) -> Iterator[pl.DataFrame]:
     """Batches of the items table with ``thumbnail`` beside it; fills ``broken``."""
 
     def read(path: str | None, data: bytes | None) -> tuple[bytes, bytes] | BrokenImage | None:

@@ -100,10 +100,11 @@ def _no_nulls(table: pl.DataFrame, columns: list[str]) -> None:
 
 @dataclass
 class BadRows:
-    """The bad rows of one source: the first one stops, or all are dropped and counted."""
+    """The bad rows of one source: the first one stops, with a ``remedy``, or all are dropped and counted."""
 
     on_bad_rows: OnBadRows = "error"
     skipped: list[Skipped] = field(default_factory=list)
+    remedy: str = "Mend the row, or leave such rows out and count them with on_bad_rows='skip' (--on-bad-rows skip)."
 
     def note(self, what: str, count: int, examples: list[Any]) -> None:
         """Count something odd that does no harm."""
@@ -113,10 +114,7 @@ class BadRows:
     def reject(self, path: Path | str, row: int | str, what: str, count: int, examples: list[Any]) -> None:
         """Raise for the first bad row, or count them all, as ``on_bad_rows`` says."""
         if self.on_bad_rows == "error":
-            raise ValueError(
-                f"{path}, row {row}: {what}: {short(examples[0])}. Mend the row, or leave such rows out and count them "
-                "with on_bad_rows='skip' (--on-bad-rows skip)."
-            )
+            raise ValueError(f"{path}, row {row}: {what}: {short(examples[0])}. {self.remedy}")
         self.note(f"{Path(path).name}: {what}", count, examples)
 
     def drop(self, table: Frame, bad: dict[str, pl.Expr], path: Path | str) -> Frame:

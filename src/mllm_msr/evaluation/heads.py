@@ -26,7 +26,7 @@ from mllm_msr.records.sections import HeadOptions
 
 TRAINED: dict[str, dict[str, Any]] = {"sequence_head": {}, "identity_only": {}, "content_only": {"identity": False}}
 MEMBERS = (*TRAINED, LIKENESS)
-BLOCK = 128  # users whose scores of the whole catalogue by all members are in memory at a time
+BLOCK = 128  # users whose histories are padded together
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class FusedRanker(Ranker):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads.items)
-        self.fusion, self.buckets = heads.item_ranker.fusion, frequency_buckets(heads.item_ranker.counts)
-        self.members = [heads.ranker(name) for name in self.fusion.members]
+        self.item_ranker, self.buckets = heads.item_ranker, frequency_buckets(heads.item_ranker.counts)
+        self.members = [heads.ranker(name) for name in heads.item_ranker.fusion.members]
 
     def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
         scores = np.stack([member.score(histories, candidates) for member in self.members], axis=-1)
-        return self.fusion(torch.from_numpy(scores).float(), self.buckets[candidates.codes]).numpy()
+        return self.item_ranker.fusion(torch.from_numpy(scores).float(), self.buckets[candidates.codes]).numpy()
 
     def score_catalogue(self, histories: CodedLists) -> Array:
         blocks = [np.empty((0, len(self.items)), np.float32)]
         for begin in range(0, len(histories), BLOCK):
             part = histories.slice(begin, min(begin + BLOCK, len(histories)))
-            scores = np.stack([member.score_catalogue(part) for member in self.members], axis=-1)
-            blocks.append(self.fusion(torch.from_numpy(scores).float(), self.buckets).numpy())
+            codes = torch.from_numpy(part.padded(part.bounds[:-1], part.lengths))
+            blocks.append(self.item_ranker.score_codes(codes).numpy())
         return np.concatenate(blocks)
 
 

@@ -94,7 +94,7 @@ def read_tables(
     if items is None:
         catalogue = log.select(pl.col("item_id").unique()).collect(engine="streaming").sort("item_id")
     else:
-        catalogue = _catalogue(str(items), columns, folder, folder / images if images else None, bad)
+        catalogue = read_catalogue(str(items), columns, folder, folder / images if images else None, bad)
         check_join(log, catalogue, items)
     if images is not None and "image_path" not in catalogue.columns:
         catalogue = catalogue.with_columns(images_by_id(catalogue["item_id"], folder / images))
@@ -103,8 +103,10 @@ def read_tables(
     return RawData(log, catalogue, bad.skipped, ticks)
 
 
-def _catalogue(place: str, columns: Mapping[str, str], folder: Path, images: Path | None, bad: BadRows) -> pl.DataFrame:
-    """item_id, and of title, text and image_path what is there."""
+def read_catalogue(
+    place: str, columns: Mapping[str, str], folder: Path, images: Path | None, bad: BadRows
+) -> pl.DataFrame:
+    """``item_id``, and of ``title``, ``text``, ``image_path`` what is there; arguments as for :func:`read_tables`."""
     table = TableFile.find(place, folder)
     names = {name: columns.get(name, name) for name in ITEM_COLUMNS}
     names["item_id"] = columns.get("items.item_id", names["item_id"])

@@ -1,0 +1,46 @@
+"""Vectors of items that a run has never seen, made as those of its catalogue were."""
+
+from dataclasses import replace
+
+import torch
+
+from mllm_msr.data.new_items import NewItems
+from mllm_msr.modeling.item_ranking import ItemRanker
+from mllm_msr.processing.vectors import item_encoder
+from mllm_msr.records.recipe import Recipe, backbone_path
+
+
+def put_new_items(ranker: ItemRanker, recipe: Recipe, new: NewItems) -> None:
+    """Let a run's ranker rank new items.
+
+    Raises:
+        ValueError: there is no model that makes their vectors, or their vectors are not as those of the catalogue; the
+            message names the file and the remedy.
+    """
+    vectors = _computed(recipe, new) if new.vectors is None else torch.from_numpy(new.vectors)
+    try:
+        ranker.put_items(list(new.candidates), vectors)
+    except ValueError as error:
+        raise ValueError(f"{new.path}: {error}; vectors must be made as those of the run's items were") from error
+
+
+def _computed(recipe: Recipe, new: NewItems) -> torch.Tensor:
+    options = recipe.vectors
+    if options.file is not None:
+        raise ValueError(
+            f"{new.path}: this run's item vectors are its owner's ({options.file}), so no model can make those of new "
+            "items: give them in a column `vector`"
+        )
+    if recipe.vectors_read_summaries:
+        print(f"{new.path}: new items have no summaries, which the vectors of this run's items read, too")
+    flags, items = recipe.training, list(new.candidates.values())
+    revision = options.revision if options.model else flags.get("model_revision")
+    prompts = {name: text for name, text in recipe.prompts.items() if name == "late_item"}
+    encode = item_encoder(
+        backbone_path(options.model or flags["model_name_or_path"]),
+        *(revision, options.dtype or flags.get("dtype"), prompts, recipe.item_noun, options.token_budget),
+    )
+    if not options.images:
+        items = [replace(item, image=None) for item in items]
+    steps = range(0, len(items), options.batch_size)
+    return torch.cat([torch.from_numpy(encode(items[begin : begin + options.batch_size])) for begin in steps])

@@ -1,0 +1,92 @@
+"""Items that a run has never seen, from a file: read as its catalogue was, with vectors if the file has them."""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from mllm_msr.data.image_places import URL
+from mllm_msr.data.images import decode
+from mllm_msr.data.item_images import decoded_items, download, with_files
+from mllm_msr.data.raw import BadRows, RawData
+from mllm_msr.data.sources.tables import read_catalogue
+from mllm_msr.data.text_files import reading
+from mllm_msr.data.vector_files import read_vectors, vector_matrix
+from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.records.schema import INTERACTIONS
+from mllm_msr.records.sections import PrepareOptions
+
+
+@dataclass(frozen=True)
+class NewItems:
+    """New items.
+
+    Args:
+        path: the file.
+        candidates: by id, in the order of the file.
+        vectors: (N, F) float32 in that order, if the file has them.
+    """
+
+    path: Path
+    candidates: Mapping[str, Candidate]
+    vectors: np.ndarray | None
+
+
+def read_new_items(path: Path, known: Container[str], options: PrepareOptions, cache: Path) -> NewItems:
+    """Read CSV or Parquet with ``item_id`` and of ``title``, ``text``, ``image`` and ``vector`` what there is.
+
+    Args:
+        path: images are paths relative to its folder, URLs or bytes; vectors as in
+            :func:`~mllm_msr.data.vector_files.read_vectors`.
+        known: ids that are taken.
+        options: of the run, by which its images were made.
+        cache: folder of images that are fetched by URL.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a row is bad, an id comes twice or is taken, an image or a vector cannot be used, or an item has
+            nothing that tells it from others; the message names the file, the row or the item, and the remedy.
+    """
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{path}: new items are read from CSV or Parquet, with item_id, title, text and image")
+    bad = BadRows(remedy="Mend the row, or leave it out.")
+    catalogue = read_catalogue(path.name, {}, path.parent, None, bad)
+    if bad.skipped:
+        first = bad.skipped[0]
+        raise ValueError(f"{path}: {first['what']}: {', '.join(first['examples'])}: mend the file, or leave these out")
+    if "title" not in catalogue.columns:
+        catalogue = catalogue.with_columns(title=pl.lit("", pl.String))
+    items = RawData(INTERACTIONS.frame().lazy(), catalogue).items
+    for row, item_id in enumerate(items["item_id"], 1):
+        if item_id in known:
+            raise ValueError(f"{path}, row {row}: item {item_id!r} is in the catalogue already: leave it out here")
+    vectors = None
+    if "vector" in _columns(path):
+        by_id = read_vectors(path, items)
+        vectors = vector_matrix(items.select("item_id").join(by_id, on="item_id", maintain_order="left"))
+    empty = (pl.col("title") == "") & (pl.col("text") == "") & pl.col("image_path").is_null()
+    if vectors is None and (rows := items.with_row_index("row", 1).filter(empty)["row"].to_list()):
+        raise ValueError(f"{path}, row {rows[0]}: has neither title, text, image nor vector: give one of them")
+    return NewItems(path, _candidates(path, items, options, cache), vectors)
+
+
+def _candidates(path: Path, items: pl.DataFrame, options: PrepareOptions, cache: Path) -> dict[str, Candidate]:
+    broken: dict[str, list[str]] = {}
+    if items["image_path"].str.contains(URL).any():
+        files, broken = download(items, cache)
+        items = with_files(items, files)
+    candidates = {}
+    for batch in decoded_items(items, options, broken):
+        for item_id, title, text, image, _ in batch.iter_rows():
+            pixels = decode(image["bytes"], options.max_image_pixels, options.max_image_edge) if image else None
+            candidates[item_id] = Candidate(item_id, title, text, pixels)
+    for reason, ids in broken.items():
+        raise ValueError(f"{path}: the image of item {ids[0]!r} cannot be used ({reason}): mend it or leave it out")
+    return candidates
+
+
+def _columns(path: Path) -> list[str]:
+    with reading(path):
+        return (pl.scan_csv if path.suffix == ".csv" else pl.scan_parquet)(path).collect_schema().names()
