@@ -1,8 +1,9 @@
 """Item vectors: the mean over an item's tokens of the last hidden state of a language model, with images or without.
 
 The tokens are those of the item's prompt (``late_item``: title, text and image), without the chat around it and without
-any user. The model is any of transformers that has a last hidden state: an image-text-to-text model, a causal language
-model, or an encoder of sentences. Letters: N items, B items of a batch, L tokens, F hidden.
+any user; of a model without a chat, those of title and text alone. The model is any of transformers that has a last
+hidden state: an image-text-to-text model, a causal language model, an encoder of texts, or the encoder of an
+encoder-decoder. Letters: N items, B items of a batch, L tokens, F hidden.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ from transformers import AutoModel
 
 from .inputs import Candidate
 
-LARGEST = 65504.0  # of half precision
+LARGEST = torch.finfo(torch.half).max
+CPU_BUDGET, BUDGET = 1024, 8192  # tokens of a forward: what stays in the caches of a core, and what fills a GPU
 
 
 def load_item_model(name_or_path: str, revision: str | None = None, dtype: str | None = None) -> Any:
@@ -26,37 +28,46 @@ def load_item_model(name_or_path: str, revision: str | None = None, dtype: str |
     model = AutoModel.from_pretrained(name_or_path, revision=revision or "main", dtype=dtype).eval()
     if model.config.model_type == "mllm_msr":  # a trained recommender: its backbone
         model = model.base_model
+    if getattr(model.config, "is_encoder_decoder", False):
+        model = model.get_encoder()
     return model if accelerator is None else model.to(accelerator)
 
 
 @dataclass(frozen=True)
-class SentenceInputs:
-    """What stands for the processor of an encoder of sentences, which knows no chat and sees no image.
+class PlainInputs:
+    """What stands for the processor of a model without a chat, such as an encoder of sentences; it sees no image.
 
     Args:
-        tokenizer: the encoder's.
+        tokenizer: the model's; what has no token to pad with pads with the one that ends a text.
         max_length: the most tokens of an item; what is longer is cut.
     """
 
     tokenizer: Any
-    max_length: int | None = None
+    max_length: int
     backbone_processor_class: None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def late_items(self, items: Sequence[Candidate]) -> Any:
         """A batch of titles and texts."""
         texts = [f"{item.title}\n{item.text}".strip() for item in items]
-        limit = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
-        return self.tokenizer(texts, padding=True, return_tensors="pt", **limit)
+        return self.tokenizer(texts, padding=True, return_tensors="pt", truncation=True, max_length=self.max_length)
 
 
 @torch.inference_mode()
-def encode_items(model: Any, processor: Any, items: Sequence[Candidate], token_budget: int = 8192) -> np.ndarray:
+def encode_items(model: Any, processor: Any, items: Sequence[Candidate], token_budget: int | None = None) -> np.ndarray:
     """(N, F) float16: the vector of each item; items of like length go together.
 
     Args:
         processor: of the same repository; of a text-only model it shows no images.
-        token_budget: tokens of one forward, padding included.
+        token_budget: tokens of one forward, padding included; by default what suits the model's device.
+
+    Raises:
+        ValueError: the model gives no last hidden state.
     """
+    token_budget = token_budget or (CPU_BUDGET if model.device.type == "cpu" else BUDGET)
     if processor.backbone_processor_class is None:
         items = [replace(item, image=None) for item in items]
     ready = [
@@ -81,12 +92,16 @@ def mean_states(model: Any, batch: Any) -> Tensor:
     inputs = dict(batch)
     if not any(name.startswith("pixel") for name in inputs):  # positions that count from the first place are then right
         inputs = {name: pad_right(value, batch["attention_mask"]) for name, value in inputs.items()}
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{model.config.model_type}: an encoder with a decoder has no one last hidden state")
-    states = model(**inputs, return_dict=True).last_hidden_state.float()
-    real = inputs["attention_mask"].to(states.dtype)[..., None]
-    mean = (states * real).sum(dim=1) / real.sum(dim=1)
-    return mean.clamp(-LARGEST, LARGEST).half()
+    states = getattr(model(**inputs, return_dict=True), "last_hidden_state", None)
+    if states is None:
+        raise ValueError(f"a model of the type {model.config.model_type!r} gives no last hidden state")
+    real = inputs["attention_mask"].to(torch.float32)[..., None]
+    return to_half((states.float() * real).sum(dim=1) / real.sum(dim=1))
+
+
+def to_half(vectors: Tensor) -> Tensor:
+    """In half precision; what is beyond it is its largest number."""
+    return vectors.clamp(-LARGEST, LARGEST).half()
 
 
 def pad_right(values: Tensor, attention_mask: Tensor) -> Tensor:

@@ -84,7 +84,9 @@ class MllmMsrProcessor(ProcessorMixin):
         image_processor = image_processor if image_processor is not None else NoImages()
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if self.chat_template is None and tokenizer.chat_template is None:
-            raise ValueError("the backbone has no chat template; give one as chat_template=...")
+            raise ValueError(
+                "the backbone has no chat template: give one as chat_template=..., or as its file chat_template.jinja"
+            )
         self.backbone_processor_class = backbone_processor_class
         self.backbone_processor_kwargs = backbone_processor_kwargs or {}
         self.prompts = {**PROMPTS, **(prompts or {})}

@@ -7,34 +7,100 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from mllm_msr.data.images import BrokenImage, decode
 from mllm_msr.modeling.inputs import Candidate
-from mllm_msr.modeling.item_vectors import SentenceInputs, encode_items, load_item_model
+from mllm_msr.modeling.item_vectors import BUDGET, PlainInputs, encode_items, load_item_model, to_half
 from mllm_msr.processing.auto import MllmMsrProcessor
+from mllm_msr.records.recipe import Recipe, backbone_path
 from mllm_msr.records.schema import ITEM_VECTORS
 from mllm_msr.records.storage import digest, sweep
 
 Encode = Callable[[Sequence[Candidate]], np.ndarray]  # N items to (N, F) float16
+REMEDY = "name another by vectors.model, or give your own vectors by --vectors or vectors.column"
+
+
+def item_model(recipe: Recipe) -> tuple[str, str | None]:
+    """Name or folder, and revision, of the model that makes a recipe's item vectors; ValueError if it names none."""
+    if recipe.vectors.model:
+        return backbone_path(recipe.vectors.model), recipe.vectors.revision
+    if name := recipe.training.get("model_name_or_path"):
+        return backbone_path(name), recipe.training.get("model_revision")
+    raise ValueError("vectors.model: name the model whose vectors items get, or a file of them by --vectors")
+
+
+def recipe_encoder(recipe: Recipe) -> Encode:
+    """What makes the item vectors of a recipe, loaded.
+
+    Raises:
+        ValueError: the model cannot be loaded, or makes no vectors of items; the message names it and the remedy.
+    """
+    options, (name, revision) = recipe.vectors, item_model(recipe)
+    dtype = options.dtype or recipe.training.get("dtype")
+    prompts = {prompt: text for prompt, text in recipe.prompts.items() if prompt == "late_item"}
+    try:
+        if options.engine == "sentence-transformers":
+            return sentence_encoder(name, revision, dtype)
+        return item_encoder(name, revision, dtype, prompts, recipe.item_noun, options.token_budget)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} makes no item vectors: {str(error).strip()}; {REMEDY}") from error
 
 
 def item_encoder(
-    name: str, revision: str | None, dtype: str | None, prompts: dict[str, str], item_noun: str, token_budget: int
+    name: str,
+    revision: str | None,
+    dtype: str | None,
+    prompts: dict[str, str],
+    item_noun: str,
+    token_budget: int | None = None,
 ) -> Encode:
-    """A model of transformers that makes vectors of items; one without a chat, such as an encoder of sentences, too."""
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
-    config = AutoConfig.from_pretrained(name, revision=revision or "main")
+    """A model of transformers: its mean last hidden state over an item's prompt, or, without a chat, over its words."""
+    where = {"revision": revision or "main"}
+    config = AutoConfig.from_pretrained(name, **where)
+    tokenizer = AutoTokenizer.from_pretrained(name, **where)
     processor: Any
-    named = PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    if tokenizer.chat_template is None and named is None and config.model_type != "mllm_msr":
-        processor = SentenceInputs(tokenizer, getattr(config, "max_position_embeddings", None))
-    else:
+    if config.model_type in PROCESSOR_MAPPING_NAMES or config.model_type == "mllm_msr" or tokenizer.chat_template:
         processor = MllmMsrProcessor.from_backbone(name, revision, prompts, item_noun)
+    else:
+        positions = getattr(config, "max_position_embeddings", None) or BUDGET
+        processor = PlainInputs(tokenizer, min(positions, tokenizer.model_max_length, BUDGET))
     model = load_item_model(name, revision, dtype)
     return lambda items: encode_items(model, processor, items, token_budget)
+
+
+def sentence_encoder(name: str, revision: str | None, dtype: str | None) -> Encode:
+    """A model of sentence-transformers, with its own pooling, of title and text and, where it sees images, the image.
+
+    A model that reads a text or an image, such as CLIP, gives both vectors, one after the other; zeros for no image.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        needed = "sentence-transformers is not installed: `pip install 'mllm-msr[sentence-transformers]'`"
+        raise ValueError(f"vectors.engine: {needed}") from error
+    model = SentenceTransformer(name, revision=revision, model_kwargs={"dtype": dtype or "auto"})
+    together = model.supports(("image", "text"))
+    apart = not together and model.supports("image")
+
+    def encode(items: Sequence[Candidate]) -> np.ndarray:
+        inputs: list[Any] = [f"{item.title}\n{item.text}".strip() for item in items]
+        shown = [place for place, item in enumerate(items) if item.image is not None]
+        if together:
+            for place in shown:
+                inputs[place] = {"text": inputs[place], "image": items[place].image}
+        vectors = model.encode(inputs, convert_to_tensor=True).float()
+        if apart:
+            pixels = torch.zeros_like(vectors)
+            if shown:
+                pixels[shown] = model.encode([items[place].image for place in shown], convert_to_tensor=True).float()
+            vectors = torch.cat([vectors, pixels], dim=1)
+        return to_half(vectors).cpu().numpy()
+
+    return encode
 
 
 def vector_table(
@@ -71,12 +137,16 @@ def vector_table(
             candidates = [Candidate("", titles[place], words[place], _image(pixels[place])) for place in places]
             assert encode is not None
             vectors = dict(zip((keys[place] for place in places), encode(candidates), strict=True))
+            if wrong := [place for place in places if not np.isfinite(vectors[keys[place]]).all()]:
+                what = f"the model's vector of item {ids[wrong[0]]!r} is not finite"
+                raise ValueError(f"{what}: try --set vectors.dtype=float32, or another vectors.model")
             _store(folder, vectors)
             have |= vectors
             bar.update(len(places))
     wanted = {key: have[key] for key in keys}
     if missing or len(wanted) < len(have):
         _join(folder, wanted)
+    print(f"item vectors: {len(missing)} computed, {len(wanted) - len(missing)} as they were", flush=True)
     return ITEM_VECTORS.frame().vstack(_frame(ids, [have[key] for key in keys], keys))
 
 

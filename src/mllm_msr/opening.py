@@ -13,6 +13,7 @@ from mllm_msr.processing.prompts import MAX_NEW_TOKENS
 from mllm_msr.proof import check_templates
 from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, with_settings
 from mllm_msr.records.run import RunFolder
+from mllm_msr.records.sections import VECTOR_ORIGINS
 from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.typed import check_names
 
@@ -119,6 +120,9 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
                 f"--set {key}: `{stage}` does not read the section {section!r}; it is read first by "
                 f"`{run.command(owner)} --set {key}=...`"
             )
+    origins = [f"vectors.{name}" for name in VECTOR_ORIGINS]
+    if any(key in origins for key in settings or {}):  # the one that is named takes the place of the others
+        settings = {**dict.fromkeys(origins), **(settings or {})}
     recipe = check_recipe(with_settings(run.recipe.to_dict(), settings or {}))
     return run if recipe == run.recipe else RunFolder.create(path, recipe)
 

@@ -29,7 +29,7 @@ from mllm_msr.records.schema import (
 )
 from mllm_msr.records.sections import SummaryOptions
 from mllm_msr.records.stage_specs import STAGES
-from mllm_msr.records.storage import file_digest, folder_digest, whole_folder, write_text
+from mllm_msr.records.storage import folder_digest, whole_folder, write_text
 from mllm_msr.samples import prompt_samples, task_samples
 
 if TYPE_CHECKING:
@@ -150,38 +150,35 @@ def forget_failures(run: RunFolder, table: Table) -> None:
 
 
 def vectors(run: RunFolder) -> None:
-    """What a language model makes of each item, for the sequence head: computed, or read from a file."""
-    from mllm_msr.data.vector_files import read_vectors
-    from mllm_msr.processing.vectors import item_encoder, vector_table
+    """What a language model makes of each item, for the sequence head: computed, or the user's own."""
+    from mllm_msr.data.vector_files import own_vectors
+    from mllm_msr.processing.vectors import item_model, recipe_encoder, vector_table
 
-    options, flags = run.recipe.vectors, run.recipe.training
-    name = backbone_path(options.model or flags.get("model_name_or_path") or "")
-    if not name and options.file is None:
-        raise ValueError("vectors.model: name the model whose vectors items get, or a file of them by --vectors")
-    revision = options.revision if options.model else flags.get("model_revision")
-    source = Path(options.file or name)
-    content = file_digest(source) if source.is_file() else folder_digest(source) if source.is_dir() else None
-    facts = [STAGES["vectors"].settings(run.recipe), content]
+    recipe, writes = run.recipe, [run.file(ITEM_VECTORS)]
+    if recipe.vectors.own:
+        frame = own_vectors(recipe.source, recipe.vectors, run.read(ITEMS, ["item_id"]))
+        facts: list[Any] = [STAGES["vectors"].settings(recipe), frame["key"].to_list()]
+        run.stage("vectors", lambda key: run.write(ITEM_VECTORS, frame), writes=writes, facts=facts)
+        return
+    model = Path(item_model(recipe)[0])
+    facts = [STAGES["vectors"].settings(recipe), folder_digest(model) if model.is_dir() else None]
 
     def work(key: str) -> None:
-        items = run.read(ITEMS)
-        if options.file is not None:
-            frame = read_vectors(source, items).with_columns(pl.lit(content).alias("key"))
-            run.write(ITEM_VECTORS, frame.cast(pl.Schema(ITEM_VECTORS.columns)))
-            return
         summaries: dict[str, str] = {}
-        if run.recipe.vectors_read_summaries:
+        if recipe.vectors_read_summaries:
             summaries = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
-
-        def load() -> Any:
-            dtype = options.dtype or flags.get("dtype")
-            prompts = {name: text for name, text in run.recipe.prompts.items() if name == "late_item"}
-            return item_encoder(name, revision, dtype, prompts, run.recipe.item_noun, options.token_budget)
-
-        frame = vector_table(items, summaries, load, facts, run.vectors, options.batch_size, options.images)
+        frame = vector_table(
+            run.read(ITEMS),
+            summaries,
+            lambda: recipe_encoder(recipe),
+            facts,
+            run.vectors,
+            recipe.vectors.batch_size,
+            recipe.vectors.images,
+        )
         run.write(ITEM_VECTORS, frame)
 
-    run.stage("vectors", work, writes=[run.file(ITEM_VECTORS)], facts=facts)
+    run.stage("vectors", work, writes=writes, facts=facts)
 
 
 def check_training(recipe: Recipe) -> None:

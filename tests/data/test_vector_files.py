@@ -1,12 +1,15 @@
 """Item vectors from a file, of three kinds, and what is wrong with one."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from mllm_msr.data.vector_files import read_vectors, vector_matrix
+from mllm_msr.data.vector_files import own_vectors, read_column, read_vectors, vector_matrix
+from mllm_msr.records.schema import ITEM_VECTORS
+from mllm_msr.records.sections import Source, VectorOptions
 
 ITEMS = pl.DataFrame({"item_id": ["b", "a"]})
 VECTORS = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], np.float32)  # of a, b and c
@@ -68,3 +71,70 @@ def test_a_file_that_is_none_of_these_is_refused(tmp_path: Path) -> None:
     pl.DataFrame({"item_id": ["a"], "vec": [1.0]}).write_parquet(tmp_path / "own.parquet")
     with pytest.raises(ValueError, match="needs a column 'vector'"):
         read_vectors(tmp_path / "own.parquet", ITEMS)
+
+
+def catalogue(folder: Path, name: str, vectors: object) -> Source:
+    """Own tables whose items, b in two rows, have a column ``emb``."""
+    ids = ["b", "a", "b", "z"]
+    if name.endswith(".jsonl"):
+        rows = zip(ids, vectors, strict=True)
+        (folder / name).write_text("".join(json.dumps({"sku": i, "emb": vector}) + "\n" for i, vector in rows))
+    else:
+        frame = pl.DataFrame({"sku": ids, "emb": vectors})
+        frame.write_csv(folder / name) if name.endswith(".csv") else frame.write_parquet(folder / name)
+    columns = {"items.item_id": "sku"}
+    return Source("tables", {"interactions": "log.csv", "items": name, "folder": str(folder), "columns": columns})
+
+
+LISTS = [[3.0, 4.0], [1.0, 2.0], [9.0, 9.0], [5.0, 6.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "vectors"),
+    [
+        ("goods.parquet", LISTS),
+        ("goods.parquet", np.array(LISTS, np.float64)),
+        ("goods.parquet", ["[3.0, 4.0]", "[1,2]", "[9, 9]", "[5, 6]"]),
+        ("goods.csv", ["[3.0, 4e0]", "[1. 2.]", "9 9", "5;6"]),
+        ("goods.jsonl", LISTS),
+    ],
+)
+def test_a_column_of_the_items_table_has_vectors_as_lists_or_texts(tmp_path: Path, name: str, vectors) -> None:
+    frame = read_column(catalogue(tmp_path, name, vectors), "emb", ITEMS)
+    assert frame["item_id"].to_list() == ["a", "b"]
+    np.testing.assert_array_equal(vector_matrix(frame), [[1.0, 2.0], [3.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("vectors", "column", "words"),
+    [
+        (["[1]", "[x]", "[1]", "[1]"], "emb", "goods.csv, column 'emb': holds no vectors .*x"),
+        (["[1]", "[1, 2]", "[1]", "[1]"], "emb", "column 'emb': the vector of item 'b' is not as long as that of 'a'"),
+        (["[1]", "", "[1]", "[1]"], "emb", "column 'emb': 1 items have no vector, among them 'a'"),
+        (["[1]", "[1]", "[1]", "[1]"], "vec", "goods.csv: no column 'vec'; it has .*emb"),
+    ],
+)
+def test_what_is_wrong_in_a_column_is_said_with_the_item(tmp_path: Path, vectors, column: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_column(catalogue(tmp_path, "goods.csv", vectors), column, ITEMS)
+
+
+def test_only_own_tables_have_further_columns(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"only own tables .* not 'demo'; give the vectors as a file by --vectors"):
+        read_column(Source("demo"), "emb", ITEMS)
+    with pytest.raises(ValueError, match=r"no items table .* name one by --items"):
+        read_column(Source("tables", {"interactions": "log.csv"}), "emb", ITEMS)
+
+
+def test_the_key_of_own_vectors_is_their_content(tmp_path: Path) -> None:
+    source = catalogue(tmp_path, "goods.parquet", LISTS)
+    by_column = own_vectors(source, VectorOptions(column="emb"), ITEMS)
+    ITEM_VECTORS.check(by_column, "vectors")
+    by_file = own_vectors(source, VectorOptions(file=str(parquet(tmp_path))), ITEMS)
+    assert by_column.equals(by_file) and by_file["key"].n_unique() == 2
+    changed = own_vectors(
+        catalogue(tmp_path, "goods.parquet", [[3.0, 5.0], *LISTS[1:]]), VectorOptions(column="emb"), ITEMS
+    )
+    assert (changed["key"] == by_column["key"]).to_list() == [True, False]
+    with pytest.raises(ValueError, match="item 'b' has a number beyond 65,504"):
+        own_vectors(catalogue(tmp_path, "goods.parquet", [[1e6, 5.0], *LISTS[1:]]), VectorOptions(column="emb"), ITEMS)

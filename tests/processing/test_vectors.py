@@ -1,16 +1,18 @@
 """The table of item vectors: by content, changed items only, and not lost when a run is killed."""
 
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-import tiny_models
-from transformers import BertConfig, BertModel, BertTokenizer
 
 from mllm_msr.modeling.inputs import Candidate
-from mllm_msr.processing.vectors import item_encoder, vector_table
+from mllm_msr.processing.vectors import vector_table
 from mllm_msr.records.schema import IMAGE, ITEM_VECTORS
 
 NO_IMAGE = {"bytes": None, "path": None}
@@ -74,15 +76,37 @@ def test_an_empty_catalogue_has_no_vectors(tmp_path: Path) -> None:
     assert vector_table(items(), {}, Encoder, [], tmp_path).is_empty()
 
 
-def test_an_encoder_of_sentences_needs_no_chat(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "ships", ":"]))
-    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    model = BertModel(config)
-    tiny_models.randomise(model)
-    model.save_pretrained(tmp_path)
-    encode = item_encoder(str(tmp_path), None, "float32", {}, "film", 512)
-    shop = [Candidate("a", "red"), Candidate("b", "ships red red ships : red")]
-    together, alone = encode(shop), np.concatenate([encode(shop[:1]), encode(shop[1:])])
-    np.testing.assert_allclose(together.astype(np.float32), alone.astype(np.float32), atol=2e-3)
-    assert np.abs(together[0] - together[1]).max() > 0.01
+def test_a_vector_that_is_no_number_stops_with_the_item_and_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vector of item 'b' is not finite: try --set vectors.dtype=float32"):
+        vector_table(items(a="red", b="green"), {}, lambda: lambda them: np.array([[1.0], [np.nan]]), [], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import numpy as np, polars as pl
+from mllm_msr.processing.vectors import vector_table
+
+def encode(candidates):
+    time.sleep(0.2)
+    return np.array([[len(item.title)] for item in candidates], np.float16)
+
+vector_table(pl.read_parquet(sys.argv[1]), {}, lambda: encode, [], Path(sys.argv[2]), batch_size=2)
+"""
+
+
+def test_a_process_that_is_killed_leaves_what_it_had_computed(tmp_path: Path) -> None:
+    shop, folder = items(**{f"i{n:02}": "e" * n for n in range(40)}), tmp_path / "cache"
+    shop.write_parquet(tmp_path / "items.parquet")
+    with subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "items.parquet"), str(folder)]) as process:
+        while len(done := list(folder.glob("*.parquet"))) < 3:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and len(done) < 20
+    encoder = Encoder()
+    frame = vector_table(shop, {}, lambda: lambda them: encoder(them)[:, :1], [], folder, batch_size=2)
+    assert frame["vector"].to_list() == [[n] for n in range(40)]
+    assert 0 < len(encoder.asked) <= 40 - 2 * len(done)
+    assert len(list(folder.iterdir())) == 1  # nothing half written is left

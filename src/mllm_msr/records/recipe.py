@@ -67,7 +67,7 @@ class Recipe:
     def vectors_read_summaries(self) -> bool:
         """Whether item vectors rest on item summaries: on those that a model wrote, if on any."""
         by_model = self.summaries.engine not in ("extractive", "titles")
-        return by_model and self.vectors.summaries and self.vectors.file is None
+        return by_model and self.vectors.summaries and not self.vectors.own
 
     @property
     def fuses_answer(self) -> bool:

@@ -137,23 +137,35 @@ class SummaryOptions:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in MEANS}
 
 
+VECTOR_ORIGINS = ("file", "column", "model")  # where the vectors of items come from: one of these, or the backbone
+
+
 @dataclass(frozen=True)
 class VectorOptions:
-    """Section ``vectors``: what the vectors of items are made of, and by which model; or a file that has them."""
+    """Section ``vectors``: what the vectors of items are made of, and by which model; or where one's own are."""
 
     file: str | None = None  # Parquet, CSV or npz with item_id and vector, in place of a model
+    column: str | None = None  # of the items table (own tables), in place of a model: lists, or texts as "[0.1, 0.2]"
     model: str | None = None  # Hub id or folder; None: the backbone that is trained
     revision: str | None = None
+    engine: Literal["transformers", "sentence-transformers"] = "transformers"  # what reads the model
     summaries: bool = True  # read the item summaries of a model, after the item's own text
     images: bool = True
     dtype: str | None = None  # of the model; None: as training has it
     # the means
-    token_budget: int = 8192  # tokens of one forward
+    token_budget: int | None = None  # tokens of one forward; None: 1,024 on a CPU, 8,192 elsewhere
     batch_size: int = 512  # items that are decoded, and saved, at a time
 
     def __post_init__(self) -> None:
         check_types(self, "vectors")
         at_least(self, token_budget=1, batch_size=1)
+        if len(given := [name for name in VECTOR_ORIGINS if getattr(self, name)]) > 1:
+            raise ValueError(f"vectors: {' and '.join(given)} are given; name one of {', '.join(VECTOR_ORIGINS)}")
+
+    @property
+    def own(self) -> bool:
+        """Whether vectors are read, and not computed."""
+        return bool(self.file or self.column)
 
     def facts(self) -> dict[str, Any]:
         """All that a vector depends on."""

@@ -32,7 +32,8 @@ def _user_texts(recipe: Recipe) -> Any:
 
 
 def _item_vectors(recipe: Recipe) -> Any:
-    model = [recipe.training.get(name) for name in ("model_name_or_path", "model_revision", "dtype")]
+    flags = ("dtype",) if recipe.vectors.model else ("model_name_or_path", "model_revision", "dtype")
+    model = [recipe.training.get(name) for name in flags]
     return [recipe.vectors.facts(), model, recipe.prompts.get("late_item"), recipe.item_noun]
 
 

@@ -36,6 +36,18 @@ class TablesSource(SourceOptions):
     def read(self, on_bad_rows: OnBadRows) -> RawData:
         return read_tables(str(self.interactions), self.items, self.columns, self.images, self.folder, on_bad_rows)
 
+    def item_column(self, name: str) -> list[pl.DataFrame]:
+        """``item_id`` and a further column ``name`` of the catalogue, as they are in its file, in batches."""
+        if self.items is None:
+            raise ValueError(f"there is no items table that could have a column {name!r}: name one by --items")
+        table = TableFile.find(self.items, Path(self.folder))
+        theirs = self.columns.get("items.item_id", self.columns.get("item_id", "item_id"))
+        batches = []
+        for batch in table.batches([theirs, name], (), "", BadRows("skip")):
+            need_columns(batch.columns, [theirs, name], self.items)
+            batches.append(batch.select(ROW, pl.col(theirs).alias("item_id"), name))
+        return batches
+
     def roots(self) -> list[Path | str]:
         """Only what is named below ``folder``, and not all of it."""
         named = (self.interactions, self.items, self.images)
