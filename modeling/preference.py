@@ -50,6 +50,25 @@ class PreferenceStep(Generic[Item]):
     previous: str | None
 
 
+def preference_step(
+    user: int,
+    step: int,
+    history: Sequence[Item],
+    block_size: int,
+    previous: str | None,
+    recurrent: bool = True,
+) -> PreferenceStep[Item]:
+    """What h_step of a history is written from, if ``previous`` is the preference before it.
+
+    >>> preference_step(0, 2, "abcde", 2, "a+b").items
+    'cd'
+    """
+    end = step * block_size
+    if recurrent:
+        return PreferenceStep(user, step, history[end - block_size : end], previous)
+    return PreferenceStep(user, step, history[:end], None)
+
+
 def preference_waves(
     histories: Sequence[Sequence[Item]],
     block_size: int,
@@ -72,18 +91,16 @@ def preference_waves(
     ['a+b;', 'a+b;c+d;']
     """
     in_force: dict[int, str] = {}
-    blocks = [split_history(history, block_size)[0] for history in histories]
-    numbers = range(1, max(map(len, blocks), default=0) + 1)
-    users = range(len(blocks))
-
-    def step(user: int, number: int) -> PreferenceStep[Item]:
-        if recurrent:
-            return PreferenceStep(user, number, blocks[user][number - 1], in_force.get(user))
-        return PreferenceStep(user, number, histories[user][: number * block_size], None)
-
+    blocks = [whole_blocks(len(history), block_size) for history in histories]
+    numbers = range(1, max(blocks, default=0) + 1)
     waves = [[number] for number in numbers] if recurrent else [list(numbers)]
     for wave in waves:
-        steps = [step(user, number) for user in users for number in wave if number <= len(blocks[user])]
+        steps = [
+            preference_step(user, number, history, block_size, in_force.get(user), recurrent)
+            for user, history in enumerate(histories)
+            for number in wave
+            if number <= blocks[user]
+        ]
         written = []
         for current, text in zip(steps, write(steps) if steps else (), strict=True):
             in_force[current.user] = text or in_force.get(current.user, "")

@@ -103,6 +103,11 @@ def sentence_encoder(name: str, revision: str | None, dtype: str | None) -> Enco
     return encode
 
 
+def item_words(text: str, summary: str | None) -> str:
+    """What a vector rests on beside title and image: the item's text, and after it the summary."""
+    return "\n".join(filter(None, (text, summary)))
+
+
 def vector_table(
     items: pl.DataFrame,
     summaries: Mapping[str, str],
@@ -124,7 +129,7 @@ def vector_table(
     items = items.sort("item_id")
     ids, titles, texts = (items[name].fill_null("").to_list() for name in ("item_id", "title", "text"))
     pixels = items["image"].struct.field("bytes").to_list() if images else [None] * len(ids)
-    words = ["\n".join(filter(None, (text, summaries.get(item)))) for item, text in zip(ids, texts, strict=True)]
+    words = [item_words(text, summaries.get(item)) for item, text in zip(ids, texts, strict=True)]
     hashes = [hashlib.sha256(image).hexdigest() if image else None for image in pixels]
     keys = [digest(*facts, *parts) for parts in zip(titles, words, hashes, strict=True)]
     have = _stored(folder)

@@ -157,6 +157,13 @@ def index(options: argparse.Namespace) -> None:
     index(existing_run(options), options.memory_gb)
 
 
+def serve(options: argparse.Namespace) -> None:
+    from mllm_msr.serving.main import ServeOptions, serve
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "debug")}
+    serve(ServeOptions(options.run, **given))
+
+
 def publish(options: argparse.Namespace) -> None:
     from importlib.metadata import version
 
@@ -201,6 +208,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compare": compare,
     "rank": rank,
     "index": index,
+    "serve": serve,
     "publish": publish,
     "show": show,
 }

@@ -14,6 +14,7 @@ examples:
                                                            shares them among processes
   mllm-msr show user u0003 demo_output                     what was read and written of one user, step by step
   mllm-msr show page RUN                                   try a run's model in the browser
+  mllm-msr serve demo_output                               answer over HTTP, from events as they come
   mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
 stages, each alone on a run; what is finished is skipped, what was interrupted goes on:
   mllm-msr prepare recipes/movielens_100k.yaml --data DIR --output RUN
@@ -125,6 +126,24 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("run", type=Path, help="folder of a run with a trained model")
     for sub in (rank, index):
         sub.add_argument("--memory-gb", type=amount, help="kept of users and items (default: half of what is free)")
+
+    serve = command("serve", "answer over HTTP: score, rerank, recommend, from events as they come ([serve])")
+    serve.add_argument("run", type=Path, help="folder of a run with a trained model")
+    serve.add_argument("--host", default="127.0.0.1", type=text_of, help="to listen on (default: this machine only)")
+    serve.add_argument("--port", type=port, default=8080, help="default: 8080; 0 is any that is free")
+    serve.add_argument("--device", type=text_of, help="of the model, such as cpu or cuda:1 (default: an accelerator)")
+    where = "SQLite file or database URL, of users and items (default: RUN/state.sqlite)"
+    serve.add_argument("--state", metavar="FILE|URL", type=text_of, help=where)
+    secret = "lines `read KEY` and `write KEY`; or MLLM_MSR_READ_KEYS and MLLM_MSR_WRITE_KEYS in the environment"
+    serve.add_argument("--keys", metavar="FILE", type=Path, help=secret)
+    serve.add_argument("--open-to-all", action="store_true", help="listen beyond this machine without any key")
+    serve.add_argument("--image-urls", action="store_true", help="fetch images by URL, never from private addresses")
+    further = "CSV or Parquet with item_id and columns that recommendations may be filtered by"
+    serve.add_argument("--item-columns", metavar="FILE", type=Path, help=further)
+    serve.add_argument("--deadline", type=amount, default=30.0, help="seconds until a request is given up (30)")
+    serve.add_argument("--max-body-mb", type=amount, default=32.0, help="of a request (32)")
+    serve.add_argument("--memory-gb", type=amount, help="kept of users and items (default: half of what is free)")
+    serve.add_argument("--log-texts", action="store_true", help="log ids and what errors say, not only routes")
 
     publish = command("publish", "release a run on the Hub: model, data set, metric, demo Space")
     publish.add_argument("run", type=Path, help="folder of a run with a report")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.new_items import NewItems, read_new_items
-from mllm_msr.evaluation.loading import Computing, load_catalogue, load_recommender
+from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
 from mllm_msr.modeling.inputs import HistoryItem, User
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS
@@ -323,11 +323,6 @@ def load_ranker(run: RunFolder, by: By, how: Ranking) -> RunRanker:
 def reads_words(run: RunFolder, by: By, how: Ranking) -> bool:
     """Whether the answer is asked, which reads of users what is said of them in words."""
     return by == "answer" or (by == "fused" and run.recipe.fuses_answer and how.rerank > 0)
-
-
-def is_late(run: RunFolder) -> bool:
-    config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
-    return config.get("interaction") == "late"
 
 
 def _listed(ids: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """A run's model, ready to rank, and its catalogue."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +19,26 @@ class Computing:
     """How scores are computed; none of it is meant to change them.
 
     Args:
+        device: of the model; None: this process's own, an accelerator if there is one.
         dtype: of the weights; None: as they were saved.
         attn_implementation: None: the one the backbone chooses.
         token_budget: tokens of one forward; None: the recipe's.
         share_prefix, memory_gb, cache: see :class:`~mllm_msr.modeling.ranking.Recommender`.
     """
 
+    device: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     token_budget: int | None = None
     share_prefix: bool | None = None
     memory_gb: float | None = None
     cache: Path | None = None
+
+
+def is_late(run: RunFolder) -> bool:
+    """Whether the run's model has ``interaction="late"``."""
+    config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
+    return config.get("interaction") == "late"
 
 
 def load_recommender(run: RunFolder, how: Computing = Computing()) -> "Recommender":
@@ -74,7 +83,7 @@ def _recommender(run: RunFolder, model: Any, how: Computing) -> "Recommender":
     from mllm_msr.processing.auto import MllmMsrProcessor, Recommender
 
     return Recommender(
-        model.to(PartialState().device),  # this process's own, of several
+        model.to(how.device or PartialState().device),
         MllmMsrProcessor.from_pretrained(run.model),
         token_budget=how.token_budget or run.recipe.evaluation.token_budget,
         memory_gb=how.memory_gb,

@@ -83,6 +83,7 @@ ITEMS = Table(
     Column("image", LargeBinary),
     Column("summary", Text, nullable=False),
     Column("vector", LargeBinary),
+    Column("made_by", String(64), nullable=False),
     Column("columns", JSON, nullable=False),
 )
 COUNTERS = Table("counters", TABLES, Column("name", String(32), primary_key=True), Column("value", BigInteger))
@@ -127,6 +128,7 @@ class StoredItem:
     Args:
         image: encoded, as :func:`mllm_msr.data.images.normalise` writes it; read apart, see :meth:`Store.image`.
         vector: (F,) float16 bytes; None without a head.
+        made_by: what vectors depend on beside their item.
         columns: further values to filter by.
     """
 
@@ -136,6 +138,7 @@ class StoredItem:
     summary: str = ""
     image: bytes | None = None
     vector: bytes | None = None
+    made_by: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
     deleted: bool = False
     version: int = 0

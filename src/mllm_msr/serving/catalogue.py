@@ -1,0 +1,106 @@
+"""The items that are served: those of the run, and over them what clients have put or deleted since."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mllm_msr.data.images import BrokenImage, decode
+from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.serving.store import StoredItem
+
+KEPT = 20_000  # candidates whose decoded images are kept
+
+
+class ServedCatalogue(Mapping[str, Candidate]):
+    """Items by id; candidates that were asked for lately are kept, with their images decoded and prepared.
+
+    Titles, summaries and columns may be read by any thread, candidates only by that of the model.
+
+    Args:
+        items: of the run.
+        titles, summaries: of the run's items.
+        columns: further values of the run's items, by column and item, to filter by.
+        load_image: the encoded image of an item that a client has put.
+        prepare: what becomes of an image before it is kept.
+    """
+
+    def __init__(
+        self,
+        items: Mapping[str, Candidate],
+        titles: Mapping[str, str],
+        summaries: Mapping[str, str],
+        columns: Mapping[str, Mapping[str, Any]],
+        load_image: Callable[[str], bytes | None],
+        prepare: Callable[[Any], Any],
+    ) -> None:
+        self.items_of_run, self.titles, self.summaries = items, titles, summaries
+        self.columns_of_run, self.load_image, self.prepare = columns, load_image, prepare
+        self.put_items: dict[str, StoredItem] = {}
+        self.version = 0  # of the last change that is applied
+        self._kept: OrderedDict[str, Candidate] = OrderedDict()
+
+    def apply(self, changes: Sequence[StoredItem]) -> None:
+        """Take over what clients have put or deleted, in order."""
+        for item in changes:
+            self.put_items[item.item_id] = item
+            self._kept.pop(item.item_id, None)
+            self.version = item.version
+
+    def __contains__(self, item_id: object) -> bool:
+        put = self.put_items.get(item_id) if isinstance(item_id, str) else None
+        return item_id in self.items_of_run if put is None else not put.deleted
+
+    def __iter__(self) -> Iterator[str]:
+        put = self.put_items
+        yield from (item for item in self.items_of_run if item not in put)
+        yield from (item for item, each in list(put.items()) if not each.deleted)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, item_id: str) -> Candidate:
+        """One item; KeyError names an unknown id."""
+        if item_id in self._kept:
+            self._kept.move_to_end(item_id)
+            return self._kept[item_id]
+        if item_id not in self:
+            raise KeyError(f"item {item_id!r} is not in the catalogue")
+        put = self.put_items.get(item_id)
+        if put is None:
+            candidate = self.items_of_run[item_id]
+        else:
+            candidate = Candidate(item_id, put.title, put.text, _decoded(self.load_image(item_id)))
+        if candidate.image is not None:
+            image = self.prepare(candidate.image)
+            candidate = Candidate(candidate.item_id, candidate.title, candidate.text, image)
+        self._kept[item_id] = candidate
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return candidate
+
+    def title(self, item_id: str) -> str:
+        """The title of an item, "" for one that is not there."""
+        put = self.put_items.get(item_id)
+        return self.titles.get(item_id, "") if put is None else put.title
+
+    def summary(self, item_id: str) -> str | None:
+        """The summary of an item; None for one that is not there."""
+        put = self.put_items.get(item_id)
+        if put is None:
+            return self.summaries.get(item_id)
+        return None if put.deleted else put.summary
+
+    def value(self, item_id: str, column: str) -> Any:
+        """What a column says of an item; None where it says nothing."""
+        put = self.put_items.get(item_id)
+        return self.columns_of_run.get(column, {}).get(item_id) if put is None else put.columns.get(column)
+
+    def has_column(self, column: str) -> bool:
+        return column in self.columns_of_run or any(column in item.columns for item in self.put_items.values())
+
+
+def _decoded(content: bytes | None) -> Any:
+    try:
+        return decode(content) if content else None
+    except BrokenImage:  # it was sound when it was put: better no image than no answer
+        return None

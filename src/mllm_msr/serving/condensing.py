@@ -1,0 +1,165 @@
+"""Full history blocks become preferences, in the background, by the text engine that wrote those of the run.
+
+Until then answers use the recent items. What is to be condensed is in the store, so that a server that was killed
+leaves nothing undone, and several servers share the work: who writes a user's next preference holds a lease.
+"""
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from mllm_msr.modeling.inputs import HistoryItem
+from mllm_msr.modeling.preference import preference_step, preference_waves
+from mllm_msr.processing.engine_registry import build_engine
+from mllm_msr.processing.engines import EngineUnavailable, HistoryBlock
+from mllm_msr.processing.text_store import TextStore
+from mllm_msr.processing.text_writer import Inputs, TextWriter
+from mllm_msr.records.recipe import Recipe
+from mllm_msr.serving.store import Claim, Store, StoreUnavailable
+from mllm_msr.serving.users import Users, rests_on
+
+logger = logging.getLogger(__name__)
+LEASE = 15.0  # seconds after which what a server was writing when it was killed is another's
+POLL = 1.0  # seconds between looks at what other servers may have left
+AGAIN = 20.0  # seconds until an engine that could not be used is tried again
+
+
+class PreferenceWriter:
+    """The run's text engine, for one history at a time; its model is loaded when the first text is wanted."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.options = recipe.summaries.for_users()
+        self.engine = build_engine(self.options, recipe.prompts, recipe.item_noun)
+        self._lock = threading.Lock()
+
+    def write(self, items: Sequence[HistoryItem], previous: str | None) -> str:
+        """The preference after some items; "" if the engine has no answer to them.
+
+        Raises:
+            EngineUnavailable: no text can be written now.
+        """
+        block = HistoryBlock(items, previous)
+        inputs = Inputs([""], [asdict(block)], [0], [block].__getitem__)
+        with self._lock, TemporaryDirectory() as folder, tqdm(disable=True) as progress:
+            store = TextStore(Path(folder))
+            (key,) = TextWriter(self.engine, store, self.options.seed).write("preference", inputs, progress)
+            return store.rows[key].text
+
+    def preferences(self, history: Sequence[HistoryItem]) -> list[str]:
+        """The preference after each history block of a history."""
+        waves = preference_waves(
+            [history],
+            self.options.block_size,
+            lambda steps: [self.write(step.items, step.previous) for step in steps],
+            self.options.recurrent,
+        )
+        return [text for wave in waves for _, text in wave]
+
+
+class Condenser:
+    """Writes the preferences that are due, on a thread of its own, from :meth:`start` to :meth:`close`.
+
+    Args:
+        describe: an item in words, None for one that is no more.
+    """
+
+    def __init__(
+        self, users: Users, store: Store, writer: PreferenceWriter, describe: Callable[[str], HistoryItem | None]
+    ) -> None:
+        self.users, self.store, self.writer, self.describe = users, store, writer, describe
+        self.owner = secrets.token_hex(8)
+        self.written = self.failures = 0
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="condenser", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Finish the text that is being written; the others stay due."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                claim = self.store.claim(self.owner, LEASE)
+                if claim is not None:
+                    self._condense(claim)
+                    continue
+            except StoreUnavailable as error:
+                logger.warning("condensing waits: %s", error)
+            self._wake.wait(POLL)
+            self._wake.clear()
+
+    def _condense(self, claim: Claim) -> None:
+        try:
+            with self._renewed(claim):
+                while not self._closing.is_set():
+                    if not self._step(claim):
+                        return
+            self.store.renew(claim, self.owner, 0.0)
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            self.failures += 1
+            unavailable = isinstance(error, EngineUnavailable)
+            logger.warning(
+                "a history is not condensed (%s); tried again in %d s",
+                error if unavailable else type(error).__name__,
+                AGAIN,
+            )
+            self.store.renew(claim, self.owner, AGAIN)
+
+    def _step(self, claim: Claim) -> bool:
+        """Write one preference; whether there may be more."""
+        state = self.users.state(claim.user_id)
+        if state.blocks_due <= 0:
+            self.store.done(claim)
+            return False
+        step = preference_step(
+            0,
+            len(state.steps) + 1,
+            state.history,
+            state.block_size,
+            state.preference or None,
+            self.writer.options.recurrent,
+        )
+        described = [self.describe(item) for item in step.items]
+        words = [item for item in described if item is not None]
+        text = (self.writer.write(words, step.previous) if words else "") or state.preference
+        self.written += 1
+        grounds = rests_on(state.history, step.step, state.block_size)
+        return self.store.add_preference(claim, self.owner, step.step, grounds, text)
+
+    @contextmanager
+    def _renewed(self, claim: Claim) -> Iterator[None]:
+        """Keep the lease within the block, however long a text takes."""
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(LEASE / 3):
+                try:
+                    self.store.renew(claim, self.owner, LEASE)
+                except StoreUnavailable:
+                    continue
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,97 @@
+"""New and changed items: what the stages of a run would have made of them, made at once."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from mllm_msr.data.images import decode
+from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.processing.engine_registry import build_engine
+from mllm_msr.processing.engines import Engine
+from mllm_msr.processing.summaries import summarize_items
+from mllm_msr.processing.text_store import TextStore
+from mllm_msr.records.recipe import Recipe
+from mllm_msr.records.schema import ITEMS
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An item that a client puts.
+
+    Args:
+        image: encoded, as :func:`mllm_msr.data.images.encode` writes it.
+        summary: None: the run's engine writes one.
+        vector: where the run's vectors come from a file.
+        columns: further values to filter by.
+    """
+
+    item_id: str
+    title: str = ""
+    text: str = ""
+    image: bytes | None = None
+    summary: str | None = None
+    vector: Sequence[float] | None = None
+    columns: dict | None = None
+
+
+class ItemMaker:
+    """The models that describe items, each loaded when it is first wanted; for one request at a time."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self._lock = recipe, threading.Lock()
+
+    @cached_property
+    def engine(self) -> Engine:
+        return build_engine(self.recipe.summaries, self.recipe.prompts, self.recipe.item_noun)
+
+    @cached_property
+    def encode(self):
+        from mllm_msr.processing.vectors import recipe_encoder
+
+        return recipe_encoder(self.recipe)
+
+    def summaries(self, items: Sequence[NewItem]) -> list[str]:
+        """The summary of each item: its own, or the engine's.
+
+        Raises:
+            EngineUnavailable: no text can be written now, or none of use.
+        """
+        new = [item for item in items if item.summary is None]
+        written: dict[str, str] = {}
+        if new:
+            images = [None if item.image is None else {"bytes": item.image, "path": None} for item in new]
+            rows = [(item.item_id, item.title, item.text, image) for item, image in zip(new, images, strict=True)]
+            with self._lock, TemporaryDirectory() as folder:
+                store = TextStore(Path(folder))
+                frame = summarize_items(ITEMS.frame(rows), self.engine, store, self.recipe.summaries)
+            written = dict(frame.select("item_id", "summary").iter_rows())
+        return [written.get(item.item_id, "") if item.summary is None else item.summary for item in items]
+
+    def vectors(self, items: Sequence[NewItem], summaries: Sequence[str]) -> np.ndarray:
+        """(N, F) float16: the vector of each item, made as the stage ``vectors`` does.
+
+        Raises:
+            ValueError: the run's vectors come from a file, and an item brings none.
+        """
+        if self.recipe.vectors.own:
+            if missing := [item.item_id for item in items if item.vector is None]:
+                raise ValueError(f"item {missing[0]!r} has no vector: those of this run come from a file, so send one")
+            return np.array([item.vector for item in items], dtype=np.float16)
+        from mllm_msr.processing.vectors import item_words
+
+        read, shown = self.recipe.vectors_read_summaries, self.recipe.vectors.images
+        candidates = [
+            Candidate(
+                title=item.title,
+                text=item_words(item.text, summary if read else None),
+                image=decode(item.image) if item.image is not None and shown else None,
+            )
+            for item, summary in zip(items, summaries, strict=True)
+        ]
+        with self._lock:
+            return self.encode(candidates)

@@ -1,0 +1,120 @@
+"""The queue in front of the model: fair, bounded, and finished when it is closed. The model is a slow sum."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+
+import numpy as np
+import pytest
+
+from mllm_msr.modeling.inputs import Candidate, User
+from mllm_msr.serving.batching import ModelQueue, QueueClosed, QueueFull
+
+CATALOGUE = {str(number): Candidate(str(number), title=str(number)) for number in range(2000)}
+
+
+class Slow:
+    """Scores a candidate by the number in its title, a millisecond a forward and a little for each."""
+
+    def __init__(self) -> None:
+        self.forwards: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(
+        self, users: Sequence[User], names: Sequence[Sequence[str]], catalogue: Mapping[str, Candidate]
+    ) -> list[np.ndarray]:
+        self.gate.wait()
+        self.forwards.append(list(map(len, names)))
+        time.sleep(0.001 + 0.00002 * sum(map(len, names)))
+        if any(user.preference == "wrong" for user in users):
+            raise ValueError("this user cannot be scored")
+        return [np.array([float(catalogue[name].title) for name in row], np.float32) for row in names]
+
+
+@pytest.fixture
+def model() -> Slow:
+    return Slow()
+
+
+@pytest.fixture
+def queue(model: Slow) -> Iterator[ModelQueue]:
+    made = ModelQueue(model, token_budget=100, max_tokens=5000)
+    yield made
+    model.gate.set()
+    made.close()
+
+
+def ask(queue: ModelQueue, count: int, preference: str = "", seconds: float = 20.0) -> "Future[np.ndarray]":
+    names = [str(number) for number in range(count)]
+    return queue.submit(User(preference), names, CATALOGUE, [1] * count, 2, time.monotonic() + seconds)
+
+
+def test_requests_share_forwards_and_keep_their_own_scores(model: Slow, queue: ModelQueue) -> None:
+    model.gate.clear()
+    waiting = [ask(queue, count) for count in (30, 20, 10, 0)]
+    model.gate.set()
+    for future, count in zip(waiting, (30, 20, 10, 0), strict=True):
+        assert future.result(10).tolist() == list(range(count))
+    assert max(map(len, model.forwards)) >= 2 and max(map(sum, model.forwards)) <= 100
+
+
+def test_a_huge_request_does_not_starve_small_ones(queue: ModelQueue) -> None:
+    huge = ask(queue, 1900)
+    small = [ask(queue, 5) for _ in range(10)]
+    assert not wait_for(small, 10).not_done and not huge.done()
+    assert huge.result(10).tolist() == list(range(1900))
+
+
+def test_more_than_may_wait_is_refused_with_the_time_to_wait(model: Slow, queue: ModelQueue) -> None:
+    model.gate.clear()
+    ask(queue, 1)
+    time.sleep(0.05)  # it is under way
+    waiting = [ask(queue, 1900), ask(queue, 1900)]
+    with pytest.raises(QueueFull) as refused:
+        ask(queue, 1900)
+    assert 1 <= refused.value.retry_after <= 60
+    model.gate.set()
+    assert not wait_for(waiting, 10).not_done
+    assert len(ask(queue, 1900).result(10)) == 1900  # there is room again
+
+
+def test_what_is_too_late_or_given_up_is_dropped(model: Slow, queue: ModelQueue) -> None:
+    model.gate.clear()
+    first = ask(queue, 1)
+    time.sleep(0.05)
+    late, given_up, fine = ask(queue, 50, seconds=0.01), ask(queue, 60), ask(queue, 70)
+    given_up.cancel()
+    time.sleep(0.02)
+    model.gate.set()
+    assert len(first.result(10)) == 1 and len(fine.result(10)) == 70
+    with pytest.raises(TimeoutError):
+        late.result(10)
+    assert not {50, 60} & {size for forward in model.forwards for size in forward}
+
+
+def test_one_wrong_request_fails_alone(model: Slow, queue: ModelQueue) -> None:
+    model.gate.clear()
+    ask(queue, 1)
+    time.sleep(0.05)
+    right, wrong = ask(queue, 3), ask(queue, 3, "wrong")
+    model.gate.set()
+    assert right.result(10).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="cannot be scored"):
+        wrong.result(10)
+
+
+def test_calls_run_on_the_same_thread_in_their_turn(queue: ModelQueue) -> None:
+    names = {queue.call(lambda: threading.current_thread().name).result(10) for _ in range(3)}
+    assert names == {"model"}
+
+
+def test_a_closed_queue_finishes_and_takes_nothing_more(model: Slow) -> None:
+    queue = ModelQueue(model, token_budget=100)
+    waiting = [ask(queue, 400) for _ in range(4)]
+    queue.close()
+    assert all(len(future.result(0)) == 400 for future in waiting)
+    with pytest.raises(QueueClosed):
+        ask(queue, 1)
