@@ -10,6 +10,7 @@ from mllm_msr.evaluation.variants import VARIANTS, Variant, variant_of
 from mllm_msr.records.results import (
     Agreement,
     AgreementFigures,
+    ColdItems,
     Difference,
     Estimate,
     FullCatalogue,
@@ -27,6 +28,12 @@ DIVISIONS = {
     "history_length": "items in the history",
     "target_train_count": "training interactions of the chosen item",
     "popularity_decile": "popularity of the chosen item, tenths of the catalogue",
+}
+COLD_OR_TRAINED = {
+    "cold_cold": "cold target, cold negatives",
+    "cold_trained": "cold target, trained negatives",
+    "trained_cold": "trained target, cold negatives",
+    "trained_trained": "trained target, trained negatives",
 }
 FREQUENCY = "target_train_count"  # the division of the report's first page
 SAMPLED_OR_ALL = (
@@ -289,6 +296,15 @@ def slice_table(results: Results, by: str) -> TableView | None:
     return TableView((DIVISIONS[by], *head), tuple(rows)) if parts else None
 
 
+def cold_table(cold: ColdItems) -> TableView:
+    """How often targets of each kind stand above negatives of each kind."""
+    rows = []
+    for variant in in_order(cold.variants):
+        figures = cold.variants[variant.name]
+        rows.append(Row.of(variant, [estimate_cell(figures.get(name)) for name in COLD_OR_TRAINED]))
+    return TableView(("AUC", *COLD_OR_TRAINED.values()), tuple(rows))
+
+
 def checks_table(results: Results) -> TableView | None:
     rows = []
     for variant in in_order(results.checks):
@@ -345,6 +361,15 @@ def sections(results: Results) -> list[Section]:
             "its best items alone."
         )
         parts.append(Section("What it weighs where the answer is not asked", words, fusion_table(weights)))
+    if cold := results.cold_items:
+        among = "all items" if cold.among_all else "the sampled candidates"
+        words = (
+            f"How often the chosen item stands above another one of the same user, of {among}; percent. Cold: nobody "
+            f"chose it in training ({cold.cold_targets:,} targets). Trained: somebody did, a target at least 5 times "
+            f"({cold.trained_targets:,} targets). No softmax over trained items pushes cold ones down; if that alone "
+            "brought cold targets up, trained targets would lose to cold negatives."
+        )
+        parts.append(Section("Cold and trained items against each other", words, cold_table(cold)))
     for by, title in DIVISIONS.items():
         if by != FREQUENCY and (table := slice_table(results, by)):
             parts.append(Section(f"{metric_label(SLICED)} by {title}", "Percent.", table))

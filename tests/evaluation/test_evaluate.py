@@ -10,9 +10,11 @@ import pytest
 
 from mllm_msr import stages
 from mllm_msr.evaluation import scorers
-from mllm_msr.evaluation.evaluate import evaluate, scorable, scores_folder, with_evaluation
+from mllm_msr.evaluation.evaluate import evaluate, scorable, with_evaluation
 from mllm_msr.evaluation.full_catalogue import catalogue_pairs
+from mllm_msr.evaluation.kept_scores import scores_folder
 from mllm_msr.evaluation.metrics import METRICS, paired_differences, ranking_metrics
+from mllm_msr.evaluation.rankers import training_log
 from mllm_msr.evaluation.variants import VARIANTS, check_evaluation, variant_of
 from mllm_msr.records.recipe import parse_recipe
 from mllm_msr.records.results import Results
@@ -262,3 +264,17 @@ def test_the_recipe_says_which_metrics(prepared):
 def test_an_unknown_baseline_is_named(prepared):
     with pytest.raises(ValueError, match=r"unknown baseline 'nonsense'; known are .*popularity"):
         with_evaluation(prepared, ["knn", "nonsense"])
+
+
+def test_what_max_history_has_cut_counts_as_training(tmp_path: Path) -> None:
+    data = {**RECIPE["data"], "max_history": 3}
+    run = RunFolder.create(
+        tmp_path / "run", parse_recipe({**RECIPE, "data": data, "evaluation": {"rows": ["popularity"]}})
+    )
+    stages.prepare(run)
+    results, log, tasks = evaluate(run), training_log(run), run.tasks("test")
+    targets = tasks.select(item_id=pl.col("candidates").list.get(pl.col("labels").list.arg_max()))
+    cold = targets.join(log, on="item_id", how="anti").height
+    assert 0 < cold < tasks.filter(target_train_count=0).height
+    assert [part.users for part in results.slices if (part.by, part.part) == ("target_train_count", "0")] == [cold]
+    assert results.cold_items.cold_targets == cold and not results.cold_items.among_all

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from mllm_msr.evaluation.cold_items import places_among_candidates
 from mllm_msr.evaluation.full_catalogue import places_in_catalogue
 from mllm_msr.evaluation.places import rank_of_choice
 from mllm_msr.evaluation.rankers import Popularity, Random
@@ -24,7 +25,9 @@ class World:
 
     def written_out(self) -> pl.DataFrame:
         """Every item that a user has not chosen, and the target: ``user_id``, ``item_id``, ``label``."""
-        pairs = self.tasks.select("user_id", target=pl.col("candidates").list.first()).join(self.items, how="cross")
+        pairs = self.tasks.select("user_id", target=pl.col("candidates").list.first()).join(
+            self.items.select("item_id"), how="cross"
+        )
         is_target = pl.col("item_id") == pl.col("target")
         kept = pairs.join(self.chosen, on=["user_id", "item_id"], how="anti")
         return pl.concat([kept.filter(~is_target), pairs.filter(is_target)]).with_columns(
@@ -43,7 +46,7 @@ def world() -> World:
     ]
     chosen = [(user, item) for user, own in histories.items() for item in own]
     return World(
-        pl.DataFrame({"item_id": ids}),
+        pl.DataFrame({"item_id": ids, "count": np.arange(N_ITEMS) // 3}),
         pl.DataFrame(chosen, schema=["user_id", "item_id"], orient="row"),
         pl.DataFrame(tasks, schema=["user_id", "history", "candidates", "labels"], orient="row"),
     )
@@ -51,7 +54,7 @@ def world() -> World:
 
 def counted(world: World) -> tuple[RankerScorer, pl.DataFrame]:
     """A scorer by counts that are equal in twos, and the counts."""
-    counts = world.items.sort("item_id").with_columns(count=pl.int_range(pl.len()) // 2)
+    counts = world.items.select("item_id").sort("item_id").with_columns(count=pl.int_range(pl.len()) // 2)
     return RankerScorer(Popularity(counts)), counts
 
 
@@ -60,7 +63,15 @@ def test_they_are_those_of_all_pairs_written_out(world, pairs):
     scorer, counts = counted(world)
     scores = world.written_out().join(counts, on="item_id").select("user_id", "label", logit=pl.col("count"))
     places = places_in_catalogue(world.tasks, world.items, world.chosen, scorer, pairs)
-    assert places.equals(rank_of_choice(scores))
+    assert places.select("user_id", "first", "last", "candidates").equals(rank_of_choice(scores))
+
+
+def test_cold_items_above_a_choice_and_beside_it_are_counted_apart(world):
+    scorer, counts = counted(world)
+    scores = world.written_out().join(counts, on="item_id").select("user_id", "item_id", "label", logit=pl.col("count"))
+    places = places_in_catalogue(world.tasks, world.items, world.chosen, scorer)
+    assert places.equals(places_among_candidates(scores, world.items).sort("user_id"))
+    assert 0 < places["cold_candidates"].sum() < places["candidates"].sum()
 
 
 def test_repeated_choices_and_items_that_are_gone_change_nothing(world):

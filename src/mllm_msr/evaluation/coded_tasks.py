@@ -147,13 +147,16 @@ class CodedTasks:
         return above, equal
 
 
-def count_above(values: Array, targets: Array, left_out: CodedLists) -> tuple[Array, Array]:
+def count_above(
+    values: Array, targets: Array, left_out: CodedLists, counted: Array | None = None
+) -> tuple[Array, Array]:
     """How many items have a higher value than the target (B,), and how many others have the same (B,).
 
     Args:
         values: (B, I), of every item; overwritten.
         targets: (B,) item codes.
         left_out: B lists of items that do not count; the target counts all the same.
+        counted: (I,), the items that count beside the target; all for None.
     """
     if np.isnan(values).any():
         raise ValueError("a score of the catalogue is NaN")
@@ -161,7 +164,10 @@ def count_above(values: Array, targets: Array, left_out: CodedLists) -> tuple[Ar
     own = values[rows, targets][:, None]
     values[left_out.owner, left_out.codes] = -np.inf
     values[rows, targets] = own[:, 0]
-    return (values > own).sum(axis=1), (values == own).sum(axis=1) - 1
+    if counted is None:
+        return (values > own).sum(axis=1), (values == own).sum(axis=1) - 1
+    kept = values[:, counted]
+    return (kept > own).sum(axis=1), (kept == own).sum(axis=1) - counted[targets]
 
 
 def ndcg_at(k: int, above: Array, equal: Array) -> float:

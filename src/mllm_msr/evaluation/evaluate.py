@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
+from mllm_msr.evaluation.cold_items import cold_items
 from mllm_msr.evaluation.diagnostics import SLICE_METRICS, checks, compared, measured, notes, reliability, slices
 from mllm_msr.evaluation.full_catalogue import (
     catalogue_pairs,
@@ -22,6 +23,7 @@ from mllm_msr.evaluation.full_catalogue import (
 from mllm_msr.evaluation.kept_scores import MODEL_STAGES, kept, scores_folder
 from mllm_msr.evaluation.metrics import Columns, user_columns
 from mllm_msr.evaluation.places import place_columns
+from mllm_msr.evaluation.rankers import training_counts
 from mllm_msr.evaluation.scorers import Scorer
 from mllm_msr.evaluation.scoring import random_tasks
 from mllm_msr.evaluation.variants import VARIANTS, Variant, baselines
@@ -29,7 +31,7 @@ from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
 from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.results import Calibration, Results
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import PLACES, POPULARITY, SCORES, WAYS_OF_COMPUTING
+from mllm_msr.records.schema import PLACES, SCORES, WAYS_OF_COMPUTING
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.stage_specs import STAGES
 
@@ -133,7 +135,7 @@ class ScoredVariant:
             )
             return None
         depth = rerank_depth(self.run) if self.variant.name == "fused" else 0
-        path = self.folder / f"{self.variant.name}.catalogue-{users}{f'-{depth}' if depth else ''}.parquet"
+        path = self.folder / f"{self.variant.name}.places-{users}{f'-{depth}' if depth else ''}.parquet"
         tasks = random_tasks(self.tasks, None if users == "all" else users, options.seed)
         return kept(PLACES, path, lambda: rank_in_catalogue(self.run, tasks, self.scorer))
 
@@ -164,7 +166,8 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
     names = [name for name in options.metrics if name != "auc"]  # which places do not tell
     full_catalogue = measure_catalogue(scores, ranked, names, rerank_depth(run)) if ranked and names else None
     results = measure(run, scores, ranked if among_all else None)
-    results = replace(results, full_catalogue=full_catalogue, agreement=agreement)
+    cold = cold_items(scores, ranked, training_counts(run))
+    results = replace(results, full_catalogue=full_catalogue, cold_items=cold, agreement=agreement)
     if "fused" not in scores:
         return results
     from mllm_msr.evaluation.answer_fusion import fusion_weights  # which needs torch
@@ -185,7 +188,10 @@ def measure(
     """
     report = json.loads(run.data_report.read_text(encoding="utf-8"))
     protocol = report["protocol"]
-    tasks, popularity = run.tasks(run.recipe.evaluation.split), run.read(POPULARITY)
+    tasks, counts = run.tasks(run.recipe.evaluation.split), training_counts(run)
+    target = pl.col("candidates").list.get(pl.col("labels").list.arg_max())
+    how_often = target.replace_strict(counts["item_id"], counts["count"], return_dtype=pl.Int64)
+    tasks = tasks.with_columns(target_train_count=how_often)  # with what max_history has cut off, which is learnt from
     first = next(iter(scores.values()))
     for name, frame in scores.items():
         if not frame.select("user_id", "item_id").equals(first.select("user_id", "item_id")):
@@ -228,8 +234,8 @@ def measure(
         variants=variants,
         against=against,
         against_sasrec=against_sasrec,
-        slices=slices(columns_of(SLICE_METRICS), tasks, popularity),
-        checks=checks(pl.concat(scores.values()), popularity),
+        slices=slices(columns_of(SLICE_METRICS), tasks, counts),
+        checks=checks(pl.concat(scores.values()), counts),
         calibration=calibration,
         model_of=run.recipe.evaluation.model_of,
         notes=notes(report, variants),

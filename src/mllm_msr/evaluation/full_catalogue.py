@@ -11,6 +11,7 @@ from mllm_msr.evaluation.coded_tasks import CodedLists, count_above, item_codes
 from mllm_msr.evaluation.diagnostics import compared, measured
 from mllm_msr.evaluation.metrics import user_columns
 from mllm_msr.evaluation.places import place_columns
+from mllm_msr.evaluation.rankers import training_counts
 from mllm_msr.evaluation.scorers import Scorer
 from mllm_msr.records.results import CatalogueFigures, FullCatalogue
 from mllm_msr.records.run import RunFolder
@@ -47,7 +48,7 @@ def rank_in_catalogue(run: RunFolder, tasks: pl.DataFrame, scorer: Scorer) -> pl
     logs = [run.read(INTERACTIONS, pairs)]
     if run.recipe.data.max_history is not None:  # what it has cut was chosen, too
         logs.append(run.read(CUT_INTERACTIONS, pairs))
-    return places_in_catalogue(tasks, run.read(ITEMS, ["item_id"]), pl.concat(logs), scorer)
+    return places_in_catalogue(tasks, training_counts(run), pl.concat(logs), scorer)
 
 
 def places_in_catalogue(
@@ -57,7 +58,7 @@ def places_in_catalogue(
 
     Args:
         tasks: ``user_id``, ``candidates``, ``labels`` with one positive each, and whatever else the scorer reads.
-        items: ``item_id`` of the whole catalogue.
+        items: ``item_id``, ``count`` of training interactions for the whole catalogue.
         chosen: ``user_id``, ``item_id``: all that users have chosen, before the target and after it.
         pairs: about how many scores are in memory at a time.
     """
@@ -69,14 +70,23 @@ def places_in_catalogue(
     )
     codes, left_out = item_codes(targets["item_id"], items), CodedLists.of(lists["item_id"], items)
     ids, step, counts = items["item_id"].sort().to_list(), max(1, pairs // len(items)), []
+    cold = items.sort("item_id")["count"].to_numpy() == 0
     blocks = range(0, len(tasks), step)
     for begin in tqdm(blocks, desc="    among all items", unit="block", leave=False, disable=len(blocks) < 2):
         end = min(begin + step, len(tasks))
         values = scorer.score_catalogue(tasks[begin:end], ids)
-        counts.append(count_above(values, codes[begin:end], left_out.slice(begin, end)))
-    above, equal = (np.concatenate(parts).astype(np.int64) for parts in zip(*counts, strict=True))
-    sizes = len(items) - left_out.lengths + 1
-    places = {"user_id": tasks["user_id"], "first": above + 1, "last": above + equal + 1, "candidates": sizes}
+        targets, others = codes[begin:end], left_out.slice(begin, end)
+        counts.append([*count_above(values, targets, others), *count_above(values, targets, others, cold)])
+    above, equal, cold_above, cold_equal = (np.concatenate(part).astype(np.int64) for part in zip(*counts, strict=True))
+    places = {
+        "user_id": tasks["user_id"],
+        "first": above + 1,
+        "last": above + equal + 1,
+        "candidates": len(items) - left_out.lengths + 1,
+        "cold_above": cold_above,
+        "cold_equal": cold_equal,
+        "cold_candidates": cold.sum() - np.bincount(left_out.owner, cold[left_out.codes], len(tasks)).astype(np.int64),
+    }
     return pl.DataFrame(places).sort("user_id")
 
 

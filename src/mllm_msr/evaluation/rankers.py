@@ -81,6 +81,13 @@ def training_log(run: RunFolder) -> pl.DataFrame:
     return pl.concat([cut, training.select(pairs)])
 
 
+def training_counts(run: RunFolder) -> pl.DataFrame:
+    """``item_id``, ``count`` of what may be learnt from, for the whole catalogue: how well an item can be known."""
+    counts = training_log(run).group_by("item_id").agg(pl.len().cast(pl.Int64).alias("count"))
+    items = run.read(ITEMS, ["item_id"]).join(counts, on="item_id", how="left", maintain_order="left")
+    return items.with_columns(pl.col("count").fill_null(0))
+
+
 def item_vectors(run: RunFolder) -> Array:
     """(I, F) float32: the vectors of the items, by item code."""
     return vector_matrix(run.read(ITEM_VECTORS).sort("item_id"))

@@ -121,6 +121,23 @@ class FullCatalogue:
 
 
 @dataclass(frozen=True)
+class ColdItems:
+    """Chosen items against others of the same user, by whether anybody chose them in training.
+
+    Args:
+        among_all: whether the others are all items, and not the sampled candidates.
+        cold_targets, trained_targets: users whose chosen item has no training interaction, or at least five.
+        variants: "cold_trained", for one, is how often a cold target stands above a trained negative; those that no
+            user has are left out.
+    """
+
+    among_all: bool
+    cold_targets: int
+    trained_targets: int
+    variants: ByVariant
+
+
+@dataclass(frozen=True)
 class AgreementFigures:
     """``max_difference`` of two logits of one pair; ``rank_correlation`` within users, None where undefined;
     ``first_changed``: share of users with another candidate first."""
@@ -158,7 +175,7 @@ class Results:
         variants: metrics of every variant of the results table, in the order evaluated.
         against: our answer's differences from every other variant.
         against_sasrec: every other variant's differences from SASRec.
-        slices, checks, calibration, full_catalogue, agreement: further evidence, where it was computed.
+        slices, checks, calibration, full_catalogue, cold_items, agreement: further evidence, where it was computed.
         fusion: the weights of the variant ``fused``; ``fusion_without_answer``: those where the answer is not asked.
         model_of: what the model was trained on, if on other data.
         notes: what of the data must be known to read the figures right, in sentences.
@@ -178,6 +195,7 @@ class Results:
     checks: dict[str, Check] = field(default_factory=dict)
     calibration: Calibration | None = None
     full_catalogue: FullCatalogue | None = None
+    cold_items: ColdItems | None = None
     agreement: Agreement | None = None
     fusion: FusionWeights | None = None
     fusion_without_answer: FusionWeights | None = None

@@ -270,9 +270,18 @@ SCORES = Table(
 )
 PLACES = Table(
     "places",
-    {"user_id": pl.String, "first": pl.Int64, "last": pl.Int64, "candidates": pl.Int64},
+    {
+        "user_id": pl.String,
+        "first": pl.Int64,
+        "last": pl.Int64,
+        "candidates": pl.Int64,
+        "cold_above": pl.Int64,
+        "cold_equal": pl.Int64,
+        "cold_candidates": pl.Int64,
+    },
     "",  # one a variant, among its scores
-    "where each user's choice stands among all items: between the places `first` and `last`, which equals share",
+    "where each user's choice stands among all items: between the places `first` and `last`, which equals share; and "
+    "how many others that nobody chose in training are above it, equal to it, and there at all",
 )
 WAYS_OF_COMPUTING = Table(
     "ways",
