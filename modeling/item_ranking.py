@@ -8,6 +8,7 @@ Letters: B histories, L places of the longest one, I items it knows, N items ask
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class ItemRanker(nn.Module):
         item_ids: of the I items, in the order of their codes.
     """
 
+    members: Any  # a ModuleDict
     content: Tensor
     counts: Tensor
     answer_fusion: ScoreFusion | None = None  # of a model's answer, first, and the fused score, second
@@ -53,7 +55,7 @@ class ItemRanker(nn.Module):
     def __init__(self, config: Mapping[str, Any], item_ids: Sequence[str]) -> None:
         super().__init__()
         n_items = config["n_items"]
-        members = {
+        members: dict[str, Any] = {
             name: SequenceHead(SequenceHeadConfig(n_items=n_items, **options))
             for name, options in config["heads"].items()
         }
@@ -289,7 +291,7 @@ class ItemRanker(nn.Module):
             del options["n_items"]
         likeness = None
         if LIKENESS in self.members:
-            member: Any = self.members[LIKENESS]
+            member = self.members[LIKENESS]
             content_size, rank = member.whitening.shape
             likeness = {"content_size": content_size, "rank": rank, "reach": member.reach}
         answer = None if self.answer_fusion is None else self.answer_fusion.to_dict()
@@ -311,7 +313,7 @@ class ItemRanker(nn.Module):
         self._share()
         return self
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write a folder of this alone, which :meth:`from_pretrained` reads as it reads a whole model's."""
         self.save_weights(folder)
         self.save_items(folder)
@@ -320,7 +322,7 @@ class ItemRanker(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: Path | str, config: Mapping[str, Any] | None = None, **hub: Any
+        cls, name_or_path: str | PathLike[str], config: Mapping[str, Any] | None = None, **hub: Any
     ) -> "ItemRanker":
         """The ranker of a repository or folder, on the CPU, without the model that it may be a part of.
 
@@ -364,12 +366,12 @@ class ItemRanker(nn.Module):
         """All weights under the names that they have in a checkpoint."""
         return {PREFIX + name: value.contiguous() for name, value in self.state_dict().items()}
 
-    def save_weights(self, folder: Path | str) -> None:
+    def save_weights(self, folder: str | PathLike[str]) -> None:
         """Write the weights as a file of their own."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(self.weights(), Path(folder) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
-    def save_items(self, folder: Path | str) -> None:
+    def save_items(self, folder: str | PathLike[str]) -> None:
         """Write the table of items: how often each was chosen in training, by its id, in the order of codes."""
         table = dict(zip(self._ids, self.counts.tolist(), strict=True))
         (Path(folder) / ITEMS).write_text(json.dumps(table, ensure_ascii=False, indent=0), encoding="utf-8")

@@ -100,6 +100,7 @@ class SequenceHead(nn.Module):
     mean: Tensor
     deviation: Tensor
     counts: Tensor
+    reader: Any  # of content
 
     def __init__(self, config: SequenceHeadConfig) -> None:
         super().__init__()

@@ -6,8 +6,8 @@ import torch
 
 from mllm_msr.data.new_items import NewItems
 from mllm_msr.modeling.item_ranking import ItemRanker
-from mllm_msr.processing.vectors import item_encoder
-from mllm_msr.records.recipe import Recipe, backbone_path
+from mllm_msr.processing.vectors import recipe_encoder
+from mllm_msr.records.recipe import Recipe
 
 
 def put_new_items(ranker: ItemRanker, recipe: Recipe, new: NewItems) -> None:
@@ -26,20 +26,14 @@ def put_new_items(ranker: ItemRanker, recipe: Recipe, new: NewItems) -> None:
 
 def _computed(recipe: Recipe, new: NewItems) -> torch.Tensor:
     options = recipe.vectors
-    if options.file is not None:
+    if options.own:
         raise ValueError(
-            f"{new.path}: this run's item vectors are its owner's ({options.file}), so no model can make those of new "
-            "items: give them in a column `vector`"
+            f"{new.path}: this run's item vectors are its owner's ({options.file or options.column}), so no model can "
+            "make those of new items: give them in a column `vector`"
         )
     if recipe.vectors_read_summaries:
         print(f"{new.path}: new items have no summaries, which the vectors of this run's items read, too")
-    flags, items = recipe.training, list(new.candidates.values())
-    revision = options.revision if options.model else flags.get("model_revision")
-    prompts = {name: text for name, text in recipe.prompts.items() if name == "late_item"}
-    encode = item_encoder(
-        backbone_path(options.model or flags["model_name_or_path"]),
-        *(revision, options.dtype or flags.get("dtype"), prompts, recipe.item_noun, options.token_budget),
-    )
+    encode, items = recipe_encoder(recipe), list(new.candidates.values())
     if not options.images:
         items = [replace(item, image=None) for item in items]
     steps = range(0, len(items), options.batch_size)

@@ -48,7 +48,7 @@ def test_histories_scored_at_a_time_make_no_difference(monkeypatch):
     assert torch.allclose(make().score(HISTORIES), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gate": True}, {"encoder": "gru"}])
+@pytest.mark.parametrize("settings", [{}, {"gate": True}, {"encoder": "gru"}, {"join": "concatenation"}])
 def test_kept_vectors_score_as_vectors_made_anew_after_items_came_changed_and_went(settings):
     ranker = make(**settings)
     before = ranker.score(HISTORIES)
