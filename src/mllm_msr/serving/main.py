@@ -64,6 +64,7 @@ def serve(options: ServeOptions) -> None:
     import uvicorn
 
     from mllm_msr.evaluation.loading import Computing
+    from mllm_msr.records.run import RunFolder
     from mllm_msr.serving.app import create_app
     from mllm_msr.serving.door import Limits
     from mllm_msr.serving.images import ImageReader
@@ -71,6 +72,7 @@ def serve(options: ServeOptions) -> None:
     from mllm_msr.serving.service import Service
     from mllm_msr.serving.store import open_store
 
+    RunFolder.open(options.source)  # or an error, before anything is made
     store = open_store(options.state or options.source / "state.sqlite")
     opened = open_run(
         options.source, Computing(device=options.device, memory_gb=options.memory_gb), options.item_columns
