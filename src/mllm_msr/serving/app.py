@@ -231,20 +231,15 @@ async def watch(service: Service) -> None:
 
 
 def candidate_of(document: Any, image_of: Any) -> Candidate:
-    """A document as a candidate; a text without a title is its title."""
+    """A document as a candidate; of a text without a title the first line is the title."""
     if isinstance(document, str):
-        return Candidate(title=document)
+        return Candidate.of_document(document)
     if isinstance(document, list):
         urls = [part.image or getattr(part.image_url, "url", part.image_url) for part in document]
-        texts = [part.text for part in document if part.text]
-        found = [url for url in urls if url]
-        return Candidate(title="\n".join(texts), image=image_of(found[0] if found else None))
-    title, text = document.title, document.text or ""
-    return Candidate(
-        title=title if title is not None else text,
-        text=text if title is not None else "",
-        image=image_of(document.image),
-    )
+        text, url = "\n".join(part.text for part in document if part.text), next(filter(None, urls), None)
+        return Candidate.of_document(Candidate(text=text, image=image_of(url)))
+    title, text = document.title or "", document.text or ""
+    return Candidate.of_document(Candidate(title=title, text=text, image=image_of(document.image)))
 
 
 def as_sent(document: Any) -> Any:
