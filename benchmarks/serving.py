@@ -1,0 +1,230 @@
+"""What serving costs, over real HTTP on loopback, with real server processes; ratios within one run:
+
+    python benchmarks/serving.py RUN --seconds 20 --clients 1 8 32 --output benchmarks/serving.json
+
+RUN is a finished run, such as `mllm-msr demo --output RUN` makes. Measured are 100 candidates for a known user beside
+the same code with batching off and beside a naive server (``server_processes.py``); the whole of a catalogue of 100,000
+items by the heads, with the best 100 reranked by the answer; how soon an event shows in the recommendations while 50
+others come in a second; and the server's memory with the state of 100,000 users. `--soak MINUTES` does
+``serving_soak.py`` in place of all that.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import torch
+from server_processes import NAIVE, ONE_AT_A_TIME, OURS, THREADS, Server, load, server
+from serving_soak import soak
+
+from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.evaluation.loading import load_catalogue
+from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEM_VECTORS, ITEMS
+from mllm_msr.serving.store import EVENTS, USERS, StoredItem, open_store
+
+CANDIDATES = 100
+EVENTS_PER_SECOND = 50
+
+
+class Log:
+    """Users and items of a run, drawn in a seeded order."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.users = run.read(INTERACTIONS, ["user_id"])["user_id"].unique(maintain_order=True).to_list()
+        self.items = list(load_catalogue(run))
+        rng = np.random.default_rng(0)
+        self.drawn = [rng.choice(self.items, min(CANDIDATES, len(self.items)), replace=False) for _ in range(500)]
+
+    def score(self, number: int) -> tuple[str, Any]:
+        return "/v1/score", {"user_id": self.user(number), "items": self.drawn[number % len(self.drawn)].tolist()}
+
+    def recommend(self, number: int) -> tuple[str, Any]:
+        return f"/v1/users/{self.user(number)}/recommendations", {"n": 10, "rerank": CANDIDATES}
+
+    def user(self, number: int) -> str:
+        return self.users[number % len(self.users)]
+
+
+def candidates(run: RunFolder, log: Log, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """100 candidates for a known user, of three servers."""
+    found: dict[str, Any] = {}
+    for kind in (OURS, ONE_AT_A_TIME, NAIVE):
+        with server(kind, run.path, folder / f"{kind}.sqlite") as running:
+            for count in options.clients:
+                took = load(running.url, log.score, count, options.seconds)
+                found[f"{kind}, {count} clients"] = tell(f"{CANDIDATES} candidates, {kind}, {count}", took.figures())
+    most = max(options.clients)
+    rates = {kind: found[f"{kind}, {most} clients"]["requests_per_s"] for kind in (OURS, ONE_AT_A_TIME, NAIVE)}
+    for kind in (ONE_AT_A_TIME, NAIVE):
+        found[f"times {kind}, {most} clients"] = tell(f"times {kind}, {most}", round(rates[OURS] / rates[kind], 2))
+    return found
+
+
+def put_items(run: RunFolder, state: str, count: int) -> None:
+    """Fill a catalogue with copies of the run's items, each with a vector a little beside the original's."""
+    items = run.read(ITEMS).join(run.read(ITEM_SUMMARIES, ["item_id", "summary"]), on="item_id").to_dicts()
+    vectors = dict(run.read(ITEM_VECTORS, ["item_id", "vector"]).iter_rows())
+    originals = np.array([vectors[item["item_id"]] for item in items], dtype=np.float32)
+    rng, made_by, store = np.random.default_rng(0), run.key("head"), open_store(state)
+    for start in range(0, count, 2000):
+        numbers = np.arange(start, min(start + 2000, count))
+        noise = rng.normal(0, 0.1, (len(numbers), originals.shape[1])) * originals.std(0)
+        made = (originals[numbers % len(items)] + noise).astype(np.float16)
+        store.put([copy_of(items[n % len(items)], n, made_by, vector) for n, vector in zip(numbers, made, strict=True)])
+    store.close()
+
+
+def copy_of(item: dict[str, Any], number: int, made_by: str, vector: np.ndarray) -> StoredItem:
+    image = (item["image"] or {}).get("bytes")
+    title = f"{item['title']} {number}"
+    return StoredItem(f"copy{number}", title, item["text"], item["summary"], image, vector.tobytes(), made_by)
+
+
+def whole_catalogue(running: Server, log: Log, options: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    for rerank in (CANDIDATES, 0):
+        took = load(running.url, lambda n, rerank=rerank: with_rerank(log, n, rerank), 1, options.seconds)
+        found[f"rerank {rerank}"] = tell(f"{options.items:,} items, the best {rerank} reranked", took.figures())
+    return found
+
+
+def with_rerank(log: Log, number: int, rerank: int) -> tuple[str, Any]:
+    path, body = log.recommend(number)
+    return path, {**body, "rerank": rerank}
+
+
+def freshness(running: Server, log: Log, catalogue: Catalogue, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from sending an event to holding recommendations that have changed by it, under a stream of others."""
+    took: list[float] = []
+    sent = itertools.count()
+    late = 0
+
+    async def event(session: aiohttp.ClientSession, user: str, item: str) -> None:
+        path = f"{running.url}/v1/users/{user}/events"
+        async with session.post(path, json={"events": [{"item_id": item}]}) as response:
+            assert response.status == 200, await response.text()
+
+    async def stream(session: aiohttp.ClientSession, until: float) -> None:
+        nonlocal late
+        start, tasks = time.perf_counter(), []
+        for number in itertools.count():
+            due = start + number / EVENTS_PER_SECOND
+            if due > until:
+                break
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            late = max(late, round(1e3 * (time.perf_counter() - due)))
+            user = f"new{number % 5000}"
+            tasks.append(asyncio.create_task(event(session, user, log.items[next(sent) % len(log.items)])))
+        await asyncio.gather(*tasks)
+
+    async def best(session: aiohttp.ClientSession, user: str) -> list[str]:
+        path, body = f"{running.url}/v1/users/{user}/recommendations", {"n": 10, "rerank": CANDIDATES}
+        async with session.post(path, json=body) as response:
+            assert response.status == 200, await response.text()
+            return [result["item_id"] for result in (await response.json())["results"]]
+
+    async def probe(session: aiohttp.ClientSession, until: float) -> None:
+        for number in itertools.count():
+            user = log.user(number)
+            before = await best(session, user)
+            if time.perf_counter() > until:
+                return
+            start = time.perf_counter()
+            await event(session, user, before[0])
+            while await best(session, user) == before:
+                pass
+            took.append(time.perf_counter() - start)
+
+    async def both() -> None:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await best(session, log.user(0))
+            until = time.perf_counter() + options.seconds
+            await asyncio.gather(stream(session, until), probe(session, until))
+
+    asyncio.run(both())
+    p50, most = statistics.median(took), max(took)
+    figures = {"probes": len(took), "p50_s": round(p50, 3), "longest_s": round(most, 3), "events": next(sent)}
+    return tell(f"event to changed recommendation at {EVENTS_PER_SECOND} events/s", figures)
+
+
+def users_in_state(run: RunFolder, log: Log, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The server's memory while it answers for users of a state of many."""
+    found = {}
+    for count in (1000, options.users):
+        state = str(folder / f"users{count}.sqlite")
+        store = open_store(state)
+        names = [f"many{number}" for number in range(count)]
+        rng = np.random.default_rng(0)
+        chosen = rng.integers(0, len(log.items), (count, 2))
+        with store.engine.begin() as connection:
+            connection.execute(USERS.insert(), [{"user_id": name, "n_events": 2} for name in names])
+            events = [
+                {"user_id": name, "place": place, "item_id": log.items[item]}
+                for name, row in zip(names, chosen, strict=True)
+                for place, item in enumerate(row)
+            ]
+            connection.execute(EVENTS.insert(), events)
+        store.close()
+        with server(OURS, run.path, state) as running:
+            order = rng.permutation(count)
+
+            def request(number: int, order: np.ndarray = order, names: list[str] = names) -> tuple[str, Any]:
+                return f"/v1/users/{names[order[number % len(order)]]}/recommendations", {"n": 10, "rerank": 0}
+
+            load(running.url, request, 8, 3)
+            before = running.memory_mb
+            took = load(running.url, request, 8, options.seconds)
+            figures = {"mb_after_warming": round(before), "mb_after": round(running.memory_mb)}
+            found[f"{count} users"] = tell(f"{count:,} users", {**figures, "requests": len(took.each)})
+    return found
+
+
+def tell(name: str, figures: Any) -> Any:
+    print(f"  {name:<60} {json.dumps(figures)}", flush=True)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement (20)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--items", type=int, default=100_000, help="of the large catalogue (100,000)")
+    parser.add_argument("--users", type=int, default=100_000, help="of the large state (100,000)")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="in place of all measurements")
+    parser.add_argument("--state", help="database URL for --soak (default: an SQLite file)")
+    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    options = parser.parse_args()
+    run = RunFolder.open(options.run)
+    log = Log(run)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    results: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "threads": THREADS["OMP_NUM_THREADS"]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.soak:
+            results["soak"] = tell("soak", soak(run, log.items, options.state or folder / "soak.sqlite", options.soak))
+        else:
+            results["candidates"] = candidates(run, log, folder, options)
+            state = str(folder / "items.sqlite")
+            put_items(run, state, options.items)
+            with server(OURS, run.path, state) as running:
+                results["catalogue"] = whole_catalogue(running, log, options)
+                results["freshness, large catalogue"] = freshness(running, log, load_catalogue(run), options)
+            results["users"] = users_in_state(run, log, folder, options)
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
