@@ -1,7 +1,8 @@
 """The heads of a run: what ranks by item vectors, trained and fused, saved beside the model and read again to rank.
 
 Members of the fused score are the sequence head (content and identity), the same network with identity alone and with
-content alone, and the likeness of content as it is. ``RUN/head`` holds all of them as an ``ItemRanker``.
+content alone, a recurrent one with identity alone, and the likeness of content as it is. ``RUN/head`` holds all of them
+as an ``ItemRanker``.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,13 @@ from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
 from mllm_msr.records.sections import HeadOptions
 
-TRAINED: dict[str, dict[str, Any]] = {"sequence_head": {}, "identity_only": {}, "content_only": {"identity": False}}
+TRAINED: dict[str, dict[str, Any]] = {  # options of their own
+    "sequence_head": {},
+    "identity_only": {},
+    "content_only": {"identity": False},
+    "gru4rec": {"encoder": "gru"},
+}
+BASELINES = {"identity_only": "sasrec", "gru4rec": "gru4rec"}  # members that are these, and are trained once for both
 MEMBERS = (*TRAINED, LIKENESS)
 BLOCK = 128  # users whose histories are padded together
 
@@ -76,10 +83,9 @@ def train_heads(run: RunFolder, folder: Path) -> Heads:
     content = torch.from_numpy(item_vectors(run))
     training, tasks, members = training_log(run), run.tasks("validation"), dict[str, Any]()
     for name, own in TRAINED.items():
-        folder_of, kept = kept_as(run, name)
-        read = None if name == "identity_only" else content
+        read, folder_of = (None, run.trained_baselines) if name in BASELINES else (content, run.trained_heads)
         settings = {"head": options, "seed": options.seed, "folder": folder_of}
-        members[name] = train_ranker(kept, own, tasks, items, training, read, **settings)
+        members[name] = train_ranker(BASELINES.get(name, name), own, tasks, items, training, read, **settings)
     members[LIKENESS] = likeness(tasks, items, content)
     fusion = fitted(members, CodedTasks(tasks, items), members["sequence_head"].head.counts, options)
     parts = {name: members[name].head for name in TRAINED}
@@ -93,16 +99,12 @@ def load_heads(run: RunFolder) -> Heads:
     return Heads(run.read(ITEMS, ["item_id"]), ItemRanker.from_pretrained(run.head))
 
 
-def kept_as(run: RunFolder, name: str) -> tuple[Path, str]:
-    """Where a member's epochs are kept, and under which name; identity alone is SASRec, and trained once with it."""
-    return (run.trained_baselines, "sasrec") if name == "identity_only" else (run.trained_heads, name)
-
-
 def fitted(members: Mapping[str, Any], tasks: CodedTasks, counts: torch.Tensor, options: HeadOptions) -> ScoreFusion:
     """Weights by validation; without a validation task, the sequence head alone."""
     if not len(tasks):
-        weights = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(len(BUCKETS), -1)
-        return ScoreFusion(MEMBERS, torch.zeros(4), torch.ones(4), weights, torch.zeros(len(BUCKETS)))
+        weights = torch.eye(len(MEMBERS))[:1].expand(len(BUCKETS), -1)
+        nothing = torch.zeros(len(MEMBERS))
+        return ScoreFusion(MEMBERS, nothing, nothing + 1, weights, torch.zeros(len(BUCKETS)))
     lists = catalogue_lists(
         [members[name] for name in MEMBERS],
         tasks,

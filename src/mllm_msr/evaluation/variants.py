@@ -184,7 +184,7 @@ VARIANTS = {
         Variant(
             "fused",
             "fused",
-            "the answer, the sequence head, identity and content alone, likeness of content, weighted by validation",
+            "the answer, the heads with and without content, GRU4Rec, likeness of content, weighted by validation",
             "head",
             fused,
             "blue",
