@@ -166,20 +166,25 @@ def test_nothing_is_scored_twice_and_a_new_model_leaves_baselines_alone(trained,
 
 
 def test_baselines_need_no_model(prepared, capsys):
-    run = with_evaluation(prepared, ["knn", "svd", "tfidf", "sasrec", "gru4rec"], full_catalogue="all")
+    with_vectors = ["sasrecf", "gru4recf", "mmgcn", "mgat"]
+    run = with_evaluation(prepared, ["knn", "svd", "tfidf", "sasrec", "gru4rec", *with_vectors], full_catalogue="all")
     with pytest.raises(FileNotFoundError, match="run `mllm-msr summarize items"):
         evaluate(run)
     assert [variant.name for variant in scorable(run)] == [
         "popularity", "random", "oracle", "knn", "svd", "tfidf", "sasrec", "gru4rec",
     ]  # fmt: skip
-    assert "without MLLM-MSR, text only: stage 'train' of" in capsys.readouterr().out
+    left_out = capsys.readouterr().out
+    assert "without MLLM-MSR, text only: stage 'train' of" in left_out
+    assert "without SASRecF, GRU4RecF, MMGCN, MGAT: stage 'vectors' of" in left_out and "mllm-msr vectors" in left_out
     results = evaluate(run, scorable(run))
     assert list(results.variants) == [variant.name for variant in scorable(run)]
     assert not results.against and results.calibration is None
     assert results.full_catalogue is not None and results.full_catalogue.n_users == 12
+    assert set(results.full_catalogue.against_sasrec["knn"]) >= {"hr@10", "ndcg@10"}
     assert RunFolder.open(run.path).recipe.evaluation.rows == [
         *RECIPE["evaluation"]["rows"],
         *list(results.variants)[3:],
+        *with_vectors,
     ]
 
 

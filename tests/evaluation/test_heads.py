@@ -100,3 +100,12 @@ def test_without_the_head_its_variants_are_left_out() -> None:
     content = {name: value for name, value in TINY.items() if name != "evaluation"}
     assert "fused" in parse_recipe(content).evaluation.rows
     assert not set(HEAD_VARIANTS) & set(parse_recipe({**content, "head": {"enabled": False}}).evaluation.rows)
+
+
+def test_baselines_that_read_vectors_need_nothing_else(tmp_path: Path) -> None:
+    rows = ["popularity", "sasrec", "sasrecf", "gru4recf", "mmgcn", "mgat"]
+    run = prepared(tmp_path, **{"evaluation.rows": rows, "evaluation.full_catalogue": "all"})
+    results = evaluate(run)
+    assert list(results.variants) == rows and results.full_catalogue is not None
+    assert set(results.full_catalogue.against_sasrec) == {*rows} - {"sasrec"}
+    assert len(list(run.trained_baselines.glob("*.pt"))) == 5  # each saved before it scored

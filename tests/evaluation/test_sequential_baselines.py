@@ -4,34 +4,20 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from baseline_worlds import SEQUENCE, circle
 
 from mllm_msr.evaluation.coded_tasks import CodedLists
 from mllm_msr.evaluation.sequence_training import FitOptions
 from mllm_msr.evaluation.sequential_baselines import gru4rec, gru4recf, sasrec, sasrecf
 
-SMALL = FitOptions(batch_size=16, learning_rate=1e-2, max_epochs=12)
 KINDS = [sasrec, gru4rec]
-
-
-def circle(n_users: int = 80, n_items: int = 12, length: int = 8):
-    """Who met item i meets item i + 1 next: nothing but order tells."""
-    rng = np.random.default_rng(0)
-    items = pl.DataFrame({"item_id": [f"{item:02}" for item in range(n_items)]})
-    rows, tasks = [], []
-    for user in range(n_users):
-        walk = [f"{(start + user) % n_items:02}" for start in range(length)]
-        rows += [(f"u{user}", item) for item in walk]
-        shown = [f"{item:02}" for item in rng.permutation(n_items)]
-        tasks.append((walk, shown, [int(item == f"{(length + user) % n_items:02}") for item in shown]))
-    training = pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row")
-    return pl.DataFrame(tasks, schema=["history", "candidates", "labels"], orient="row"), items, training
 
 
 @pytest.mark.parametrize("train", KINDS)
 @pytest.mark.parametrize("most_classes", [4096, 6])
 def test_it_learns_order_with_the_whole_softmax_and_a_sampled_one(train, most_classes):
     tasks, items, training = circle()
-    options = FitOptions(**{**SMALL.__dict__, "most_classes": most_classes})
+    options = FitOptions(**{**SEQUENCE.__dict__, "most_classes": most_classes})
     ranker = train(tasks, items, training, options=options)
     values = ranker(tasks).reshape(len(tasks), -1)
     chosen = np.array(tasks["labels"].to_list()).argmax(axis=1)
@@ -41,7 +27,7 @@ def test_it_learns_order_with_the_whole_softmax_and_a_sampled_one(train, most_cl
 @pytest.mark.parametrize("train", KINDS)
 def test_one_seed_gives_one_result(train):
     tasks, items, training = circle(n_users=20)
-    options = FitOptions(**{**SMALL.__dict__, "max_epochs": 2})
+    options = FitOptions(**{**SEQUENCE.__dict__, "max_epochs": 2})
     first = train(tasks, items, training, seed=1, options=options)(tasks)
     assert np.array_equal(first, train(tasks, items, training, seed=1, options=options)(tasks))
     assert not np.array_equal(first, train(tasks, items, training, seed=2, options=options)(tasks))
@@ -55,13 +41,13 @@ def test_items_that_nobody_chose_all_score_alike(train):
     tasks = tasks.with_columns(
         pl.col("candidates").list.concat(pl.lit(["new", "newer"])), pl.col("labels").list.concat([0, 0])
     )
-    values = train(tasks, items, training, options=SMALL)(tasks).reshape(len(tasks), -1)
+    values = train(tasks, items, training, options=SEQUENCE)(tasks).reshape(len(tasks), -1)
     assert not values[:, -2:].any() and values[:, :-2].all()
 
 
 def test_what_was_trained_is_saved_before_it_scores(tmp_path):
     tasks, items, training = circle(n_users=20)
-    options = FitOptions(**{**SMALL.__dict__, "max_epochs": 2})
+    options = FitOptions(**{**SEQUENCE.__dict__, "max_epochs": 2})
     first = sasrec(tasks, items, training, options=options, folder=tmp_path)
     (saved,) = tmp_path.glob("sasrec-*.pt")
     written = saved.stat().st_mtime_ns
@@ -92,7 +78,7 @@ def in_pairs(n_kinds: int = 10, n_users: int = 200):
 @pytest.mark.parametrize("train", [sasrecf, gru4recf])
 def test_with_features_items_that_nobody_chose_are_told_apart_by_their_vectors(train):
     tasks, items, training, vectors = in_pairs()
-    ranker = train(tasks, items, training, vectors, options=SMALL)
+    ranker = train(tasks, items, training, vectors, options=SEQUENCE)
     assert ranker.head.config.joined and ranker.head.config.identity_dropout == 0
     assert (ranker(tasks).reshape(len(tasks), -1).argmax(axis=1) == 0).mean() > 0.9
     scores = ranker.score_catalogue(CodedLists.of(tasks["history"], items))

@@ -4,28 +4,24 @@ Every place of a training history is an example: its state against the next item
 have training interactions. Beyond some thousand of these the softmax is sampled: the items of the batch and others
 drawn uniformly, each weighted by one over the chance that it is among them, so that the sum over all items is met on
 average.
-Epochs are seeded one by one and saved whole, so that a killed training goes on to the same result.
 Letters: T interactions, S pieces of histories, B histories of a batch, L places, I items, C candidates.
 """
 
-import copy
 import hashlib
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks, ndcg_at
+from mllm_msr.evaluation.epochs import Epochs
 from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig
-from mllm_msr.records.storage import digest, sweep, write_bytes
+from mllm_msr.records.storage import digest
 
 Array = np.ndarray
 
@@ -101,20 +97,7 @@ def fit(
         head.set_items(counts, data.content)
         training = Training(head, data, options, seed)
         key = digest(asdict(config), asdict(options), seed, data_digest(data, start))
-        path = None if folder is None else folder / f"{name}-{key[:16]}.pt"
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path.parent)
-            if path.is_file():
-                training.restore(torch.load(path, weights_only=True))
-        while not training.finished:
-            training.epoch(name)
-            if path is not None:
-                buffer = io.BytesIO()
-                torch.save(training.state(), buffer)
-                write_bytes(path, buffer.getbuffer())
-        load_weights(head, training.best_weights)
-    print(f"  {name}: epoch {training.best_epoch} is best by validation ({training.best:.4f})", flush=True)
+        training.run(None if folder is None else folder / f"{name}-{key[:16]}.pt", name)
     return head.eval()
 
 
@@ -129,82 +112,28 @@ def data_digest(data: TrainingData, start: SequenceHead | None) -> str:
     return total.hexdigest()
 
 
-class Training:
-    """A training between two epochs: weights, optimizer, and the best epoch so far."""
+class Training(Epochs):
+    """The training of a head on every place of the histories."""
 
     def __init__(self, head: SequenceHead, data: TrainingData, options: FitOptions, seed: int) -> None:
-        self.head, self.averaged, self.steps = head, copy.deepcopy(head).requires_grad_(False), 0
-        self.data, self.options, self.seed = data, options, seed
-        self.optimizer = torch.optim.AdamW(head.parameters(), options.learning_rate, weight_decay=options.weight_decay)
-        self.done, self.best_epoch, self.best = 0, 0, 0.0
-        self.best_weights = weights_of(head)
+        super().__init__(head, options, seed)
+        self.head, self.data = head, data
         self.starts, self.lengths = data.histories.pieces(head.config.max_length + 1)
         self.classes = Classes(head.counts, len(self.starts), options)
 
     @property
     def finished(self) -> bool:
-        """Whether it has run its epochs, or validation has not improved for too long."""
-        waited = self.done - self.best_epoch
-        return not len(self.starts) or self.done >= self.options.max_epochs or waited >= self.options.patience
+        return not len(self.starts) or super().finished
 
-    def epoch(self, name: str) -> None:
-        """Train on every piece once, and validate."""
-        self.done += 1
-        rng = np.random.default_rng([self.seed, self.done])
-        torch.manual_seed(int(rng.integers(2**62)))
-        self.head.train()
-        batches = list(batches_by_length(self.lengths, self.options.batch_size, rng))
-        bar = tqdm(batches, desc=f"  {name}: epoch {self.done}, best {self.best:.4f}", leave=False)
-        for places in bar:
-            batch = torch.from_numpy(self.data.histories.padded(self.starts[places], self.lengths[places]))
-            loss = next_item_loss(self.head, batch, self.classes, rng)
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.head.parameters(), 5.0)
-            self.optimizer.step()
-            self.steps += 1
-            left = min(self.options.average, self.steps / (self.steps + 10))  # less at first, to leave the beginning
-            with torch.no_grad():
-                for mean, value in zip(self.averaged.parameters(), self.head.parameters(), strict=True):
-                    mean.lerp_(value, 1 - left)
-        quality = validate(self.averaged, self.data.validation, self.options)
-        if quality > self.best or not self.best_epoch:
-            self.best, self.best_epoch = quality, self.done
-            self.best_weights = weights_of(self.averaged)
+    def batches(self, rng: np.random.Generator) -> list[Array]:
+        return list(batches_by_length(self.lengths, self.options.batch_size, rng))
 
-    def state(self) -> dict[str, Any]:
-        """All that :meth:`restore` needs."""
-        return {
-            "head": weights_of(self.head),
-            "averaged": weights_of(self.averaged),
-            "steps": self.steps,
-            "optimizer": self.optimizer.state_dict(),
-            "best_weights": self.best_weights,
-            "done": self.done,
-            "best_epoch": self.best_epoch,
-            "best": self.best,
-        }
+    def loss(self, batch: Array, rng: np.random.Generator) -> torch.Tensor:
+        pieces = torch.from_numpy(self.data.histories.padded(self.starts[batch], self.lengths[batch]))
+        return next_item_loss(self.head, pieces, self.classes, rng)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from an earlier :meth:`state`."""
-        load_weights(self.head, state["head"])
-        load_weights(self.averaged, state["averaged"])
-        self.steps = state["steps"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best_weights = state["best_weights"]
-        self.done, self.best_epoch, self.best = state["done"], state["best_epoch"], state["best"]
-
-
-def weights_of(head: SequenceHead) -> dict[str, torch.Tensor]:
-    """A copy of what is trained of a head."""
-    return {name: value.detach().clone() for name, value in head.named_parameters()}
-
-
-@torch.no_grad()
-def load_weights(head: SequenceHead, weights: dict[str, torch.Tensor]) -> None:
-    """Put :func:`weights_of` in place."""
-    for name, value in head.named_parameters():
-        value.copy_(weights[name])
+    def quality(self) -> float:
+        return validate(self.averaged, self.data.validation, self.options)
 
 
 class Classes:

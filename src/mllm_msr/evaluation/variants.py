@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import polars as pl
 
@@ -108,33 +108,29 @@ def svd(run: RunFolder) -> Ranker:
     return svd(*learnt_from(run), seed=run.recipe.evaluation.seed)
 
 
-def sasrec(run: RunFolder) -> Ranker:
-    from mllm_msr.evaluation.sequential_baselines import sasrec
+def sequential(name: str, with_vectors: bool = False) -> Callable[[RunFolder], Scorer]:
+    """What scores by a sequential baseline, trained with the settings of the head that it stands beside."""
 
-    return sasrec(*learnt_from(run), **as_the_head(run))
+    def make(run: RunFolder) -> Ranker:
+        from mllm_msr.evaluation import sequential_baselines
 
+        settings = {"head": run.recipe.head, "seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
+        vectors = [item_vectors(run)] if with_vectors else []
+        return getattr(sequential_baselines, name)(*learnt_from(run), *vectors, **settings)
 
-def gru4rec(run: RunFolder) -> Ranker:
-    from mllm_msr.evaluation.sequential_baselines import gru4rec
-
-    return gru4rec(*learnt_from(run), **as_the_head(run))
-
-
-def sasrecf(run: RunFolder) -> Ranker:
-    from mllm_msr.evaluation.sequential_baselines import sasrecf
-
-    return sasrecf(*learnt_from(run), item_vectors(run), **as_the_head(run))
+    return ranked_by(make)
 
 
-def gru4recf(run: RunFolder) -> Ranker:
-    from mllm_msr.evaluation.sequential_baselines import gru4recf
+def by_graph(name: str) -> Callable[[RunFolder], Scorer]:
+    """What scores by a network over the graph of users and items."""
 
-    return gru4recf(*learnt_from(run), item_vectors(run), **as_the_head(run))
+    def make(run: RunFolder) -> Ranker:
+        from mllm_msr.evaluation import graph_baselines
 
+        settings = {"seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
+        return getattr(graph_baselines, name)(*learnt_from(run), item_vectors(run), **settings)
 
-def as_the_head(run: RunFolder) -> dict[str, Any]:
-    """How sequential baselines are trained: with the settings of the head that they stand beside."""
-    return {"head": run.recipe.head, "seed": run.recipe.evaluation.seed, "folder": run.trained_baselines}
+    return ranked_by(make)
 
 
 def headed(name: str) -> Callable[[RunFolder], Scorer]:
@@ -166,6 +162,7 @@ def not_known(run: RunFolder) -> Scorer:
     raise ValueError("this version of mllm-msr does not know the variant and cannot score it")
 
 
+of_vectors = partial(Variant, kind="baseline", reads_vectors=True)
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -276,7 +273,7 @@ VARIANTS = {
             "SASRec",
             "self-attention over the sequence of item ids, trained on the same interactions",
             "baseline",
-            ranked_by(sasrec),
+            sequential("sasrec"),
             "green",
         ),
         Variant(
@@ -284,29 +281,41 @@ VARIANTS = {
             "GRU4Rec",
             "a recurrent network over the sequence of item ids, trained likewise",
             "baseline",
-            ranked_by(gru4rec),
+            sequential("gru4rec"),
             "green",
             "6 3",
         ),
-        Variant(
+        of_vectors(
             "sasrecf",
             "SASRecF",
             "SASRec over identities and item vectors",
-            "baseline",
-            ranked_by(sasrecf),
-            "green",
-            "9 3",
-            reads_vectors=True,
+            scorer=sequential("sasrecf", with_vectors=True),
+            colour="green",
+            dash="9 3",
         ),
-        Variant(
+        of_vectors(
             "gru4recf",
             "GRU4RecF",
             "GRU4Rec over identities and item vectors",
-            "baseline",
-            ranked_by(gru4recf),
-            "green",
-            "9 3 2 3",
-            reads_vectors=True,
+            scorer=sequential("gru4recf", with_vectors=True),
+            colour="green",
+            dash="9 3 2 3",
+        ),
+        of_vectors(
+            "mmgcn",
+            "MMGCN",
+            "graph convolution over users, items and their vectors",
+            scorer=by_graph("mmgcn"),
+            colour="orange",
+            dash="9 3",
+        ),
+        of_vectors(
+            "mgat",
+            "MGAT",
+            "graph attention over users, items and their vectors",
+            scorer=by_graph("mgat"),
+            colour="orange",
+            dash="12 4",
         ),
         Variant(
             "svd", "PureSVD", "matrix factorisation of the training interactions", "baseline", ranked_by(svd), "orange"
