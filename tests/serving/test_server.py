@@ -2,9 +2,14 @@
 
 import base64
 import io
+import re
+import shlex
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -303,3 +308,16 @@ def test_the_description_names_every_endpoint(served: Live) -> None:
         "GET /ready",
         "GET /metrics",
     }
+
+
+def test_every_command_of_the_documentation_answers(served: Live) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^curl .*127\.0\.0\.1:8080.*(?:\n  .*)*", text, re.MULTILINE)
+    assert len(commands) >= 16
+    for command in commands:
+        line = shlex.split(command.replace("http://127.0.0.1:8080", served.url))
+        key = ["-H", f"Authorization: Bearer {WRITE}"]
+        done = subprocess.run([*line, *key, "-sS", "--fail-with-body"], capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"

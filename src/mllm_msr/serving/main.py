@@ -60,7 +60,7 @@ def serve(options: ServeOptions) -> None:
     check_exposure(options.host, keys, options.open_to_all)
     listener = listen(options.host, options.port)
     os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    start_log()
     import uvicorn
 
     from mllm_msr.evaluation.loading import Computing
@@ -83,6 +83,15 @@ def serve(options: ServeOptions) -> None:
     print(f"{opened.name} {opened.revision}: http://{host}:{port}/docs", flush=True)
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on")
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def start_log() -> None:
+    """Our own log and the web server's, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    for name in ("mllm_msr", "uvicorn"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def check_exposure(host: str, keys: Keys, open_to_all: bool) -> None:
