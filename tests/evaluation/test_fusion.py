@@ -9,6 +9,7 @@ from mllm_msr.evaluation.fusion import (
     FusionTasks,
     candidate_lists,
     catalogue_lists,
+    draw_lists,
     fit_fusion,
     fit_shared,
     listwise_loss,
@@ -58,6 +59,20 @@ def test_a_member_of_noise_changes_nothing():
     data = FusionTasks(torch.stack([noise, content], dim=-1), data.buckets, data.log_q)
     fusion, best = fit_fusion(data, ["noise", "content"]), alone(data, 1)
     assert float((data.ndcg(fusion) - data.ndcg(best)).mean().abs()) < 0.01
+
+
+def test_lists_of_what_one_member_puts_first_do_not_count_against_it():
+    rng = torch.Generator().manual_seed(2)
+    n_tasks, n_items, none = 300, 200, CodedLists(np.empty(0, np.int64), np.zeros(301, np.int64))
+    whole = torch.randn(n_tasks, n_items, 2, generator=rng)
+    whole[:, 0] += torch.tensor([1.4, 0.6])  # of the target, item 0: the best weights are these
+    target = torch.zeros(n_tasks, dtype=torch.int64)
+    codes, log_q = draw_lists(whole[..., 1:], none, target, (20, 20), np.random.default_rng(0))
+    data = FusionTasks(whole[torch.arange(n_tasks)[:, None], codes], torch.full(codes.shape, 3), log_q)
+    fusion = fit_fusion(data, ["asked of few", "asked of all"], by_likelihood=True)
+    by_ndcg = fit_fusion(data, ["asked of few", "asked of all"])
+    assert by_ndcg.weights[3, 1] == 0.0
+    assert (fusion.weights[3] / fusion.deviation).tolist() == pytest.approx([1.4, 0.6], abs=0.2)
 
 
 def test_a_fusion_comes_back_from_json_and_scores_any_shape():

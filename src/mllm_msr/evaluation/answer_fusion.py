@@ -63,10 +63,8 @@ def fit_answer(run: RunFolder, heads: Heads, folder: Path) -> None:
     if len(coded):
         lists = answer_lists(heads, coded, run.recipe.head.answer_tasks, run.recipe.head.seed)
         answers = answers_of(run, heads, tasks["task_id"], lists)
-        scores = torch.stack([answers, lists.scores], dim=-1)
-        fusion = fit_fusion(
-            FusionTasks(scores, frequency_buckets(heads.item_ranker.counts)[lists.codes], lists.log_q), MEMBERS
-        )
+        scores, buckets = torch.stack([answers, lists.scores], dim=-1), frequency_buckets(heads.item_ranker.counts)
+        fusion = fit_fusion(FusionTasks(scores, buckets[lists.codes], lists.log_q), MEMBERS, by_likelihood=True)
     else:  # nothing to fit by: the others alone
         weights = torch.tensor([[0.0, 1.0]]).expand(len(BUCKETS), -1)
         fusion = ScoreFusion(MEMBERS, torch.zeros(2), torch.ones(2), weights, torch.zeros(len(BUCKETS)))

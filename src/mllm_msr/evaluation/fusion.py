@@ -174,8 +174,12 @@ def candidate_lists(scores: Array, tasks: CodedTasks, counts: Array) -> FusionTa
     return FusionTasks(values[place], buckets[lists.codes[place]], torch.where(listed, 0.0, torch.inf))
 
 
-def fit_fusion(data: FusionTasks, names: Sequence[str]) -> ScoreFusion:
-    """The best fusion by cross-validated NDCG@10 of those that serve no bucket's targets worse than the best member.
+def fit_fusion(data: FusionTasks, names: Sequence[str], by_likelihood: bool = False) -> ScoreFusion:
+    """The best fusion, cross-validated, of those that serve no bucket's targets worse than the best member.
+
+    What is best is told by NDCG@10 in the lists, or ``by_likelihood`` of the targets, which weighs each candidate by
+    the chance that it is listed: where what one member puts first is in the lists, and what another puts first is not,
+    NDCG would hold it against the first alone.
 
     Tried are the best member alone, weights that all buckets share, and weights and biases of each bucket drawn towards
     these more or less. A bucket is served worse if the mean log probability of its targets is lower by more than its
@@ -192,20 +196,24 @@ def fit_fusion(data: FusionTasks, names: Sequence[str]) -> ScoreFusion:
     weights, bias = torch.zeros(len(BUCKETS), n_members), torch.zeros(len(BUCKETS))
     blank = ScoreFusion(tuple(names), flat.mean(dim=0), flat.std(dim=0).clamp(min=1e-6), weights, bias)
     alone = [rightly(fit_shared(data, blank, [member])) for member in range(n_members)]
-    best = max(range(n_members), key=lambda member: float(data.ndcg(alone[member]).mean()))
+
+    def quality(fusion: ScoreFusion, part: FusionTasks) -> Tensor:
+        return -listwise_loss(fusion, part) if by_likelihood else part.ndcg(fusion)
+
+    best = max(range(n_members), key=lambda member: float(quality(alone[member], data).mean()))
     least = listwise_loss(alone[best], data)
 
     fits: list[Callable[[FusionTasks], ScoreFusion]] = [lambda part: fit_shared(part, blank, range(n_members))]
     fits += [partial(fit_fairly, best=alone[best], penalty=penalty) for penalty in PENALTIES]
-    chosen, value = alone[best], float(data.ndcg(alone[best]).mean())
+    chosen, value = alone[best], float(quality(alone[best], data).mean())
     fold = torch.arange(len(data)) % FOLDS
     for fit in fits:
-        ndcg, loss = torch.zeros(len(data)), torch.zeros(len(data))
+        gained, loss = torch.zeros(len(data)), torch.zeros(len(data))
         for number in range(min(FOLDS, len(data))):
             fusion, rest = fit(data.part(fold != number)), data.part(fold == number)
-            ndcg[fold == number], loss[fold == number] = rest.ndcg(fusion), listwise_loss(fusion, rest)
-        if float(ndcg.mean()) > value and not worse_buckets(loss - least, data.buckets[:, 0]).any():
-            chosen, value = fit(data), float(ndcg.mean())
+            gained[fold == number], loss[fold == number] = quality(fusion, rest), listwise_loss(fusion, rest)
+        if float(gained.mean()) > value and not worse_buckets(loss - least, data.buckets[:, 0]).any():
+            chosen, value = fit(data), float(gained.mean())
     return chosen
 
 
