@@ -160,8 +160,7 @@ def index(options: argparse.Namespace) -> None:
 def serve(options: argparse.Namespace) -> None:
     from mllm_msr.serving.main import ServeOptions, serve
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "debug")}
-    serve(ServeOptions(options.run, **given))
+    serve(ServeOptions(**{name: value for name, value in vars(options).items() if name not in ("command", "debug")}))
 
 
 def publish(options: argparse.Namespace) -> None:

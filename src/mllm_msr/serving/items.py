@@ -26,7 +26,7 @@ class NewItem:
     Args:
         image: encoded, as :func:`mllm_msr.data.images.encode` writes it.
         summary: None: the run's engine writes one.
-        vector: where the run's vectors come from a file.
+        vector: made as those of the run; None: the run's model makes one.
         columns: further values to filter by.
     """
 
@@ -76,12 +76,14 @@ class ItemMaker:
         """(N, F) float16: the vector of each item, made as the stage ``vectors`` does.
 
         Raises:
-            ValueError: the run's vectors come from a file, and an item brings none.
+            ValueError: an item brings no vector, and none can be made.
         """
-        if self.recipe.vectors.own:
-            if missing := [item.item_id for item in items if item.vector is None]:
-                raise ValueError(f"item {missing[0]!r} has no vector: those of this run come from a file, so send one")
-            return np.array([item.vector for item in items], dtype=np.float16)
+        given = [item.vector for item in items if item.vector is not None]
+        if len(given) == len(items):
+            return np.array(given, dtype=np.float16)
+        if given or self.recipe.vectors.own:
+            kind = "are your own" if self.recipe.vectors.own else "are made by a model unless all items bring one"
+            raise ValueError(f"an item has no vector: those of this run {kind}, so send one with each")
         from mllm_msr.processing.vectors import item_words
 
         read, shown = self.recipe.vectors_read_summaries, self.recipe.vectors.images

@@ -18,10 +18,11 @@ class ServeOptions:
     """How a run is served.
 
     Args:
-        source: folder of a run.
+        source: folder of a run; or a released model, as a folder or ``owner/name@revision`` on the Hub.
+        dataset: of a released model, if not the one that belongs to it.
         host, port: to listen on; port 0 is any that is free.
         device: of the model; None: an accelerator if there is one.
-        state: SQLite file or database URL; None: ``state.sqlite`` in the run's folder.
+        state: SQLite file or database URL; None: ``state.sqlite`` in the run's folder, or in this one for a release.
         keys: file of bearer keys; those of the environment count as well.
         open_to_all: listen beyond this machine without any key.
         image_urls: fetch images by URL.
@@ -32,7 +33,8 @@ class ServeOptions:
         log_texts: log paths with their ids, and what errors say.
     """
 
-    source: Path
+    source: str
+    dataset: str | None = None
     host: str = "127.0.0.1"
     port: int = 8080
     device: str | None = None
@@ -69,14 +71,19 @@ def serve(options: ServeOptions) -> None:
     from mllm_msr.serving.door import Limits
     from mllm_msr.serving.images import ImageReader
     from mllm_msr.serving.opening import open_run
+    from mllm_msr.serving.released import is_release, open_release
     from mllm_msr.serving.service import Service
     from mllm_msr.serving.store import open_store
 
-    RunFolder.open(options.source)  # or an error, before anything is made
-    store = open_store(options.state or options.source / "state.sqlite")
-    opened = open_run(
-        options.source, Computing(device=options.device, memory_gb=options.memory_gb), options.item_columns
-    )
+    run, how = Path(options.source), Computing(device=options.device, memory_gb=options.memory_gb)
+    released = not (run / "config.yaml").is_file() and is_release(options.source)
+    if not released:
+        RunFolder.open(run)  # or an error, before anything is made
+    store = open_store(options.state or (Path() if released else run) / "state.sqlite")
+    if released:
+        opened = open_release(options.source, options.dataset, how, options.item_columns)
+    else:
+        opened = open_run(run, how, options.item_columns)
     limits = Limits(int(options.max_body_mb * 1e6), deadline=options.deadline)
     app = create_app(Service(opened, store), keys, limits, ImageReader(options.image_urls), options.log_texts)
     host, port = listener.getsockname()[:2]

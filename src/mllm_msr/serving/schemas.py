@@ -243,7 +243,9 @@ class ItemIn(Strict):
     text: Words = ""
     image: ImageText | None = None
     summary: Words | None = Field(default=None, description="by default the run's engine writes one")
-    vector: list[float] | None = Field(default=None, description="where the run's vectors came from a file")
+    vector: list[float] | None = Field(
+        default=None, description="made as those of the run; by default the run's model makes one"
+    )
     columns: dict[str, Value] = Field(default={}, max_length=100, description="further values to filter by")
 
     @model_validator(mode="after")
