@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,15 +94,13 @@ class ImageFeatureCache:
         self._stand_ins: dict[Hashable, PreparedImage] = {}  # the latest asked for is the last
         self._pixels: dict[PreparedImage, PreparedImage] = {}  # of stand-ins that are not encoded yet
         self._features: dict[PreparedImage, torch.Tensor] = {}
+        self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._stand_ins)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(map(self._size, self._stand_ins.values()))
-
-    def _size(self, stand_in: PreparedImage) -> int:
+    def size(self, stand_in: PreparedImage) -> int:
+        """Bytes that are kept of an image."""
         prepared = self._pixels.get(stand_in, stand_in)
         held = [*prepared.tensors.values(), *([self._features[stand_in]] if stand_in in self._features else [])]
         return sum(tensor.nbytes for tensor in held)
@@ -117,6 +115,7 @@ class ImageFeatureCache:
             if takes_features(self.backbone):
                 stand_in = prepared.light()
                 self._pixels[stand_in] = prepared
+            self.nbytes += self.size(stand_in)
         self._stand_ins[key] = stand_in
         return stand_in
 
@@ -127,20 +126,26 @@ class ImageFeatureCache:
         new = [image for image in dict.fromkeys(stand_ins) if image in self._pixels]
         encoded = encode_images(self.backbone, [self._pixels[image] for image in new])
         for stand_in, features in zip(new, encoded, strict=True):
+            self.nbytes -= self.size(stand_in)
             self._features[stand_in] = features.to(self.device or features.device)
             del self._pixels[stand_in]
+            self.nbytes += self.size(stand_in)
         return [self._features[image] for image in stand_ins]
 
     def evict(self, max_images: int | None = None, max_bytes: int | None = None) -> None:
         """Drop the oldest images until no more than these are left."""
-        count, size = len(self), self.nbytes
-        for key, stand_in in list(self._stand_ins.items()):
-            if (max_images is None or count <= max_images) and (max_bytes is None or size <= max_bytes):
-                break
-            count, size = count - 1, size - self._size(stand_in)
-            del self._stand_ins[key]
-            self._pixels.pop(stand_in, None)
-            self._features.pop(stand_in, None)
+        while self._stand_ins and not (
+            (max_images is None or len(self) <= max_images) and (max_bytes is None or self.nbytes <= max_bytes)
+        ):
+            self.forget([next(iter(self._stand_ins))])
+
+    def forget(self, keys: Iterable[Hashable]) -> None:
+        """Drop the images with these keys."""
+        for key in keys:
+            if (stand_in := self._stand_ins.pop(key, None)) is not None:
+                self.nbytes -= self.size(stand_in)
+                self._pixels.pop(stand_in, None)
+                self._features.pop(stand_in, None)
 
 
 class PreparedCatalogue:
@@ -155,17 +160,25 @@ class PreparedCatalogue:
         self.images, self.catalogue = images, catalogue
         self._shows_image = images.processor.prints_image(prompt)
         self._candidates: dict[str, Candidate] = {}
+        self._keys: set[Hashable] = set()
 
     def __getitem__(self, item_id: str) -> Candidate:
         if item_id not in self._candidates:
             candidate = Candidate.of(self.catalogue[item_id])
             if candidate.image is not None:
-                image = self.images.stand_in(item_id, candidate.image) if self._shows_image else None
+                image = self._stand_in(item_id, candidate.image) if self._shows_image else None
                 candidate = replace(candidate, image=image)
             self._candidates[item_id] = candidate
         return self._candidates[item_id]
 
-    def clear(self) -> None:
-        """Forget all candidates and their images."""
+    def _stand_in(self, item_id: str, image: Any) -> PreparedImage:
+        """An image that came prepared is known as itself, in other catalogues as well."""
+        key: Hashable = image if hasattr(image, "tensors") else item_id
+        self._keys.add(key)
+        return self.images.stand_in(key, image)
+
+    def clear(self, keep_prepared: bool = False) -> None:
+        """Forget all candidates and their images, perhaps but for those that came prepared."""
         self._candidates.clear()
-        self.images.evict(max_images=0)
+        self.images.forget(key for key in self._keys if not (keep_prepared and hasattr(key, "tensors")))
+        self._keys.clear()

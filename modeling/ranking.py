@@ -41,8 +41,8 @@ class RankedCandidate:
 class Recommender:
     """A model and its processor, ready to rank.
 
-    The model is put into evaluation mode, and where prompts share what they have in common, its decoder computes
-    attention by block attention from then on.
+    The model is put into evaluation mode and must stay as it is: what is kept is not computed again. Where prompts
+    share what they have in common, its decoder computes attention by block attention from then on.
 
     Args:
         model: ``MllmMsrForRecommendation``.
@@ -170,7 +170,7 @@ class JointPlan:
     """See :class:`Recommender`, whose arguments these are.
 
     Args:
-        memory: bytes of image features that may be kept.
+        memory: bytes of image features that may be kept; half of it from call to call, of images that came prepared.
         shares: whether the prompts of a user share what they begin with.
         demanded: whether it is an error if they cannot.
     """
@@ -186,6 +186,7 @@ class JointPlan:
     ) -> None:
         self.model, self.processor, self.token_budget, self.memory = model, processor, token_budget, memory
         self.shares, self.demanded = shares, demanded
+        self.images = ImageFeatureCache(model.backbone, processor)
         self.pair_tokens = 64  # that a pair of the longest batch so far has cost
 
     def scores(
@@ -196,25 +197,33 @@ class JointPlan:
         Args:
             rows: for each user the candidates, as places in ``names``.
         """
-        images = ImageFeatureCache(self.model.backbone, self.processor)
-        prepared = PreparedCatalogue(images, catalogue, "recommendation")
-        shown = [prepared[name].image for name in names[:SAMPLE]]
-        images.features([image for image in shown if image is not None])
-        chunk = max(1, int(self.memory / max(1, images.nbytes) * len(shown)))
-        for first in range(0, len(names), chunk):
-            if first:
-                prepared.clear()
-            pairs = Pairs.within(rows, first, chunk)
-            start = 0
-            while start < len(pairs):  # as many pairs as the budget allows, going by what the last ones took
-                part = pairs.take(slice(start, start + max(1, self.token_budget // self.pair_tokens)))
-                candidates = [prepared[names[first + item]] for item in part.items]
-                batch = self.processor([users[user] for user in part.users], candidates).to(self.model.device)
-                packed = self._packed(batch, part.users)
-                if self._fits(packed["input_ids"].numel(), len(part)):
-                    output = self.model.score(**packed, image_features=images.features(batch.images))
-                    yield Scores(part.users, part.places, output.logits.cpu().numpy())
-                    start += len(part)
+        prepared = PreparedCatalogue(self.images, catalogue, "recommendation")
+        shown = [image for name in names[:SAMPLE] if (image := prepared[name].image) is not None]
+        self.images.features(shown)
+        size = sum(map(self.images.size, shown)) / min(len(names), SAMPLE)
+        chunk = max(1, int(self.memory / 2 / max(1, size)))
+        try:
+            for first in range(0, len(names), chunk):
+                if first:
+                    prepared.clear()
+                yield from self._chunk(users, Pairs.within(rows, first, chunk), names[first : first + chunk], prepared)
+        finally:
+            prepared.clear(keep_prepared=True)
+            self.images.evict(max_bytes=self.memory // 2)
+
+    def _chunk(
+        self, users: Sequence[User], pairs: Pairs, names: Sequence[str], prepared: PreparedCatalogue
+    ) -> Iterator[Scores]:
+        start = 0
+        while start < len(pairs):  # as many pairs as the budget allows, going by what the last ones took
+            part = pairs.take(slice(start, start + max(1, self.token_budget // self.pair_tokens)))
+            candidates = [prepared[names[item]] for item in part.items]
+            batch = self.processor([users[user] for user in part.users], candidates).to(self.model.device)
+            packed = self._packed(batch, part.users)
+            if self._fits(packed["input_ids"].numel(), len(part)):
+                output = self.model.score(**packed, image_features=self.images.features(batch.images))
+                yield Scores(part.users, part.places, output.logits.cpu().numpy())
+                start += len(part)
 
     def _packed(self, batch: Mapping[str, torch.Tensor], users: np.ndarray) -> Mapping[str, torch.Tensor]:
         """The batch as it is computed: in one row, or as it is where prompts cannot share."""

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3NextConfig
 
+from mllm_msr.modeling import image_features
 from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
@@ -60,6 +62,36 @@ def plain_scores(model, processor, items):
         model.score(**processor([user] * len(row), [items[item] for item in row])).logits.numpy()
         for user, row in zip(USERS, CANDIDATES, strict=True)
     ]
+
+
+def test_images_that_come_prepared_are_encoded_once_in_all_calls(backbone, monkeypatch):
+    encoded: list[int] = []
+
+    def counted(backbone, images, real=image_features.encode_images):
+        encoded.append(len(images))
+        return real(backbone, images)
+
+    monkeypatch.setattr(image_features, "encode_images", counted)
+    path = backbone("llava")
+    processor = MllmMsrProcessor.from_backbone(path)
+    model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
+    items = catalogue()
+    expected = plain_scores(model, processor, items)
+    ready = {
+        name: replace(item, image=processor.prepare_images([item.image])[0] if item.image else None)
+        for name, item in items.items()
+    }
+    for memory, counts in ((1, (5, 0)), (1e-9, (9, 9))):  # in gigabytes: plenty, and too little to keep anything
+        recommender = Recommender(model, processor, memory_gb=memory)
+        for count in counts:
+            encoded.clear()
+            scores = recommender.score(USERS, CANDIDATES, ready)
+            assert [row.tolist() for row in scores] == [pytest.approx(row.tolist(), abs=1e-4) for row in expected]
+            assert sum(encoded) == count
+        others = {name: replace(item, image=items["i0"].image) for name, item in items.items()}
+        shown = recommender.score(USERS, CANDIDATES, others)  # by the same ids, not prepared: nothing is confused
+        assert shown[2].tolist() == pytest.approx(plain_scores(model, processor, others)[2].tolist(), abs=1e-4)
+        assert len(recommender.plan.images) == (5 if memory == 1 else 0)
 
 
 @pytest.mark.parametrize(

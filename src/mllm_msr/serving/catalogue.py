@@ -78,6 +78,11 @@ class ServedCatalogue(Mapping[str, Candidate]):
             self._kept.popitem(last=False)
         return candidate
 
+    def version_of(self, item_id: str) -> int:
+        """Of what the item is now; 0 for one of the run."""
+        put = self.put_items.get(item_id)
+        return 0 if put is None else put.version
+
     def title(self, item_id: str) -> str:
         """The title of an item, "" for one that is not there."""
         put = self.put_items.get(item_id)

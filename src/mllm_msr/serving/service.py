@@ -19,6 +19,7 @@ import torch
 
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.preference import split_history
+from mllm_msr.serving.answers import KeptAnswers
 from mllm_msr.serving.batching import ModelQueue
 from mllm_msr.serving.catalogue import ServedCatalogue
 from mllm_msr.serving.condensing import Condenser, PreferenceWriter
@@ -74,6 +75,7 @@ class Service:
         )
         self.users = Users(opened.users, store, opened.recipe.summaries.block_size)
         self.queue = ModelQueue(recommender.score, token_budget, max_tokens=max_tokens)
+        self.answers = KeptAnswers()
         self.writer, self.maker = PreferenceWriter(opened.recipe), ItemMaker(opened.recipe)
         self.condenser = Condenser(self.users, store, self.writer, self.described)
         self._numbers = itertools.count()
@@ -158,8 +160,16 @@ class Service:
         Raises:
             QueueFull: too much is waiting. TimeoutError: not done in time.
         """
-        costs = [self._item_cost] * len(item_ids)
-        return _result(self.queue.submit(user, item_ids, self.catalogue, costs, _tokens(user), until), until)
+        keys = [(item, self.catalogue.version_of(item)) for item in item_ids]
+        kept = self.answers.of(user)
+        if missing := [item for item, key in zip(item_ids, keys, strict=True) if key not in kept]:
+            costs = [self._item_cost] * len(missing)
+            scored = self.queue.submit(user, missing, self.catalogue, costs, _tokens(user), until)
+            new = dict(zip(missing, _result(scored, until).tolist(), strict=True))
+            found = {key: new[key[0]] for key in keys if key[0] in new}
+            self.answers.add(user, found)
+            kept |= found
+        return np.array([kept[key] for key in keys], dtype=np.float32)
 
     def answer_documents(self, user: User, documents: Sequence[Candidate], until: float) -> np.ndarray:
         """(N,) logits of candidates that a request brings; errors as for :meth:`answer`."""
