@@ -11,7 +11,6 @@ from mllm_msr.evaluation.metrics import metric_label, paired_differences
 from mllm_msr.hub_cards.findings import conditions, headline
 from mllm_msr.hub_cards.view import (
     AGREEMENT_HEAD,
-    AMONG_ALL,
     COMPARED,
     COMPARED_AMONG_ALL,
     DIVISIONS,
@@ -74,7 +73,7 @@ def console_page(results: Results) -> str:
         parts += ["In points, paired by user:", differences.to_text()]
     if catalogue := results.full_catalogue:
         items = f"{catalogue.n_users:,} users, sampled candidates and all {catalogue.n_candidates:,.0f} items:"
-        parts += [items, catalogue_table(catalogue, AMONG_ALL[2:]).to_text(), catalogue_words(results, catalogue)]
+        parts += [items, catalogue_table(catalogue, COMPARED_AMONG_ALL).to_text(), catalogue_words(results, catalogue)]
         if differences := sasrec_table(catalogue.against_sasrec, COMPARED_AMONG_ALL):
             parts += ["Among all items, in points, paired by user:", differences.to_text()]
     parts += results.notes

@@ -120,6 +120,7 @@ def test_differences_from_sasrec_are_shown_among_all_items_too(pair):
     assert "## Differences from SASRec among all items" in page and "The catalogue is cut." in page
     assert "| less SASRec | HR@10 | p | NDCG@10 | p |" in page
     assert "| fused | +3.1 (+1.1 to +5.1) | 0.002 | +3.1 (+1.1 to +5.1) | 0.002 |" in page
+    assert "HR@10 all items" in shown and "NDCG@10 all items" in shown
     assert "Among all items, in points, paired by user:" in shown and shown.endswith("The catalogue is cut.")
     replace(pair[1].results(), full_catalogue=among_all()).write(pair[1].metrics)
     table = tables(compare(pair))[1]

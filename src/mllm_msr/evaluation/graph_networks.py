@@ -58,8 +58,9 @@ class Edges:
 
     def sum(self, values: Tensor, weights: Tensor) -> Tensor:
         """(T, D): the sum of (S, D) values over each target's edges, weighted by (E,)."""
-        bags = {"mode": "sum", "include_last_offset": True, "per_sample_weights": weights}
-        return F.embedding_bag(self.sources, values, self.bounds, **bags)
+        return F.embedding_bag(
+            self.sources, values, self.bounds, mode="sum", include_last_offset=True, per_sample_weights=weights
+        )
 
     def softmax(self, logits: Tensor) -> Tensor:
         """(E,): of (E,) logits among the edges of each target."""
