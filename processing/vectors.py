@@ -46,8 +46,11 @@ def recipe_encoder(recipe: Recipe) -> Encode:
         if options.engine == "sentence-transformers":
             return sentence_encoder(name, revision, dtype)
         return item_encoder(name, revision, dtype, prompts, recipe.item_noun, options.token_budget)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} makes no item vectors: {str(error).strip()}; {REMEDY}") from error
+    except Exception as error:  # of any library that reads one of its many files
+        reason = " ".join(str(error).split())
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{name} makes no item vectors: {reason}; {REMEDY}") from error
 
 
 def item_encoder(

@@ -203,7 +203,9 @@ def effective_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     left_out = {name: unsupported.neutral for name, unsupported in UNSUPPORTED.items()}
     left_out |= {name: (default,) for name, default in OF_THE_RUN.items()}
     left_out["debug"] = (None,)  # what TRL's parser makes of its default, and does not take
-    return {name: value for name, value in values.items() if name in flags or value not in left_out.get(name, ())}
+    kept = {name: value for name, value in values.items() if name in flags or value not in left_out.get(name, ())}
+    known = dict(_fields(SFT_KINDS))  # a default may be 0 where 0.0 is declared, as which it will be read again
+    return {name: as_number(value, known[name][0]) for name, value in kept.items()}
 
 
 def check_flags(flags: Mapping[str, Any]) -> None:

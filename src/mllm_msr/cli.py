@@ -54,9 +54,10 @@ def in_words(error: Exception) -> str:
     """An error as one line for the user; of one that was not foreseen, its type and how to see more."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())  # those of libraries may have many lines
     if isinstance(error, OSError | ValueError | RuntimeError):
-        return str(error)
-    return f"unexpected {type(error).__name__}: {error}; run again with --debug to see where it comes from"
+        return text
+    return f"unexpected {type(error).__name__}: {text}; run again with --debug to see where it comes from"
 
 
 def existing_run(options: argparse.Namespace, stage: str | None = None) -> "RunFolder":

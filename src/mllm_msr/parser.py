@@ -220,7 +220,9 @@ def positive(text: str) -> int:
 
 
 def none_or_more(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive whole number")
+    return int(text)
 
 
 def positive_or_all(text: str) -> int | Literal["all"]:

@@ -178,7 +178,8 @@ def print_best(run: RunFolder, user: RunUser, by: By, how: Ranking) -> None:
     catalogue = how.catalogue(run)
     names = how.candidates(catalogue)
     if user.chosen.issuperset(names):
-        raise ValueError(f"user {user.user_id!r} has chosen all of these items already: there is nothing to rank")
+        who = f"user {user.user_id!r} has chosen" if user.user_id else "the history has"
+        raise ValueError(f"{who} all of these items already: there is nothing to rank; name others by --items")
     best = best_of([user], load_ranker(run, by, how), names, catalogue, how.top_k)
     if by == "answer":
         print(f"preference: {user.words.preference or '(none)'}")
@@ -230,7 +231,8 @@ def claim(folder: Path, key: str, first: bool) -> None:
     mark = folder / "ranking.json"
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["key"] != key:
         raise ValueError(
-            f"{folder} holds another ranking (other model, users, top-k or rerank): remove it or name another"
+            f"{folder} holds another ranking (of other users, items, top-k, way or model): remove it, or name another "
+            "folder by --output"
         )
     if first and not mark.is_file():
         if folder.is_dir() and any(folder.iterdir()):

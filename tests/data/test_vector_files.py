@@ -47,11 +47,11 @@ def test_vectors_come_in_the_order_of_item_ids(tmp_path: Path, kind) -> None:
     ("ids", "vectors", "words"),
     [
         (["a", "a"], [[1.0], [1.0]], "'a' has more than one"),
-        (["a", "z"], [[1.0], [1.0]], "1 items have no vector, among them 'b'"),
+        (["a", "z"], [[1.0], [1.0]], "1 of 2 items have no vector, among them 'b'"),
         (["a", "b"], [[1.0], [1.0, 2.0]], "item 'b' is not as long"),
         (["a", "b"], [[], []], "item 'a' is empty"),
-        (["a", "b"], [[1.0], [float("nan")]], "item 'b' is not finite"),
-        (["a", "b"], [[1.0], [None]], "item 'b' is not finite"),
+        (["a", "b"], [[1.0], [float("nan")]], "item 'b' is missing or not finite"),
+        (["a", "b"], [[1.0], [None]], "item 'b' is missing or not finite"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_file_and_the_item(tmp_path: Path, ids, vectors, words: str) -> None:
@@ -66,11 +66,88 @@ def test_a_file_that_is_none_of_these_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="npz"):
         read_vectors(tmp_path / "none.parquet", ITEMS)
     (tmp_path / "own.parquet").write_text("not a table")
-    with pytest.raises(ValueError, match="holds no item vectors"):
+    with pytest.raises(ValueError, match=r"own\.parquet: cannot be read, it is damaged or of another kind"):
         read_vectors(tmp_path / "own.parquet", ITEMS)
     pl.DataFrame({"item_id": ["a"], "vec": [1.0]}).write_parquet(tmp_path / "own.parquet")
-    with pytest.raises(ValueError, match="needs a column 'vector'"):
+    with pytest.raises(ValueError, match="no column 'vector'"):
         read_vectors(tmp_path / "own.parquet", ITEMS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "item_id;x;y\na;1;2\nb;3;4\n",
+        "item_id\tvector\na\t[1, 2]\nb\t[3, 4]\n",
+        "\ufeffitem_id,x,y\na,1,2\n\nb,3,4\n",
+    ],
+)
+def test_csv_is_read_as_people_write_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "own.csv").write_text(text)
+    np.testing.assert_array_equal(vector_matrix(read_vectors(tmp_path / "own.csv", ITEMS)), VECTORS[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("item_id,x,y\na,1,2\nb,3,wide\n", r"own.csv, column 'y': .* row 3, item 'b', has 'wide'"),
+        ("item_id,vector\na,[1]\nb,n/a\n", r"own.csv: .* row 3, item 'b', has 'n/a'"),
+        ("item_id,x,y\na,1,2\nb,3,\n", "item 'b' is missing or not finite"),
+        ("item_id\na\nb\n", "no column 'vector'"),
+        ("id,x\na,1\n", "no column 'item_id'; it has"),
+        ("item_id,x\n", "no rows|have no vector"),
+        ("item_id,x\n1,1\n2,2\n", "2 of 2 items have no vector, .* such as '1'"),
+        ("", "is empty"),
+    ],
+)
+def test_a_bad_csv_names_row_item_and_value(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "own.csv").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        read_vectors(tmp_path / "own.csv", ITEMS)
+    assert str(tmp_path / "own.csv") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [([1.0, 2.0], "but Float64"), ([b"x", b"y"], "but Binary"), ([[[1.0]], [[2.0]]], r"but List\(List")],
+)
+def test_a_column_that_lists_no_numbers_names_its_type(tmp_path: Path, values, words: str) -> None:
+    pl.DataFrame({"item_id": ["a", "b"], "vector": values}).write_parquet(tmp_path / "own.parquet")
+    with pytest.raises(ValueError, match=words):
+        read_vectors(tmp_path / "own.parquet", ITEMS)
+
+
+def test_numbers_as_ids_are_read_as_the_log_has_them(tmp_path: Path) -> None:
+    items = pl.DataFrame({"item_id": ["10", "2"]})
+    pl.DataFrame({"item_id": [2.0, 10.0, None], "vector": VECTORS}).write_parquet(tmp_path / "own.parquet")
+    np.savez(tmp_path / "own.npz", item_id=np.array([2.0, 10.0]), vector=VECTORS[:2])
+    for name in ("own.parquet", "own.npz"):
+        np.testing.assert_array_equal(vector_matrix(read_vectors(tmp_path / name, items)), VECTORS[[1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"ids": IDS, "vector": VECTORS}, "has the arrays item_id"),
+        ({"item_id": np.array(IDS, object), "vector": VECTORS}, "no Python objects"),
+        ({"item_id": IDS, "vector": VECTORS[:, 0]}, r"shapes \(3,\) and \(3,\)"),
+        ({"item_id": IDS[:2], "vector": VECTORS}, r"shapes \(2,\) and \(3, 2\)"),
+        ({"item_id": IDS, "vector": VECTORS.astype(np.complex64)}, "array of complex64"),
+        ({"item_id": IDS, "vector": VECTORS.astype(str)}, "array of <U"),
+        (None, "has the arrays item_id"),
+    ],
+)
+def test_a_bad_archive_is_refused(tmp_path: Path, arrays, words: str) -> None:
+    path = tmp_path / "own.npz"
+    path.write_text("no archive") if arrays is None else np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=words) as error:
+        read_vectors(path, ITEMS)
+    assert str(path) in str(error.value) and "pickle" not in str(error.value)
+
+
+def test_a_name_that_ends_otherwise_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "own.npy", VECTORS)
+    with pytest.raises(ValueError, match="ends as none of them"):
+        read_vectors(tmp_path / "own.npy", ITEMS)
 
 
 def catalogue(folder: Path, name: str, vectors: object) -> Source:
@@ -108,9 +185,9 @@ def test_a_column_of_the_items_table_has_vectors_as_lists_or_texts(tmp_path: Pat
 @pytest.mark.parametrize(
     ("vectors", "column", "words"),
     [
-        (["[1]", "[x]", "[1]", "[1]"], "emb", "goods.csv, column 'emb': holds no vectors .*x"),
+        (["[1]", "[x]", "[1]", "[1]"], "emb", "goods.csv, column 'emb': holds no vectors .* row 3, item 'a', has 'x'"),
         (["[1]", "[1, 2]", "[1]", "[1]"], "emb", "column 'emb': the vector of item 'b' is not as long as that of 'a'"),
-        (["[1]", "", "[1]", "[1]"], "emb", "column 'emb': 1 items have no vector, among them 'a'"),
+        (["[1]", "", "[1]", "[1]"], "emb", "column 'emb': 1 of 2 items have no vector, among them 'a'"),
         (["[1]", "[1]", "[1]", "[1]"], "vec", "goods.csv: no column 'vec'; it has .*emb"),
     ],
 )

@@ -314,3 +314,13 @@ def test_a_recipe_s_metrics_are_those_that_are_measured_unless_it_names_others()
 
 def test_readers_see_metrics_by_their_usual_names():
     assert [metrics.metric_label(name) for name in ("ndcg@10", "auc_user", "map")] == ["NDCG@10", "AUC per user", "MAP"]
+
+
+def test_a_cut_beyond_every_list_is_that_of_the_longest_one() -> None:
+    rng = np.random.default_rng(0)
+    users, labels, scores = np.repeat(np.arange(30), 6), np.tile([1, 0, 0, 1, 0, 0], 30), rng.integers(0, 3, 180) / 2
+    names = ["hr", "mrr", "ndcg"]
+    far = metrics.user_columns(users, labels, scores, [f"{name}@{10**12}" for name in names])
+    near = metrics.user_columns(users, labels, scores, [f"{name}@6" for name in names])
+    for one, other in zip(far.values(), near.values(), strict=True):
+        np.testing.assert_allclose(one, other)

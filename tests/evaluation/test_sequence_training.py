@@ -180,3 +180,10 @@ def test_no_training_history_leaves_a_head_as_it_began():
 def test_an_unknown_rule_to_stop_by_is_refused():
     with pytest.raises(ValueError, match="'candidates' and 'catalogue'"):
         FitOptions(stop_by="loss")
+
+
+def test_a_training_that_leaves_all_bounds_is_stopped_and_says_what_to_lower():
+    with pytest.raises(
+        ValueError, match=r"sasrec: weights are no longer finite after epoch 1: lower its learning_rate"
+    ):
+        fit(config(), circle(), FitOptions(batch_size=16, learning_rate=1e30, max_epochs=2), name="sasrec")

@@ -1,5 +1,6 @@
 """The command line: it answers at once, explains itself, and ends every mistake with one clear line."""
 
+import json
 import os
 import signal
 import subprocess
@@ -107,6 +108,8 @@ def test_what_was_not_foreseen_names_its_type_and_debug_shows_where(monkeypatch:
     assert stopped(["report", "RUN"]) == (
         "mllm-msr: unexpected KeyError: 'colour'; run again with --debug to see where it comes from"
     )
+    monkeypatch.setitem(cli.COMMANDS, "index", lambda options: json.loads("{\n"))
+    assert stopped(["index", "RUN"]).startswith("mllm-msr: Expecting property name")
     for arguments in (["--debug", "report", "RUN"], ["report", "RUN", "--debug"]):
         with pytest.raises(KeyError):
             main(arguments)

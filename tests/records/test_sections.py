@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mllm_msr.records.sections import PrepareOptions
+from mllm_msr.records.sections import HeadOptions, PrepareOptions, VectorOptions
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,18 @@ def test_bad_options_are_named(fields: dict[str, Any], message: str) -> None:
 
 def test_no_limit_is_none_and_no_core_is_zero() -> None:
     assert PrepareOptions(limit_users=None, max_history=None, k_core_users=0).k_core_users == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (HeadOptions, {"learning_rate": -1.0}, "learning_rate=-1.0: must be at least 0"),
+        (HeadOptions, {"learning_rate": float("nan")}, "learning_rate=nan: must be at least 0"),
+        (HeadOptions, {"weight_decay": -1.0}, "weight_decay=-1.0: must be at least 0"),
+        (HeadOptions, {"heads": 3}, "hidden=64 is no multiple of heads=3"),
+        (VectorOptions, {"dtype": "foo"}, "dtype='foo': must be 'auto', 'float32'"),
+    ],
+)
+def test_bad_options_of_vectors_and_head_are_named(kind: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**fields)

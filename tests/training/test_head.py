@@ -45,11 +45,11 @@ def test_the_script_trains_a_head_whose_items_are_those_of_the_run(small_run, ve
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda frame: frame.rename({"vector": "embedding"}), "needs a column 'vector'"),
-        (lambda frame: frame.head(-1), "1 items have no vector, among them"),
+        (lambda frame: frame.rename({"vector": "embedding"}), "no column 'vector'"),
+        (lambda frame: frame.head(-1), "1 of \\d+ items have no vector, among them"),
         (lambda frame: pl.concat([frame, frame.head(1)]), "more than one vector"),
         (lambda frame: frame.with_columns(pl.col("vector").list.head(pl.int_range(pl.len()) + 1)), "is not as long"),
-        (lambda frame: frame.with_columns(pl.lit([1.0, float("nan")]).alias("vector")), "is not finite"),
+        (lambda frame: frame.with_columns(pl.lit([1.0, float("nan")]).alias("vector")), "is missing or not finite"),
     ],
 )
 def test_vectors_that_do_not_fit_the_run_are_refused(small_run, vectors, tmp_path, change, message):

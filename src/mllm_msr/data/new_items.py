@@ -12,7 +12,7 @@ from mllm_msr.data.images import decode
 from mllm_msr.data.item_images import decoded_items, download, with_files
 from mllm_msr.data.raw import BadRows, RawData
 from mllm_msr.data.sources.tables import read_catalogue
-from mllm_msr.data.text_files import reading
+from mllm_msr.data.table_files import TableFile
 from mllm_msr.data.vector_files import read_vectors, vector_matrix
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.records.schema import INTERACTIONS
@@ -63,7 +63,7 @@ def read_new_items(path: Path, known: Container[str], options: PrepareOptions, c
         if item_id in known:
             raise ValueError(f"{path}, row {row}: item {item_id!r} is in the catalogue already: leave it out here")
     vectors = None
-    if "vector" in _columns(path):
+    if _has_vectors(path):
         by_id = read_vectors(path, items)
         vectors = vector_matrix(items.select("item_id").join(by_id, on="item_id", maintain_order="left"))
     empty = (pl.col("title") == "") & (pl.col("text") == "") & pl.col("image_path").is_null()
@@ -87,6 +87,6 @@ def _candidates(path: Path, items: pl.DataFrame, options: PrepareOptions, cache:
     return candidates
 
 
-def _columns(path: Path) -> list[str]:
-    with reading(path):
-        return (pl.scan_csv if path.suffix == ".csv" else pl.scan_parquet)(path).collect_schema().names()
+def _has_vectors(path: Path) -> bool:
+    batches = TableFile.find(path.name, path.parent).batches(["item_id"], ["vector"], "", BadRows("skip"))
+    return "vector" in next(batches).columns

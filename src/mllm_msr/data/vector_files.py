@@ -1,15 +1,19 @@
 """Item vectors of any origin, from a file or from a column of the items table."""
 
 import hashlib
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from mllm_msr.data.ids import as_ids
-from mllm_msr.data.raw import BadRows
+from mllm_msr.data.parts import table_format
+from mllm_msr.data.raw import ROW, BadRows, need_columns, short
 from mllm_msr.data.sources.registry import source_options
 from mllm_msr.data.sources.tables import TablesSource
+from mllm_msr.data.table_files import TableFile
 from mllm_msr.records.schema import ITEM_VECTORS
 from mllm_msr.records.sections import Source, VectorOptions
 
@@ -48,17 +52,7 @@ def read_column(source: Source, column: str, items: pl.DataFrame) -> pl.DataFram
             "give the vectors as a file by --vectors"
         )
     origin = f"{tables.items}, column {column!r}"
-    batches = tables.item_column(column)
-    try:
-        frame = pl.concat(
-            [
-                batch.with_columns(_numbers(column, batch.schema[column]).alias("vector")).drop(column)
-                for batch in batches
-            ],
-            how="diagonal_relaxed",
-        )
-    except (pl.exceptions.PolarsError, ValueError) as error:
-        raise ValueError(f'{origin}: holds no vectors (lists of numbers, or texts as "[0.1, 0.2]"): {error}') from error
+    frame = _joined([_with_lists(batch, column, origin) for batch in tables.item_column(column)])
     frame = as_ids(frame.lazy(), ["item_id"], str(tables.items), BadRows("skip")).collect()
     return _of_all(items, frame.unique("item_id", keep="first", maintain_order=True), origin)
 
@@ -74,20 +68,20 @@ def read_vectors(path: Path, items: pl.DataFrame) -> pl.DataFrame:
     Raises:
         FileNotFoundError: no such file.
         ValueError: a column or an item is missing, an item comes twice, vectors differ in length, or a number in one is
-            missing or not finite; the message names the file and the item.
+            missing, none or not finite; the message names the file and the row or the item.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a file ({KINDS})")
-    try:
-        frame = _read(path)
-        if missing := [name for name in ("item_id", "vector") if name not in frame.columns]:
-            raise ValueError(f"needs a column {missing[0]!r}, but has {frame.columns}")
-        vectors = _numbers("vector", frame.schema["vector"]).alias("vector")
-        frame = frame.select(pl.col("item_id").cast(pl.String), vectors)
-    except (pl.exceptions.PolarsError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds no item vectors ({KINDS}): {error}") from error
+    if path.suffix == ".npz":
+        frame = _of_arrays(path)
+    else:
+        if table_format(path.name) is None:
+            raise ValueError(f"{path}: item vectors are read from {KINDS}, and this name ends as none of them")
+        frame = _of_table(path)
+    frame = as_ids(frame.lazy(), ["item_id"], path, BadRows(remedy="Mend the row, or leave it out.")).collect()
+    frame = frame.filter(pl.col("item_id").is_not_null())
     if twice := frame.filter(pl.col("item_id").is_duplicated())["item_id"].to_list():
-        raise ValueError(f"{path}: item {twice[0]!r} has more than one vector")
+        raise ValueError(f"{path}: item {twice[0]!r} has more than one vector: leave one of them")
     return _of_all(items, frame, str(path))
 
 
@@ -96,13 +90,17 @@ def vector_matrix(frame: pl.DataFrame) -> np.ndarray:
     return frame["vector"].explode(empty_as_null=False).to_numpy().reshape(len(frame), -1).astype(np.float32)
 
 
-def _of_all(items: pl.DataFrame, frame: pl.DataFrame, origin: str) -> pl.DataFrame:
+def _of_all(items: pl.DataFrame, given: pl.DataFrame, origin: str) -> pl.DataFrame:
     """The vectors of all ``items``, by id, after a check that each has a sound one; ``origin`` is for messages."""
-    frame = items.select(pl.col("item_id").sort()).join(frame, on="item_id", how="left", maintain_order="left")
+    frame = items.select(pl.col("item_id").sort()).join(given, on="item_id", how="left", maintain_order="left")
     lengths = frame["vector"].list.len()
     if absent := frame.filter(lengths.is_null())["item_id"].to_list():
+        theirs = (
+            f"; the ids there are such as {given['item_id'][0]!r}" if len(absent) == len(frame) and len(given) else ""
+        )
         raise ValueError(
-            f"{origin}: {len(absent)} items have no vector, among them {absent[0]!r}: give one to each item"
+            f"{origin}: {len(absent)} of {len(frame)} items have no vector, among them {absent[0]!r}: give one to each "
+            f"item{theirs}"
         )
     if empty := frame.filter(lengths == 0)["item_id"].to_list():
         raise ValueError(f"{origin}: the vector of item {empty[0]!r} is empty")
@@ -112,29 +110,74 @@ def _of_all(items: pl.DataFrame, frame: pl.DataFrame, origin: str) -> pl.DataFra
     finite = frame["vector"].list.eval(pl.element().is_finite().fill_null(False)).list.all()
     if not finite.all():
         wrong = frame.filter(~finite)["item_id"][0]
-        raise ValueError(f"{origin}: a number in the vector of item {wrong!r} is not finite")
+        raise ValueError(f"{origin}: a number in the vector of item {wrong!r} is missing or not finite")
     return frame.select("item_id", "vector")
 
 
-def _numbers(column: str, dtype: pl.DataType) -> pl.Expr:
-    """A column of lists or arrays, or of texts that list numbers, as lists of float32."""
-    values = pl.col(column)
-    if dtype == pl.String:
+def _with_lists(batch: pl.DataFrame, column: str, origin: str) -> pl.DataFrame:
+    """``ROW``, ``item_id`` and ``vector``, lists of float32, from a column of lists, or of texts that list numbers."""
+    values, lists = batch[column], pl.List(pl.Float32)
+    if values.dtype == pl.String:
         values = values.str.extract_all(NUMBER)
-    return values.cast(pl.List(pl.Float32))
+    inner = values.dtype.inner if isinstance(values.dtype, pl.List | pl.Array) else values.dtype
+    flat = isinstance(values.dtype, pl.List) or (isinstance(values.dtype, pl.Array) and len(values.dtype.shape) == 1)
+    if values.dtype != pl.Null and not (flat and (inner.is_numeric() or inner in (pl.Boolean, pl.String, pl.Null))):
+        raise ValueError(f'{origin}: holds no vectors (lists of numbers, or texts as "[0.1, 0.2]"), but {values.dtype}')
+    if inner == pl.String:
+        words = values.list.eval(pl.element().filter(pl.element().cast(pl.Float32, strict=False).is_null())).list
+        _refuse_words(batch, words.first(), origin)
+    return batch.select(ROW, "item_id", vector=values.cast(lists))
 
 
-def _read(path: Path) -> pl.DataFrame:
-    if path.suffix == ".npz":
+def _refuse_words(batch: pl.DataFrame, words: pl.Series, origin: str) -> None:
+    """ValueError for the first row with a word (null if there is none) where a number is meant."""
+    if (wrong := batch.with_columns(words.alias("(word)")).filter(pl.col("(word)").is_not_null())).height:
+        row, item, word = wrong.select(ROW, "item_id", "(word)").row(0)
+        raise ValueError(
+            f'{origin}: holds no vectors (lists of numbers, or texts as "[0.1, 0.2]"): row {row}, item {item!r}, has '
+            f"{short(word)!r}, which is no number"
+        )
+
+
+def _joined(batches: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(batches, how="diagonal_relaxed")
+
+
+def _of_table(path: Path) -> pl.DataFrame:
+    """``ROW``, ``item_id``, ``vector`` of a table that is read as any other of its owner's."""
+    batches = []
+    for batch in TableFile.find(path.name, path.parent).batches(["item_id"], ["vector"], "", BadRows("skip")):
+        need_columns(batch.columns, ["item_id"], path)
+        if "vector" in batch.columns:
+            batches.append(_with_lists(batch, "vector", str(path)))
+            continue
+        names = [name for name in batch.columns if name not in (ROW, "item_id")]
+        if not names or path.suffix == ".parquet":
+            raise ValueError(f"{path}: no column 'vector'; item vectors are read from {KINDS}")
+        numbers = batch.select(pl.col(names).cast(pl.Float32, strict=False))
+        for name in names:
+            _refuse_words(batch, batch[name].set(numbers[name].is_not_null(), None), f"{path}, column {name!r}")
+        batches.append(batch.select(ROW, "item_id").with_columns(numbers.select(vector=pl.concat_list(names))))
+    if not batches:
+        raise ValueError(f"{path}: holds no item vectors, as it has no rows")
+    return _joined(batches)
+
+
+def _of_arrays(path: Path) -> pl.DataFrame:
+    """The same of a npz archive."""
+    try:
         with np.load(path, allow_pickle=False) as arrays:
-            vectors = np.asarray(arrays["vector"], dtype=np.float32)
-            if vectors.ndim != 2:
-                raise ValueError(f"vector has the shape {vectors.shape}, not (items, numbers)")
-            return pl.DataFrame({"item_id": arrays["item_id"].astype(str), "vector": vectors})
-    if path.suffix != ".csv":
-        return pl.read_parquet(path)
-    frame = pl.read_csv(path, schema_overrides={"item_id": pl.String})
-    if "vector" in frame.columns:
-        return frame
-    columns = [pl.col(name).cast(pl.Float32) for name in frame.columns if name != "item_id"]
-    return frame.select("item_id", vector=pl.concat_list(columns))
+            ids, vectors = arrays["item_id"], arrays["vector"]
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        needed = "an npz archive has the arrays item_id, of numbers or texts, and vector, of numbers"
+        raise ValueError(f"{path}: holds no item vectors; {needed} (no Python objects)") from error
+    if ids.ndim != 1 or vectors.ndim != 2 or len(ids) != len(vectors):
+        raise ValueError(
+            f"{path}: item_id and vector have the shapes {ids.shape} and {vectors.shape}, not (I,), (I, F)"
+        )
+    if vectors.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: vector is an array of {vectors.dtype}, not of real numbers")
+    frame = pl.DataFrame({"item_id": ids if ids.dtype.kind in "iuf" else ids.astype(str)})
+    return frame.with_row_index(ROW, 1).with_columns(
+        pl.Series("vector", vectors.astype(np.float32)).cast(pl.List(pl.Float32))
+    )

@@ -8,6 +8,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,10 @@ class Epochs(ABC):
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path.parent)
             if path.is_file():
-                self.restore(torch.load(path, weights_only=True))
+                try:
+                    self.restore(torch.load(path, weights_only=True))
+                except (RuntimeError, KeyError, EOFError, ValueError, UnpicklingError) as error:
+                    raise ValueError(f"{path} is damaged: remove it, and this training begins anew") from error
         while not self.finished:
             self.epoch(name)
             if path is not None:
@@ -83,6 +87,8 @@ class Epochs(ABC):
         batches = self.batches(rng)
         for batch in tqdm(batches, desc=f"  {name}: epoch {self.done}, best {self.best:.4f}", leave=False):
             self.step(self.loss(batch, rng))
+        if not all(value.isfinite().all() for value in self.averaged.parameters()):
+            raise ValueError(f"{name}: weights are no longer finite after epoch {self.done}: lower its learning_rate")
         quality = self.quality()
         if quality > self.best or not self.best_epoch:
             self.best, self.best_epoch = quality, self.done

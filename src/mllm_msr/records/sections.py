@@ -151,7 +151,7 @@ class VectorOptions:
     engine: Literal["transformers", "sentence-transformers"] = "transformers"  # what reads the model
     summaries: bool = True  # read the item summaries of a model, after the item's own text
     images: bool = True
-    dtype: str | None = None  # of the model; None: as training has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # of the model; None: as training has it
     # the means
     token_budget: int | None = None  # tokens of one forward; None: 1,024 on a CPU, 8,192 elsewhere
     batch_size: int = 512  # items that are decoded, and saved, at a time
@@ -204,6 +204,7 @@ class HeadOptions:
         check_types(self, "head")
         at_least(self, hidden=1, layers=1, heads=1, max_length=1, batch_size=1, most_classes=1)
         at_least(self, max_epochs=0, patience=1, seed=0, fusion_tasks=1, answer_tasks=1)
+        at_least(self, learning_rate=0, weight_decay=0)
         for name in ("dropout", "identity_dropout", "average", "hidden_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
