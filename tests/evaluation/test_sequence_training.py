@@ -187,3 +187,12 @@ def test_a_training_that_leaves_all_bounds_is_stopped_and_says_what_to_lower():
         ValueError, match=r"sasrec: weights are no longer finite after epoch 1: lower its learning_rate"
     ):
         fit(config(), circle(), FitOptions(batch_size=16, learning_rate=1e30, max_epochs=2), name="sasrec")
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    options = FitOptions(batch_size=16, max_epochs=1)
+    fit(config(), circle(), options, folder=tmp_path)
+    (path,) = tmp_path.glob("*.pt")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"head-\w+\.pt is damaged: remove it"):
+        fit(config(), circle(), options, folder=tmp_path)
