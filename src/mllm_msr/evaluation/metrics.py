@@ -240,11 +240,6 @@ class TieGroups:
         return np.where(self.positives > 0, total, np.nan)
 
     @property
-    def longest(self) -> int:
-        """Candidates of the longest list: no rank beyond it says more."""
-        return int(self.candidates.max())
-
-    @property
     def best(self) -> tuple[Array, Array, Array, Array]:
         """Of the users with a positive: user, and n, p and a of the best group with one."""
         is_best = np.concatenate(([True], self.user[1:] != self.user[:-1]))[: len(self.user)]
@@ -258,10 +253,10 @@ class TieGroups:
 
 
 def metric_column(groups: TieGroups, name: str) -> Array:
-    """(U,) values of one metric but the pooled AUC, by its name."""
+    """(U,) values of one metric but the pooled AUC, by its name; a cut beyond the longest list is at its end."""
     check_metric(name, pooled=())
     family, _, cut = name.partition("@")
-    return _AT_K[family](groups, int(cut)) if cut else _OF_LISTS[name](groups)
+    return _AT_K[family](groups, min(int(cut), groups.candidates.max())) if cut else _OF_LISTS[name](groups)
 
 
 def check_metric(name: str, pooled: Sequence[str] = ("auc",)) -> None:
@@ -281,7 +276,7 @@ def missed_by_rank(groups: TieGroups, k: int) -> Iterator[Array]:
     """For every rank from 1 to k: the probability that no positive stands so high, a value per user with a positive."""
     _, n, p, a = groups.best
     missed = np.ones(len(n))
-    for rank in range(min(k, groups.longest)):
+    for rank in range(k):
         place = rank - a  # within the group, from 0
         chance = np.maximum(n - p - place, 0) / np.maximum(n - place, 1)
         missed = np.where((place >= 0) & (place < n), missed * chance, missed)
@@ -340,7 +335,6 @@ def _ndcg(groups: TieGroups, k: int) -> Array:
     >>> round(list_metric("ndcg@5", [0, 1], [1.0, 0.0]), 6)  # 1 / log2(3)
     0.63093
     """
-    k = min(k, groups.longest)
     gained = np.concatenate(([0.0], np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))))  # by the first r places, r = 0 .. k
     covered = gained[np.minimum(groups.a + groups.n, k)] - gained[np.minimum(groups.a, k)]
     ideal = gained[np.minimum(groups.positives, k).astype(np.int64)]
