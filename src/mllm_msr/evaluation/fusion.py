@@ -6,7 +6,6 @@ best single member is not taken. For the bucket of items that nobody chose in tr
 Letters: T tasks, C candidates, M members, K buckets, I items.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,6 @@ from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_bucke
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 4
-AHEAD = 2  # what is ranked lies further ahead than validation, and more of what is chosen then is new
 LEAST_WEIGHT = 0.01
 ROUNDS = 4  # of fits in which the targets of a bucket that did worse weigh twice as much as before
 
@@ -86,9 +84,8 @@ def catalogue_lists(
         n_tasks: so many of the tasks, drawn by ``seed``.
         top: items from the top of each member, which are all in the list.
         drawn: further items, uniformly.
-        hidden_share: of the items that training has, taken as if nobody had chosen them. Of the tasks whose target is
-            one of them ``AHEAD`` times as many are added as have a target that nobody chose. More would make too much
-            of such items where hardly anybody chooses them.
+        hidden_share: of the items that training has, taken as if nobody had chosen them; tasks whose target is one of
+            them are added to the list once more, so that there are targets of that kind.
     """
     rng = np.random.default_rng(seed)
     frequencies = torch.from_numpy(np.asarray(counts))
@@ -97,8 +94,7 @@ def catalogue_lists(
     order = rng.permutation(len(tasks))
     shape = (top, drawn)
     whole = _lists(members, tasks, targets, np.sort(order[:n_tasks]), frequencies, None, shape, rng)
-    most = math.ceil(AHEAD * len(whole) * float((np.asarray(counts)[targets] == 0).mean()))
-    of_hidden = np.sort(order[hidden.numpy()[targets[order]]][:most])
+    of_hidden = np.sort(order[hidden.numpy()[targets[order]]][: round(n_tasks * hidden_share)])
     if not len(of_hidden):
         return whole
     return whole.joined(_lists(members, tasks, targets, of_hidden, frequencies, hidden, shape, rng))

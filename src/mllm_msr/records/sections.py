@@ -196,7 +196,7 @@ class HeadOptions:
     seed: int = 0
     # fusion
     fusion_tasks: int = 4000  # validation tasks on which weights are fitted, at most
-    hidden_share: float = 0.1  # of trained items, taken as never chosen while some weights are fitted
+    hidden_share: float = 0.1  # of trained items, taken as never chosen while weights are fitted
     answer: bool = True  # the trained model's answer is a member of the fused score, if the recipe trains one
     answer_tasks: int = 400  # validation tasks on which its weight is fitted, at most; of 41 pairs each
 
