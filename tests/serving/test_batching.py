@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mllm_msr.modeling.inputs import Candidate, User
-from mllm_msr.serving.batching import ModelQueue, QueueClosed, QueueFull
+from mllm_msr.serving.batching import ModelQueue, QueueClosed, QueueFull, Scoring
 
 CATALOGUE = {str(number): Candidate(str(number), title=str(number)) for number in range(2000)}
 
@@ -59,6 +59,27 @@ def test_requests_share_forwards_and_keep_their_own_scores(model: Slow, queue: M
     for future, count in zip(waiting, (30, 20, 10, 0), strict=True):
         assert future.result(10).tolist() == list(range(count))
     assert max(map(len, model.forwards)) >= 2 and max(map(sum, model.forwards)) <= 100
+
+
+def test_an_item_that_is_gone_by_its_turn_fails_its_request_alone(model: Slow, queue: ModelQueue) -> None:
+    model.gate.clear()
+    ask(queue, 1)
+    sound, gone = ask(queue, 5), queue.submit(User(), ["gone"], CATALOGUE, [1], 2, time.monotonic() + 20)
+    model.gate.set()
+    with pytest.raises(KeyError):
+        gone.result(10)
+    assert len(sound.result(10)) == 5 and len(ask(queue, 3).result(10)) == 3
+
+
+def test_a_request_that_is_given_up_just_as_it_is_dropped_harms_no_other(queue: ModelQueue) -> None:
+    class GivenUp(Future):
+        def cancelled(self) -> bool:
+            before = super().cancelled()
+            self.cancel()
+            return before
+
+    queue._put(Scoring(User(), ["1"], CATALOGUE, [1], 2, time.monotonic() - 1, GivenUp()))
+    assert len(ask(queue, 3).result(10)) == 3
 
 
 def test_a_huge_request_does_not_starve_small_ones(queue: ModelQueue) -> None:

@@ -177,7 +177,7 @@ class ModelQueue:
             if job.future.cancelled() or now > job.deadline:
                 self._jobs.remove(job)
                 self._tokens -= job.cost
-                if not job.future.cancelled():
+                if job.future.set_running_or_notify_cancel():  # whoever waits may cancel at this very moment
                     job.future.set_exception(TimeoutError("the request was not done in time"))
             elif isinstance(job, Scoring):
                 alive.append(job)
@@ -216,8 +216,8 @@ class ModelQueue:
     def _score(self, batch: list[tuple[Scoring, int]]) -> None:
         users = [job.user for job, _ in batch]
         rows = [job.names[job.done : end] for job, end in batch]
-        catalogue = {name: job.catalogue[name] for (job, _), row in zip(batch, rows, strict=True) for name in row}
-        try:
+        try:  # an item may have been deleted since the request came, and its image may be in a database that is away
+            catalogue = {name: job.catalogue[name] for (job, _), row in zip(batch, rows, strict=True) for name in row}
             logits = self.score(users, rows, catalogue)
         except Exception as error:
             if len(batch) > 1:  # only the request at fault is to fail

@@ -165,7 +165,10 @@ class Service:
         if missing := [item for item, key in zip(item_ids, keys, strict=True) if key not in kept]:
             costs = [self._item_cost] * len(missing)
             scored = self.queue.submit(user, missing, self.catalogue, costs, _tokens(user), until)
-            new = dict(zip(missing, _result(scored, until).tolist(), strict=True))
+            try:
+                new = dict(zip(missing, _result(scored, until).tolist(), strict=True))
+            except KeyError as error:
+                raise Refused("items", "one was deleted before it could be scored: send the request again") from error
             found = {key: new[key[0]] for key in keys if key[0] in new}
             self.answers.add(user, found)
             kept |= found
