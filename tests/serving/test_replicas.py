@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,15 @@ def test_a_server_that_is_killed_has_lost_nothing_that_it_acknowledged(
     shown = second.ask("GET", "/v1/users/u")
     assert len(shown["preferences"]) == len(again) // 3 and len(shown["recent"]) == len(again) % 3
     assert second.ask("GET", "/ready")["blocks_due"] == 0
+
+
+def test_a_server_that_is_told_to_stop_finishes_what_it_has_begun(both: tuple[Live, Live]) -> None:
+    _, second = both
+    body = {"query": "red", "documents": [f"ship {number}" for number in range(300)]}
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(second.post, "/v1/rerank", json=body) for _ in range(6)]
+        while second.ask("GET", "/ready")["waiting"] < 6 and not any(future.done() for future in asked):
+            time.sleep(0.005)
+        second.process.terminate()
+        assert [len(future.result().json()["results"]) for future in asked] == [300] * 6
+    assert second.process.wait(20) in (0, -15)

@@ -8,7 +8,7 @@ from mllm_msr.data.images import BrokenImage, decode
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.serving.store import StoredItem
 
-KEPT = 20_000  # candidates whose decoded images are kept
+KEPT = 1_000_000_000  # bytes of decoded images that are kept
 
 
 class ServedCatalogue(Mapping[str, Candidate]):
@@ -37,13 +37,14 @@ class ServedCatalogue(Mapping[str, Candidate]):
         self.columns_of_run, self.load_image, self.prepare = columns, load_image, prepare
         self.put_items: dict[str, StoredItem] = {}
         self.version = 0  # of the last change that is applied
-        self._kept: OrderedDict[str, Candidate] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Candidate, int]] = OrderedDict()  # with their bytes
+        self.nbytes = 0
 
     def apply(self, changes: Sequence[StoredItem]) -> None:
         """Take over what clients have put or deleted, in order."""
         for item in changes:
             self.put_items[item.item_id] = item
-            self._kept.pop(item.item_id, None)
+            self.nbytes -= self._kept.pop(item.item_id, (None, 0))[1]
             self.version = item.version
 
     def __contains__(self, item_id: object) -> bool:
@@ -56,13 +57,14 @@ class ServedCatalogue(Mapping[str, Candidate]):
         yield from (item for item, each in list(put.items()) if not each.deleted)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        put = list(self.put_items.values())
+        return len(self.items_of_run) + sum((not each.deleted) - (each.item_id in self.items_of_run) for each in put)
 
     def __getitem__(self, item_id: str) -> Candidate:
         """One item; KeyError names an unknown id."""
         if item_id in self._kept:
             self._kept.move_to_end(item_id)
-            return self._kept[item_id]
+            return self._kept[item_id][0]
         if item_id not in self:
             raise KeyError(f"item {item_id!r} is not in the catalogue")
         put = self.put_items.get(item_id)
@@ -73,9 +75,10 @@ class ServedCatalogue(Mapping[str, Candidate]):
         if candidate.image is not None:
             image = self.prepare(candidate.image)
             candidate = Candidate(candidate.item_id, candidate.title, candidate.text, image)
-        self._kept[item_id] = candidate
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        self._kept[item_id] = candidate, _size(candidate.image)
+        self.nbytes += self._kept[item_id][1]
+        while self.nbytes > KEPT and len(self._kept) > 1:
+            self.nbytes -= self._kept.popitem(last=False)[1][1]
         return candidate
 
     def version_of(self, item_id: str) -> int:
@@ -101,7 +104,16 @@ class ServedCatalogue(Mapping[str, Candidate]):
         return self.columns_of_run.get(column, {}).get(item_id) if put is None else put.columns.get(column)
 
     def has_column(self, column: str) -> bool:
-        return column in self.columns_of_run or any(column in item.columns for item in self.put_items.values())
+        return column in self.columns_of_run or any(column in item.columns for item in list(self.put_items.values()))
+
+
+def _size(image: Any) -> int:
+    """Bytes, about, of a candidate whose image is decoded, or prepared."""
+    if image is None:
+        return 1000
+    if hasattr(image, "tensors"):
+        return 1000 + sum(tensor.nbytes for tensor in image.tensors.values())
+    return 1000 + 4 * image.width * image.height
 
 
 def _decoded(content: bytes | None) -> Any:

@@ -99,8 +99,8 @@ class Condenser:
                 if claim is not None:
                     self._condense(claim)
                     continue
-            except StoreUnavailable as error:
-                logger.warning("condensing waits: %s", error)
+            except Exception as error:  # the thread must live on, whatever a database or its driver raises
+                logger.warning("condensing waits (%s)", type(error).__name__)
             self._wake.wait(POLL)
             self._wake.clear()
 
