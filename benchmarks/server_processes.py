@@ -6,12 +6,11 @@ anew, as a server around a model of transformers does.
 """
 
 import asyncio
-import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +30,12 @@ class Server:
 
     process: subprocess.Popen
     url: str
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What it has computed so far, which other work on the machine does not lengthen."""
+        used = psutil.Process(self.process.pid).cpu_times()
+        return used.user + used.system
 
     @property
     def memory_mb(self) -> float:
@@ -81,29 +86,32 @@ def serve_less(kind: str, run: Path, state: str) -> None:
 
 @dataclass
 class Took:
-    """How long requests took, in seconds, and all of them together."""
+    """How long requests took, in seconds, all of them together, and what the server has computed meanwhile."""
 
     each: list[float] = field(default_factory=list)
     whole: float = 0.0
+    cpu: float = 0.0
 
     def figures(self) -> dict[str, float]:
         p50, p99 = np.percentile(self.each, [50, 99])
-        rate = len(self.each) / self.whole
-        return {"p50_ms": round(1e3 * p50, 1), "p99_ms": round(1e3 * p99, 1), "requests_per_s": round(rate, 2)}
+        figures = {"p50_ms": 1e3 * p50, "p99_ms": 1e3 * p99, "cpu_ms": 1e3 * self.cpu / len(self.each)}
+        return {name: round(float(value), 1) for name, value in figures.items()} | {
+            "requests_per_s": round(len(self.each) / self.whole, 2)
+        }
 
 
-def load(url: str, request: Callable[[int], tuple[str, Any]], clients: int, seconds: float, warm: int = 3) -> Took:
+def load(running: Server, requests: Iterator[tuple[str, Any]], clients: int, seconds: float, warm: int = 3) -> Took:
     """Have some clients ask for a while, each as soon as it has its answer.
 
     Args:
-        request: path and body of the n-th request.
+        requests: path and body of each, without end.
     """
-    numbers, took = itertools.count(), Took()
+    took = Took()
 
     async def ask(session: aiohttp.ClientSession) -> float:
-        path, body = request(next(numbers))
+        path, body = next(requests)
         start = time.perf_counter()
-        async with session.post(url + path, json=body) as response:
+        async with session.post(running.url + path, json=body) as response:
             await response.read()
             if response.status != 200:
                 sys.exit(f"{path}: {response.status} {await response.text()}")
@@ -118,9 +126,9 @@ def load(url: str, request: Callable[[int], tuple[str, Any]], clients: int, seco
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
             for _ in range(warm):
                 await ask(session)
-            start = time.perf_counter()
+            start, computed = time.perf_counter(), running.cpu_seconds
             await asyncio.gather(*(client(session, start + seconds) for _ in range(clients)))
-            took.whole = time.perf_counter() - start
+            took.whole, took.cpu = time.perf_counter() - start, running.cpu_seconds - computed
 
     asyncio.run(everyone())
     return took

@@ -114,3 +114,12 @@ def test_a_history_is_condensed_for_a_request_as_a_stage_would(condenser: Conden
     history = [HistoryItem(item.upper(), item) for item in "abcdefg"]
     assert condenser.writer.preferences(history) == ["a; b; c", "a; b; c; d; e; f"]
     assert condenser.writer.preferences(history[:2]) == []
+
+
+def test_a_text_gives_way_to_requests_for_a_while(users: Users, condenser, monkeypatch) -> None:
+    monkeypatch.setattr("mllm_msr.serving.condensing.GIVE_WAY", 0.3)
+    condenser.busy = lambda: True
+    append(users, "patient", "a", "b", "c", "d")
+    start = time.monotonic()
+    condenser.start()
+    assert len(condensed(users, "patient", 1)) == 1 and time.monotonic() - start >= 0.3

@@ -103,6 +103,11 @@ class ModelQueue:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or is being answered."""
+        return bool(self._jobs) or self._tokens > 0
+
     def submit(
         self,
         user: User,

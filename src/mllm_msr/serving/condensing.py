@@ -7,6 +7,7 @@ leaves nothing undone, and several servers share the work: who writes a user's n
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from mllm_msr.serving.users import Users, rests_on
 logger = logging.getLogger(__name__)
 LEASE = 15.0  # seconds after which what a server was writing when it was killed is another's
 POLL = 1.0  # seconds between looks at what other servers may have left
+GIVE_WAY = 2.0  # seconds that a text waits, at most, while requests are answered: both compute on the same device
 AGAIN = 20.0  # seconds until an engine that could not be used is tried again
 
 
@@ -68,12 +70,18 @@ class Condenser:
 
     Args:
         describe: an item in words, None for one that is no more.
+        busy: whether requests are being answered, to which a text gives way for a while.
     """
 
     def __init__(
-        self, users: Users, store: Store, writer: PreferenceWriter, describe: Callable[[str], HistoryItem | None]
+        self,
+        users: Users,
+        store: Store,
+        writer: PreferenceWriter,
+        describe: Callable[[str], HistoryItem | None],
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.users, self.store, self.writer, self.describe = users, store, writer, describe
+        self.users, self.store, self.writer, self.describe, self.busy = users, store, writer, describe, busy
         self.owner = secrets.token_hex(8)
         self.written = self.failures = 0
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -139,6 +147,9 @@ class Condenser:
         )
         described = [self.describe(item) for item in step.items]
         words = [item for item in described if item is not None]
+        until = time.monotonic() + GIVE_WAY
+        while self.busy() and time.monotonic() < until and not self._closing.wait(0.01):
+            pass
         text = (self.writer.write(words, step.previous) if words else "") or state.preference
         self.written += 1
         grounds = rests_on(state.history, step.step, state.block_size)

@@ -77,7 +77,7 @@ class Service:
         self.queue = ModelQueue(recommender.score, token_budget, max_tokens=max_tokens)
         self.answers = KeptAnswers()
         self.writer, self.maker = PreferenceWriter(opened.recipe), ItemMaker(opened.recipe)
-        self.condenser = Condenser(self.users, store, self.writer, self.described)
+        self.condenser = Condenser(self.users, store, self.writer, self.described, lambda: self.queue.busy)
         self._numbers = itertools.count()
         self._item_cost = self._cost_of(next(iter(opened.items.values()), Candidate()))
         self.refresh()
