@@ -128,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--memory-gb", type=amount, help="kept of users and items (default: half of what is free)")
 
     serve = command("serve", "answer over HTTP: score, rerank, recommend, from events as they come ([serve])")
-    what = "folder of a run with a trained model; or a released one, its folder or OWNER/NAME@REVISION on the Hub"
-    serve.add_argument("source", metavar="RUN|REPO", type=text_of, help=what)
+    source = "folder of a run with a trained model; or a released one, its folder or OWNER/NAME@REVISION on the Hub"
+    serve.add_argument("source", metavar="RUN|REPO", type=text_of, help=source)
     its = "of a released model, folder or repository (default: the one that belongs to it)"
     serve.add_argument("--dataset", metavar="REPO", type=text_of, help=its)
     serve.add_argument("--host", default="127.0.0.1", type=text_of, help="to listen on (default: this machine only)")

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from mllm_msr.records.storage import sweep, write_bytes
 
+Trained = TypeVar("Trained", bound=nn.Module)
 
-class Epochs(ABC):
+
+class Epochs(ABC, Generic[Trained]):
     """A training between two epochs: weights, optimizer, and the best epoch so far.
 
     Args:
@@ -29,7 +31,7 @@ class Epochs(ABC):
         seed: of every epoch, with its number.
     """
 
-    def __init__(self, module: nn.Module, options: Any, seed: int) -> None:
+    def __init__(self, module: Trained, options: Any, seed: int) -> None:
         self.module, self.averaged, self.steps = module, copy.deepcopy(module).requires_grad_(False), 0
         self.options, self.seed = options, seed
         rates = {"lr": options.learning_rate, "weight_decay": options.weight_decay}

@@ -1,6 +1,7 @@
 """Ranking of a user's choice among all items that the user has never chosen, not among a sample of them."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -75,8 +76,8 @@ def places_in_catalogue(
     for begin in tqdm(blocks, desc="    among all items", unit="block", leave=False, disable=len(blocks) < 2):
         end = min(begin + step, len(tasks))
         values = scorer.score_catalogue(tasks[begin:end], ids)
-        targets, others = codes[begin:end], left_out.slice(begin, end)
-        counts.append([*count_above(values, targets, others), *count_above(values, targets, others, cold)])
+        count, others = partial(count_above, values, codes[begin:end]), left_out.slice(begin, end)
+        counts.append([*count(others), *count(others, cold)])
     above, equal, cold_above, cold_equal = (np.concatenate(part).astype(np.int64) for part in zip(*counts, strict=True))
     places = {
         "user_id": tasks["user_id"],

@@ -168,7 +168,7 @@ class GraphRanker(Ranker):
         return self.network.task_users(users, Edges.of(histories), items), vectors - vectors.mean(dim=0)
 
 
-class GraphTraining(Epochs):
+class GraphTraining(Epochs[GraphNetwork]):
     """The training of a ranker's network; ``tasks`` are those of validation."""
 
     def __init__(self, ranker: GraphRanker, tasks: pl.DataFrame, options: GraphOptions, seed: int) -> None:

@@ -84,7 +84,7 @@ def train_heads(run: RunFolder, folder: Path) -> Heads:
     training, tasks, members = training_log(run), run.tasks("validation"), dict[str, Any]()
     for name, own in TRAINED.items():
         read, folder_of = (None, run.trained_baselines) if name in BASELINES else (content, run.trained_heads)
-        settings = {"head": options, "seed": options.seed, "folder": folder_of}
+        settings: dict[str, Any] = {"head": options, "seed": options.seed, "folder": folder_of}
         members[name] = train_ranker(BASELINES.get(name, name), own, tasks, items, training, read, **settings)
     members[LIKENESS] = likeness(tasks, items, content)
     fusion = fitted(members, CodedTasks(tasks, items), members["sequence_head"].head.counts, options)

@@ -112,7 +112,7 @@ def data_digest(data: TrainingData, start: SequenceHead | None) -> str:
     return total.hexdigest()
 
 
-class Training(Epochs):
+class Training(Epochs[SequenceHead]):
     """The training of a head on every place of the histories."""
 
     def __init__(self, head: SequenceHead, data: TrainingData, options: FitOptions, seed: int) -> None:
