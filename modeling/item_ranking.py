@@ -5,6 +5,7 @@ new ones are ranked among all others without training. What it keeps of items is
 Letters: B histories, L places of the longest one, I items it knows, N items asked for, F content features, M members.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -296,7 +297,11 @@ class ItemRanker(nn.Module):
             likeness = {"content_size": content_size, "rank": rank, "reach": member.reach}
         answer = None if self.answer_fusion is None else self.answer_fusion.to_dict()
         fusions = {"fusion": self.fusion.to_dict(), "answer_fusion": answer}
-        return {"n_items": len(self), "heads": heads, "likeness": likeness, **fusions}
+        return {"n_items": len(self), "item_ids": self._digest(), "heads": heads, "likeness": likeness, **fusions}
+
+    def _digest(self) -> str:
+        """A hash of the item ids in their order, by which a table of other items is told."""
+        return hashlib.sha256(json.dumps(self._ids).encode()).hexdigest()[:16]
 
     def train(self, mode: bool = True) -> "ItemRanker":
         """Stays as it is: a model around it may be trained, this is not."""
@@ -333,17 +338,28 @@ class ItemRanker(nn.Module):
 
         Raises:
             OSError: one of the files is missing.
-            ValueError: there is no ranker in the repository, or its files do not belong together.
+            ValueError: there is no ranker in the repository, or its files are damaged or do not belong together.
         """
+        try:
+            return cls._read(str(name_or_path), config, hub)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).removeprefix("ValueError: ")
+            raise ValueError(
+                f"{name_or_path}: the sequence head cannot be loaded ({reason}). Its config.json, {ITEMS} and weights "
+                "must be whole and of one model: save or download them again"
+            ) from error
+
+    @classmethod
+    def _read(cls, name_or_path: str, config: Mapping[str, Any] | None, hub: Mapping[str, Any]) -> "ItemRanker":
 
         def file(name: str, **options: Any) -> str:
-            path: Any = cached_file(str(name_or_path), name, **hub, **options)
+            path: Any = cached_file(name_or_path, name, **hub, **options)
             return path
 
         if config is None:
             config = json.loads(Path(file("config.json")).read_text(encoding="utf-8")).get("sequence_head")
         if config is None:
-            raise ValueError(f"{name_or_path} has no sequence head: its config.json has no `sequence_head`")
+            raise ValueError("it has no sequence head: its config.json has no `sequence_head`")
         items = json.loads(Path(file(ITEMS)).read_text(encoding="utf-8"))
         shards = [file(SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
         if shards[0] is None:
@@ -355,11 +371,11 @@ class ItemRanker(nn.Module):
                 own = [key for key in tensors.keys() if key.startswith(PREFIX)]  # noqa: SIM118 (no dict)
                 weights.update({key.removeprefix(PREFIX): tensors.get_tensor(key) for key in own})
         if not weights:
-            raise ValueError(f"{name_or_path}: the weights of the sequence head are missing: save or download it again")
+            raise ValueError("its weights are missing")
         ranker = cls(config, list(items))
         ranker.load_state_dict(weights)
-        if list(items.values()) != ranker.counts.tolist():
-            raise ValueError(f"{name_or_path}: {ITEMS} is not of these weights: copy both from one place")
+        if list(items.values()) != ranker.counts.tolist() or config.get("item_ids") not in (None, ranker._digest()):
+            raise ValueError(f"{ITEMS} is not of these weights")
         return ranker
 
     def weights(self) -> dict[str, Tensor]:

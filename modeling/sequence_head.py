@@ -53,6 +53,12 @@ class SequenceHeadOptions:
     def __post_init__(self) -> None:
         if self.encoder not in ("transformer", "gru"):
             raise ValueError(f"encoder={self.encoder!r} is not known; there are 'transformer' and 'gru'")
+        for name in ("hidden", "layers", "heads", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("dropout", "identity_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.hidden % self.heads:
             raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -154,11 +155,18 @@ SFT_KINDS = (RecommenderArguments, SFTConfig, ModelConfig)
 
 def parse_command_line(kinds: Sequence[Any]) -> tuple[Any, ...]:
     """:func:`parse` of this process's command line; a mistake in it ends the process with one sentence."""
-    try:
+    with mistakes_in_words(status=2):
         return parse(kinds, sys.argv[1:], {})
+
+
+@contextmanager
+def mistakes_in_words(status: int) -> Iterator[None]:
+    """End the process with one sentence, and a status, for a ValueError or OSError within the block."""
+    try:
+        yield
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(status) from None
 
 
 def parse(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -27,13 +27,12 @@ from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
 from mllm_msr.evaluation.rankers import training_log
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
 from mllm_msr.modeling.item_ranking import ItemRanker
-from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.score_fusion import ScoreFusion
 from mllm_msr.modeling.sequence_head import SequenceHeadConfig, SequenceHeadOptions
-from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
+from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
-from mllm_msr.training.arguments import flag
+from mllm_msr.training.arguments import flag, mistakes_in_words
 
 
 @dataclass
@@ -88,5 +87,7 @@ def load_data(run: RunFolder, content: Tensor | None) -> TrainingData:
 
 if __name__ == "__main__":
     kinds: Any = (HeadArguments, SequenceHeadOptions, FitOptions)
-    parser = TrlParser(kinds)
-    main(*parser.parse_args_and_config(sys.argv[1:]))
+    with mistakes_in_words(status=2):
+        parsed = TrlParser(kinds).parse_args_and_config(sys.argv[1:])
+    with mistakes_in_words(status=1):
+        main(*parsed)

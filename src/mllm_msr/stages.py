@@ -264,7 +264,10 @@ def report(run: RunFolder) -> None:
     from mllm_msr.hub_cards.results_page import write_results
 
     def work(key: str) -> None:
-        build_hub(run)
+        if run.model.is_dir():
+            build_hub(run)
+        else:
+            print("no folders for the Hub, as this run has no trained model")
         write_results(run)
         write_report(run)
 
@@ -319,5 +322,5 @@ FUNCTIONS: dict[str, Callable[[RunFolder], None]] = {
 
 def print_next(run: RunFolder) -> None:
     """Say which command comes next."""
-    pending = next(iter(run.pending("report")), None)
+    pending = next(iter(run.pending("report") or run.pending("train")), None)
     print("next:", run.command(pending) if pending else f"mllm-msr publish {run.path} --namespace NAME --dry-run")

@@ -52,7 +52,7 @@ def test_vectors_of_the_file_are_in_the_order_of_its_items(tmp_path: Path) -> No
         (ITEMS.rename({"item_id": "id"}), r"new\.csv: no column 'item_id'"),
         (
             ITEMS.with_columns(item_id=pl.Series(["n1", "i2"]), image=None),
-            r"new\.csv, row 2: item 'i2' is in the catalogue",
+            r"new\.csv: item 'i2' is in the catalogue",
         ),
         (
             ITEMS.with_columns(item_id=pl.lit("n1"), image=None),
@@ -63,7 +63,7 @@ def test_vectors_of_the_file_are_in_the_order_of_its_items(tmp_path: Path) -> No
             r"new\.csv, row \d+: no item_id.*Mend the row, or leave it",
         ),
         (ITEMS, r"images: no such file: sea\.png: mend the file"),
-        (ITEMS.with_columns(image=None, text=None), r"new\.csv, row 2: has neither title, text, image nor vector"),
+        (ITEMS.with_columns(image=None, text=None), r"new\.csv: item '\w+' has neither title, text, image nor vector"),
         (ITEMS.with_columns(image=pl.lit("broken.png")), r"image of item 'n2' cannot be used \(.*\): mend it"),
         (ITEMS.with_columns(image=None, vector=pl.Series(["[1, 2]", "[1]"])), "vector of item 'n2' is not as long"),
     ],
@@ -79,3 +79,13 @@ def test_other_files_and_none_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "new.txt")
     with pytest.raises(FileNotFoundError, match=r"new\.csv"):
         read(tmp_path / "new.csv")
+
+
+def test_csv_is_read_as_people_write_it_and_one_without_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "new.csv"
+    path.write_bytes("item_id;title;vector\nn1;Café;1 2\n".encode("cp1252"))
+    new = read(path)
+    assert new.candidates["n1"].title == "Café" and new.vectors.tolist() == [[1.0, 2.0]]
+    path.write_text("item_id,title\n")
+    with pytest.raises(ValueError, match=r"new\.csv: has no rows"):
+        read(path)

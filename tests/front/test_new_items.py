@@ -63,7 +63,7 @@ def test_a_history_may_name_them_and_they_may_be_all_that_is_asked_for(finished,
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        (pl.col("item_id").str.strip_prefix("twin-"), r"new\.csv, row 1: item 'i00\d\d' is in the catalogue already"),
+        (pl.col("item_id").str.strip_prefix("twin-"), r"new\.csv: item 'i00\d\d' is in the catalogue already"),
         (pl.lit("[1.0, 2.0]").alias("vector"), r"new\.csv: the vectors of 4 items are \(4, 2\), not \(items, \d+\)"),
     ],
 )

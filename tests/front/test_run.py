@@ -11,10 +11,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from tiny_runs import tiny_recipe
 
+from mllm_msr import stages
 from mllm_msr.evaluation.metrics import ranking_metrics
 from mllm_msr.evaluation.ways import WAYS
 from mllm_msr.records.recipe import demo_recipe
+from mllm_msr.records.run import RunFolder
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 MAIN = [sys.executable, "-m", "mllm_msr.cli"]
@@ -262,3 +265,13 @@ def test_ways_of_computing_and_the_whole_catalogue_are_evaluated_beside_the_tabl
     for said in ("Among all items", "Do other ways of computing agree?", "bfloat16"):
         assert said in page and said in results
     run("run", str(recipe), "--output", str(whole))
+
+
+def test_a_report_of_baselines_alone_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny_recipe({"evaluation.rows": ["popularity", "random"]}))
+    for stage in (stages.prepare, stages.evaluate, stages.report):
+        stage(run)
+    assert run.report.is_file() and run.results_page.is_file() and not run.hub.exists()
+    stages.print_next(run)
+    out = capsys.readouterr().out
+    assert "no trained model" in out and out.endswith(f"next: mllm-msr summarize items {run.path}\n")

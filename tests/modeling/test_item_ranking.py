@@ -151,6 +151,43 @@ def test_what_is_saved_comes_back_and_content_is_in_it_once(tmp_path):
         ItemRanker.from_pretrained(tmp_path)
 
 
+def changed(path, change) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(change(content)), encoding="utf-8")
+
+
+def in_head(**fields):
+    return lambda content: {"sequence_head": {**content["sequence_head"], **fields}}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (ITEMS, lambda table: {f"other-{item}": count for item, count in table.items()}),  # of another catalogue
+        (ITEMS, lambda table: dict(list(table.items())[1:])),
+        (ITEMS, list),
+        (ITEMS, lambda table: dict.fromkeys(table, "many")),
+        ("config.json", in_head(heads={"sequence_head": {"hidden": 2}})),
+        ("config.json", in_head(heads={"sequence_head": {"colour": "red"}})),
+        ("config.json", in_head(fusion=None)),
+        ("config.json", lambda content: {"sequence_head": "here"}),
+        ("config.json", lambda content: {}),
+        ("model.safetensors", None),
+        (ITEMS, None),
+    ],
+)
+def test_files_that_are_damaged_or_not_of_one_model_are_refused_in_words(tmp_path, name, change):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / name
+    if change is None:
+        path.write_bytes(path.read_bytes()[:-50])  # cut short
+    else:
+        changed(path, change)
+    with pytest.raises(ValueError, match=r"the sequence head cannot be loaded .* save or download them again") as error:
+        ItemRanker.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_what_does_not_belong_together_is_refused():
     ranker = make()
     with pytest.raises(ValueError, match="29 item ids for the vectors of 30 items"):

@@ -1,6 +1,7 @@
 """training/head.py as users start it: a run and vectors in, a head out that ranks by item ids."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,35 @@ def test_the_head_becomes_a_part_of_a_model(small_run, vectors, backbone, tmp_pa
     )
     history = [ranker.item_ids[:3]]
     assert torch.allclose(model.item_ranker.score(history), ranker.score(history), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--colour", "red"], 2, "'--colour'"),
+        (["--heads", "0"], 2, "heads=0: must be at least 1"),
+        (["--dropout", "1"], 2, "dropout=1.0: must be at least 0 and below 1"),
+        (["--learning_rate", "-1"], 2, "learning_rate=-1.0: must be at least 0"),
+        (["--dataset_name", "nowhere"], 1, "nowhere is not a run"),
+        (["--no_identity"], 1, "an item needs an identity, content, or both"),
+    ],
+)
+def test_a_mistake_ends_with_one_sentence(small_run, tmp_path, monkeypatch, capsys, more, status, message):
+    command = arguments(small_run, tmp_path / "head", *more)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(command[1], run_name="__main__")
+    err = capsys.readouterr().err
+    assert stop.value.code == status and err.startswith("head.py: ") and message in err and err.count("\n") == 1
+
+
+def test_started_alone_it_reads_a_trained_model_without_asking(small_run, vectors, backbone, tmp_path):
+    processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
+    model = MllmMsrForRecommendation.from_backbone(backbone("llava"), processor=processor)
+    processor.save_pretrained(tmp_path / "trained")
+    model.save_pretrained(tmp_path / "trained")
+    command = arguments(small_run, tmp_path / "both", "--vectors", str(vectors), "--model", str(tmp_path / "trained"))
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "custom code" not in done.stdout + done.stderr
+    assert ItemRanker.from_pretrained(tmp_path / "both").members["sequence_head"].config.hidden == 16

@@ -1,5 +1,6 @@
 """Items that a run has never seen, from a file: read as its catalogue was, with vectors if the file has them."""
 
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from mllm_msr.data.vector_files import read_vectors, vector_matrix
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.records.schema import INTERACTIONS
 from mllm_msr.records.sections import PrepareOptions
+
+HARMLESS = "fields are divided by|read as"  # notes on how a file was read
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,23 @@ def read_new_items(path: Path, known: Container[str], options: PrepareOptions, c
         raise ValueError(f"{path}: new items are read from CSV or Parquet, with item_id, title, text and image")
     bad = BadRows(remedy="Mend the row, or leave it out.")
     catalogue = read_catalogue(path.name, {}, path.parent, None, bad)
-    if bad.skipped:
-        first = bad.skipped[0]
+    if refused := [each for each in bad.skipped if not re.search(HARMLESS, each["what"])]:
+        first = refused[0]
         raise ValueError(f"{path}: {first['what']}: {', '.join(first['examples'])}: mend the file, or leave these out")
     if "title" not in catalogue.columns:
         catalogue = catalogue.with_columns(title=pl.lit("", pl.String))
     items = RawData(INTERACTIONS.frame().lazy(), catalogue).items
-    for row, item_id in enumerate(items["item_id"], 1):
-        if item_id in known:
-            raise ValueError(f"{path}, row {row}: item {item_id!r} is in the catalogue already: leave it out here")
+    if not len(items):
+        raise ValueError(f"{path}: has no rows: add the new items")
+    if taken := [item_id for item_id in items["item_id"] if item_id in known]:
+        raise ValueError(f"{path}: item {taken[0]!r} is in the catalogue already: leave it out here")
     vectors = None
     if _has_vectors(path):
         by_id = read_vectors(path, items)
         vectors = vector_matrix(items.select("item_id").join(by_id, on="item_id", maintain_order="left"))
     empty = (pl.col("title") == "") & (pl.col("text") == "") & pl.col("image_path").is_null()
-    if vectors is None and (rows := items.with_row_index("row", 1).filter(empty)["row"].to_list()):
-        raise ValueError(f"{path}, row {rows[0]}: has neither title, text, image nor vector: give one of them")
+    if vectors is None and (ids := items.filter(empty)["item_id"].to_list()):
+        raise ValueError(f"{path}: item {ids[0]!r} has neither title, text, image nor vector: give one of them")
     return NewItems(path, _candidates(path, items, options, cache), vectors)
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks, ndcg_at
 from mllm_msr.evaluation.epochs import Epochs
 from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig
+from mllm_msr.records.sections import at_least
 from mllm_msr.records.storage import digest
 
 Array = np.ndarray
@@ -51,6 +52,9 @@ class FitOptions:
     stop_by: Literal["candidates", "catalogue"] = "candidates"
 
     def __post_init__(self) -> None:
+        at_least(
+            self, batch_size=1, learning_rate=0, weight_decay=0, average=0, most_classes=1, max_epochs=0, patience=1
+        )
         if self.stop_by not in ("candidates", "catalogue"):
             raise ValueError(f"stop_by={self.stop_by!r} is not known; there are 'candidates' and 'catalogue'")
 
