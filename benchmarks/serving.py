@@ -26,7 +26,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import torch
-from server_processes import NAIVE, ONE_AT_A_TIME, OURS, THREADS, Server, load, server
+from server_processes import NAIVE, ONE_AT_A_TIME, OURS, THREADS, Server, Took, load, server
 from serving_soak import soak
 
 from mllm_msr.data.catalogue import Catalogue
@@ -36,6 +36,7 @@ from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEM_VECTORS, 
 from mllm_msr.serving.store import EVENTS, USERS, StoredItem, open_store
 
 CANDIDATES = 100
+WARM = 10  # users of the large catalogue who are asked about after each of their events
 AGAIN = 32  # users who are asked about again and again
 EVENTS_PER_SECOND = 50
 
@@ -108,11 +109,44 @@ def copy_of(item: dict[str, Any], number: int, made_by: str, vector: np.ndarray)
 
 
 def whole_catalogue(running: Server, log: Log, options: argparse.Namespace) -> dict[str, Any]:
+    """The best of all items: of users asked about for the first time, after an event of theirs, and by heads alone."""
     found = {}
     for rerank in (CANDIDATES, 0):
         took = load(running, log.recommendations(rerank), 1, options.seconds)
         found[f"rerank {rerank}"] = tell(f"{options.items:,} items, the best {rerank} reranked", took.figures())
+    took = asyncio.run(_after_events(running, log, options.seconds))
+    found["after an event"] = tell(f"the same for {WARM} users, each after an event", took.figures())
     return found
+
+
+async def _after_events(running: Server, log: Log, seconds: float) -> Took:
+    """What has been kept of the items is of use then, and nothing that was kept of the user."""
+    took = Took()
+    async with aiohttp.ClientSession(base_url=running.url) as session:
+
+        async def post(path: str, body: Any) -> float:
+            start = time.perf_counter()
+            async with session.post(path, json=body) as response:
+                await response.read()
+                assert response.status == 200, await response.text()
+            return time.perf_counter() - start
+
+        async def ask(number: int) -> float:
+            path, body = (
+                f"/v1/users/{log.user(number % WARM)}",
+                {"events": [{"item_id": log.items[number % len(log.items)]}]},
+            )
+            await post(f"{path}/events", body)
+            return await post(f"{path}/recommendations", {"n": 10, "rerank": CANDIDATES})
+
+        for number in range(2 * WARM):
+            await ask(number)
+        until, computed = time.perf_counter() + seconds, running.cpu_seconds
+        while time.perf_counter() < until:
+            number += 1
+            took.each.append(await ask(number))
+    took.whole, took.cpu = sum(took.each), running.cpu_seconds - computed
+    return took
 
 
 def freshness(running: Server, log: Log, catalogue: Catalogue, options: argparse.Namespace) -> dict[str, Any]:

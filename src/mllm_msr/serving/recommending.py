@@ -95,11 +95,12 @@ def add_answers(
     found: Sequence[Recommendation], logits: np.ndarray, fusion: ScoreFusion | None, by: By
 ) -> list[Recommendation]:
     """The same items with their answers, in order of the answer or of the score fused with it."""
-    for each, logit in zip(found, logits.tolist(), strict=True):
-        each.logit = logit
-        if fusion is not None and each.others is not None:
-            scores = torch.tensor([logit, each.others])
-            each.fused = float(fusion(scores, torch.tensor(each.bucket)))
+    fused: list[float | None] = [None] * len(found)
+    if fusion is not None and all(each.others is not None for each in found):
+        scores = torch.stack([torch.from_numpy(logits), torch.tensor([each.others for each in found])], dim=-1)
+        fused = fusion(scores, torch.tensor([each.bucket for each in found])).tolist()
+    for each, logit, value in zip(found, logits.tolist(), fused, strict=True):
+        each.logit, each.fused = logit, value if value is not None else each.fused
         each.score = logit if by == "answer" or each.fused is None else each.fused
     return sorted(found, key=lambda each: -each.score)
 
