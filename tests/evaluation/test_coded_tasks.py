@@ -81,4 +81,5 @@ def test_places_in_the_catalogue_leave_out_what_was_chosen_but_never_the_positiv
 
 def test_ndcg_of_places_is_expected_over_ties():
     assert ndcg_at(1, np.array([0]), np.array([3])) == pytest.approx(0.25)
+    assert ndcg_at(5, np.array([], np.int64), np.array([], np.int64)) == 0
     assert ndcg_at(2, np.array([1]), np.array([0])) == pytest.approx(1 / np.log2(3))

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from tiny_runs import tiny_recipe
+from tiny_runs import TINY, tiny_recipe
 
 from mllm_msr import stages
 from mllm_msr.evaluation.coded_tasks import CodedTasks
 from mllm_msr.evaluation.evaluate import evaluate
 from mllm_msr.evaluation.heads import MEMBERS, load_heads, train_heads
 from mllm_msr.evaluation.rankers import training_interactions, training_log
+from mllm_msr.records.recipe import parse_recipe, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_VECTORS, ITEMS, POPULARITY
 from mllm_msr.records.sections import HEAD_VARIANTS
@@ -93,9 +94,6 @@ def test_what_max_history_cuts_off_is_learnt_from(tmp_path: Path) -> None:
 
 
 def test_without_the_head_its_variants_are_left_out() -> None:
-    from tiny_runs import TINY
-
-    from mllm_msr.records.recipe import parse_recipe
 
     content = {name: value for name, value in TINY.items() if name != "evaluation"}
     assert "fused" in parse_recipe(content).evaluation.rows
@@ -109,3 +107,23 @@ def test_baselines_that_read_vectors_need_nothing_else(tmp_path: Path) -> None:
     assert list(results.variants) == rows and results.full_catalogue is not None
     assert set(results.full_catalogue.against_sasrec) == {*rows} - {"sasrec"}
     assert len(list(run.trained_baselines.glob("*.pt"))) == 5  # each saved before it scored
+
+
+def test_users_of_two_choices_leave_nothing_to_train_on_and_are_ranked_by_content(tmp_path: Path) -> None:
+    choices = [
+        f"u{user},i{(2 * user + step) % 9},{1_600_000_000 + 100 * step + user}" for user in range(9) for step in (0, 1)
+    ]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *choices]))
+    numbers = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    pl.DataFrame({"item_id": [f"i{item}" for item in range(9)], "vector": numbers}).write_parquet(
+        tmp_path / "own.parquet"
+    )
+    source = {"type": "tables", "interactions": str(tmp_path / "log.csv")}
+    own = {**SETTINGS, "vectors.file": str(tmp_path / "own.parquet")}
+    run = RunFolder.create(tmp_path / "run", parse_recipe(with_settings({**TINY, "source": source}, own)))
+    for stage in (stages.prepare, stages.vectors, stages.head):
+        stage(run)
+    assert run.tasks("validation").is_empty() and not training_log(run).height
+    scores = load_heads(run).item_ranker.score([["i1"]])
+    assert scores.isfinite().all()
+    assert 0 <= evaluate(run).variants["fused"]["auc"].value <= 1

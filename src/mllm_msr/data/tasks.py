@@ -72,8 +72,9 @@ class TaskPlan:
             report.update(part.report)
         plan.report = dict(report)
         if not any(report[f"{name}_tasks"] for name in SPLITS):
+            reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in plan.report.items() if count)
             raise ValueError(
-                f"no ranking task is left ({plan.report}): lower min_history or n_negatives, or bring more data"
+                f"no ranking task is left ({reasons}): lower min_history or n_negatives, or bring more data"
             )
         return plan
 

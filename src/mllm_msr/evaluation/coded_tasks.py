@@ -171,10 +171,13 @@ def count_above(
 
 
 def ndcg_at(k: int, above: Array, equal: Array) -> float:
-    """Mean NDCG@k of tasks of one positive each, from :meth:`CodedTasks.catalogue_places`; expected over ties.
+    """Mean NDCG@k of tasks of one positive each, from :meth:`CodedTasks.catalogue_places`; expected over ties. Of no
+    task, 0.
 
     >>> round(ndcg_at(10, np.array([0, 1, 10]), np.array([0, 0, 0])), 4)  # 1, 1 / log2(3), 0
     0.5436
     """
+    if not len(above):
+        return 0.0
     last = above + equal + 1
     return float(metric_column(TieGroups.of_places(above + 1, last, last), f"ndcg@{k}").mean())

@@ -256,7 +256,7 @@ def metric_column(groups: TieGroups, name: str) -> Array:
     """(U,) values of one metric but the pooled AUC, by its name; a cut beyond the longest list is at its end."""
     check_metric(name, pooled=())
     family, _, cut = name.partition("@")
-    return _AT_K[family](groups, min(int(cut), groups.candidates.max())) if cut else _OF_LISTS[name](groups)
+    return _AT_K[family](groups, min(int(cut), groups.candidates.max(initial=1))) if cut else _OF_LISTS[name](groups)
 
 
 def check_metric(name: str, pooled: Sequence[str] = ("auc",)) -> None:
