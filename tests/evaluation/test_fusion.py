@@ -13,6 +13,7 @@ from mllm_msr.evaluation.fusion import (
     fit_fusion,
     fit_shared,
     listwise_loss,
+    settle_bias,
     worse_buckets,
 )
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_buckets
@@ -110,6 +111,16 @@ def test_the_best_are_ranked_anew_and_the_others_follow_in_their_order():
     assert order(2) == [3, 0, 1, 2, 4]  # by the answer -2 before -3, then the left-out one and those that were behind
     assert order(3) == [2, 3, 0, 1, 4]
     assert order(9) == [4, 2, 1, 3, 0]
+
+
+def test_the_bias_of_new_items_follows_how_often_they_are_chosen():
+    data = world()
+    fusion = fit_fusion(data, ["identity", "content"])
+    seldom = settle_bias(fusion, data.part(data.buckets[:, 0] != 0))  # they are candidates and never chosen
+    assert seldom.bias[0] < fusion.bias[0] - 2 and torch.equal(seldom.bias[1:], fusion.bias[1:])
+    assert torch.equal(seldom.weights, fusion.weights)
+    often = settle_bias(seldom, data)
+    assert fusion.bias[0] < often.bias[0] < fusion.bias[0] + 1.5  # a chosen one counts twice
 
 
 class Fixed:

@@ -21,6 +21,7 @@ from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_bucke
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 4
+AHEAD = 2.0  # what is ranked lies further ahead than validation, and more of what is chosen then is new
 LEAST_WEIGHT = 0.01
 ROUNDS = 4  # of fits in which the targets of a bucket that did worse weigh twice as much as before
 
@@ -85,7 +86,7 @@ def catalogue_lists(
         top: items from the top of each member, which are all in the list.
         drawn: further items, uniformly.
         hidden_share: of the items that training has, taken as if nobody had chosen them; tasks whose target is one of
-            them are added to the list once more, so that there are targets of that kind.
+            them are added at the end once more, so that there are targets of that kind; see :func:`settle_bias`.
     """
     rng = np.random.default_rng(seed)
     frequencies = torch.from_numpy(np.asarray(counts))
@@ -215,6 +216,23 @@ def fit_fusion(data: FusionTasks, names: Sequence[str], by_likelihood: bool = Fa
         if float(gained.mean()) > value and not worse_buckets(loss - least, data.buckets[:, 0]).any():
             chosen, value = fit(data), float(gained.mean())
     return chosen
+
+
+def settle_bias(fusion: ScoreFusion, data: FusionTasks) -> ScoreFusion:
+    """The same with the bias of items that nobody chose as tasks have it in which none is hidden.
+
+    Targets that were hidden teach what each member says of new items. They are far more than new targets are, and by
+    their bias new items would come before all others. A real new target counts ``AHEAD`` times.
+    """
+    shift, new = torch.zeros(1, requires_grad=True), torch.eye(len(BUCKETS))[0]
+    counted = torch.where(data.buckets[:, 0] == 0, AHEAD, 1.0)
+
+    def loss() -> Tensor:
+        losses = listwise_loss(replace(fusion, bias=fusion.bias + shift * new), data)
+        return ((losses * counted).sum() + shift.square().sum()) / counted.sum()
+
+    minimise(loss, [shift])
+    return replace(fusion, bias=fusion.bias + shift.detach() * new)
 
 
 def worse_buckets(differences: Tensor, buckets: Tensor) -> Tensor:

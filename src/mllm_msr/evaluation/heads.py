@@ -15,7 +15,7 @@ import polars as pl
 import torch
 
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
-from mllm_msr.evaluation.fusion import catalogue_lists, fit_fusion
+from mllm_msr.evaluation.fusion import catalogue_lists, fit_fusion, settle_bias
 from mllm_msr.evaluation.likeness import LikenessRanker, likeness
 from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_log
 from mllm_msr.evaluation.sequential_baselines import SequenceRanker, train_ranker
@@ -113,4 +113,5 @@ def fitted(members: Mapping[str, Any], tasks: CodedTasks, counts: torch.Tensor, 
         hidden_share=options.hidden_share,
         seed=options.seed,
     )
-    return fit_fusion(lists, MEMBERS)
+    fusion, n_whole = fit_fusion(lists, MEMBERS), min(len(tasks), options.fusion_tasks)
+    return settle_bias(fusion, lists.part(torch.arange(len(lists)) < n_whole))
