@@ -3,7 +3,9 @@
 import base64
 import io
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -30,7 +32,12 @@ class Pages(BaseHTTPRequestHandler):
         port = self.server.server_address[1]
         way, _, target = self.path.partition("/to/")
         bodies = {"/image": png(), "/large": b"x" * 200_000, "/text": b"<html>"}
-        if target:
+        if way == "/slowly":
+            with suppress(OSError):
+                for _ in range(60):
+                    self.wfile.write(b"a")
+                    time.sleep(0.05)
+        elif target:
             places = {"inside": f"http://{INSIDE}:{port}/image", "file": "file:///etc/passwd", "again": "/to/again"}
             self.send_response(302)
             self.send_header("Location", places.get(target, f"/{target}"))
@@ -58,6 +65,14 @@ def pages() -> Iterator[ThreadingHTTPServer]:
 @pytest.fixture
 def reader() -> ImageReader:
     return ImageReader(urls=True, max_bytes=100_000, timeout=5, is_allowed=lambda address: address == OUTSIDE)
+
+
+def test_a_host_that_talks_too_slowly_is_hung_up_on(pages) -> None:
+    reader = ImageReader(urls=True, timeout=0.4, is_allowed=lambda address: True)
+    start = time.monotonic()
+    with pytest.raises(ImageRefused, match="cannot be fetched"):
+        reader.open(f"http://{OUTSIDE}:{pages.server_address[1]}/slowly")
+    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize("way", ["/image", "/to/image"])

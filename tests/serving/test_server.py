@@ -285,8 +285,47 @@ def test_other_refusals_are_one_sentence_as_well(served: Live) -> None:
     assert "another event" in served.ask("POST", "/v1/users/other/events", 409, json=events)["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "encoding"), [(b"\x1f\x8b\x08", "gzip"), (b'{"preference": "\xff"}', ""), (b"[" * 100_000, "")]
+)
+def test_a_body_that_cannot_be_read_is_told_what_to_be(served: Live, body: bytes, encoding: str) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    reply = served.request("POST", "/v1/recommendations", content=body, headers=headers)
+    assert reply.status_code in (400, 422) and "JSON" in reply.json()["message"]
+
+
+def test_many_equal_items_are_refused_at_once(served: Live) -> None:
+    items = [f"i{number}" for number in range(9999)]
+    start = time.monotonic()
+    reply = served.ask("POST", "/v1/score", 422, json={"preference": "a", "items": [*items, items[-1]]})
+    assert "'i9998' is there twice" in reply["message"] and time.monotonic() - start < 1
+
+
+def test_a_request_is_given_up_at_its_deadline_while_images_are_read_and_histories_condensed(
+    served: Live, picture: Image.Image
+) -> None:
+    headers = {"X-Deadline-Seconds": "0.001"}
+    body = {"query": "a", "documents": [{"image": as_text(picture)}] * 50}
+    assert "the images were not read" in served.ask("POST", "/v1/rerank", 504, json=body, headers=headers)["message"]
+    long = {"history": ["i0010"] * 2000, "condense": True}
+    reply = served.ask("POST", "/v1/recommendations", 504, json=long, headers=headers)
+    assert "the history was not condensed in time" in reply["message"]
+
+
+def test_a_wrong_header_is_named(served: Live) -> None:
+    body = {"preference": "a", "items": ["i0001"]}
+    reply = served.ask("POST", "/v1/score", 422, json=body, headers={"X-Deadline-Seconds": "soon"})
+    assert reply["errors"][0]["field"] == "x-deadline-seconds" and reply["message"].startswith("x-deadline-seconds: ")
+
+
+def test_the_page_of_endpoints_says_what_to_do_without_its_script(served: Live) -> None:
+    assert '<a href="/openapi.json">' in served.get("/docs").text
+
+
 def test_metrics_count_routes_and_never_ids(served: Live) -> None:
     served.ask("GET", "/v1/users/u0001")
+    served.request("INVENTED", "/v1/users/u0001")
+    assert "INVENTED" not in served.get("/metrics").text
     text = served.get("/metrics").text
     assert 'mllm_msr_requests_total{method="GET",route="/v1/users/{user_id}",status="200"}' in text
     assert "u0001" not in text and "mllm_msr_scored_pairs" in text and "mllm_msr_users_due" in text

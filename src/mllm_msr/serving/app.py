@@ -1,6 +1,7 @@
 """The HTTP application: routes, and how errors are told. What routes do is in ``service.py``."""
 
 import asyncio
+import logging
 import math
 import time
 import uuid
@@ -11,7 +12,8 @@ from urllib.parse import unquote
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI, Header, Path, Request, Security
-from fastapi.responses import Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -29,7 +31,13 @@ from mllm_msr.serving.recommending import Recommendation, Wanted
 from mllm_msr.serving.service import Asker, Refused, Service
 from mllm_msr.serving.store import Event, StoreUnavailable
 
+EMPTY_DOCS = '<div id="swagger-ui">'
+OFFLINE_DOCS = (
+    "<p>This page needs a script from cdn.jsdelivr.net, which your browser has not loaded. "
+    '<a href="/openapi.json">openapi.json</a> describes every endpoint as well, without it.</p>'
+)
 REFRESH = 1.0  # seconds between looks at items that other servers have put
+logger = logging.getLogger(__name__)
 USER = "user:"  # what a query begins with that names a user
 
 
@@ -74,7 +82,9 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         description="Multimodal sequential recommendation: score, rerank, recommend and explain.",
         version=f"{service.opened.name} {service.opened.revision}",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         dependencies=[Security(HTTPBearer(auto_error=False, description="a key, if this server has any"))],
         responses={status: {"model": schemas.ErrorReply} for status in (401, 403, 404, 422, 429, 503, 504)},
     )
@@ -88,12 +98,12 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
 
     Until = Annotated[float, Depends(until)]
 
-    def asker(who: schemas.Who) -> Asker:
-        return service.asker(who.user_id, who.history, who.preference, who.condense)
+    def asker(who: schemas.Who, until: float) -> Asker:
+        return service.asker(who.user_id, who.history, who.preference, who.condense, until)
 
-    def image_of(field: str, text: str | None) -> Any:
+    def image_of(field: str, text: str | None, until: float) -> Any:
         try:
-            return None if text is None else reader.open(text)
+            return None if text is None else reader.open(text, until)
         except ImageRefused as error:
             raise Refused(field, f"the image: {error}") from error
 
@@ -104,7 +114,7 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         query = body.query if isinstance(body.query, str) else body.query["text"]
         user = service.asker(query.removeprefix(USER)) if query.startswith(USER) else service.asker(preference=query)
         documents = [
-            candidate_of(document, lambda text, place=place: image_of(f"documents.{place}", text))
+            candidate_of(document, lambda text, place=place: image_of(f"documents.{place}", text, until))
             for place, document in enumerate(body.documents)
         ]
         logits = service.answer_documents(user.words, documents, until)
@@ -126,7 +136,7 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         """Score items of the catalogue for a user, a history or a preference, in the order in which they are named."""
         for place, item in enumerate(body.items):
             service.check_item(f"items.{place}", item)
-        user = asker(body)
+        user = asker(body, until)
         logits = service.answer(user.words, body.items, until)
         fused = service.fused(user, body.items, logits, until)
         results = [
@@ -146,7 +156,7 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
     @app.post("/v1/recommendations", tags=["recommendations"])
     def recommend_anyone(body: schemas.RecommendHistoryRequest, until: Until) -> schemas.RecommendReply:
         """The best items of the catalogue after a history, or for a preference, of anyone."""
-        return recommended(asker(body), body, until)
+        return recommended(asker(body, until), body, until)
 
     @app.post("/v1/users/{user_id}/recommendations", tags=["recommendations"])
     def recommend_user(user_id: UserId, body: schemas.RecommendRequest, until: Until) -> schemas.RecommendReply:
@@ -188,7 +198,7 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         """Add items, or change them; they are ranked among all others at once."""
         new = []
         for place, item in enumerate(body.items):
-            image = image_of(f"items.{place}.image", item.image)
+            image = image_of(f"items.{place}.image", item.image, until)
             stored = None if image is None else encode(image)
             new.append(NewItem(item.item_id, item.title, item.text, stored, item.summary, item.vector, item.columns))
         service.put(new, until)
@@ -199,6 +209,12 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         """Take an item out of the catalogue: it is not recommended any more, and left out of histories."""
         service.delete(item_id)
         return schemas.DeletedReply(item_id=item_id, n_items=len(service.catalogue), **told)
+
+    @app.get("/docs", include_in_schema=False)
+    def show_docs() -> HTMLResponse:
+        """The page of all endpoints, whose script is fetched by the browser; without it the page says what to do."""
+        page = get_swagger_ui_html(openapi_url="/openapi.json", title=app.title)
+        return HTMLResponse(bytes(page.body).decode().replace(EMPTY_DOCS, EMPTY_DOCS + OFFLINE_DOCS))
 
     @app.get("/health", tags=["operation"])
     def health() -> schemas.HealthReply:
@@ -228,6 +244,8 @@ async def watch(service: Service) -> None:
             await anyio.to_thread.run_sync(service.refresh, REFRESH + time.monotonic())
         except (StoreUnavailable, TimeoutError, QueueFull, QueueClosed):
             continue
+        except Exception as error:  # whatever it is, it must not be the last look
+            logger.error("items of other servers are not taken over (%s)", type(error).__name__)
 
 
 def candidate_of(document: Any, image_of: Any) -> Candidate:

@@ -54,12 +54,18 @@ class PreferenceWriter:
             (key,) = TextWriter(self.engine, store, self.options.seed).write("preference", inputs, progress)
             return store.rows[key].text
 
-    def preferences(self, history: Sequence[HistoryItem]) -> list[str]:
-        """The preference after each history block of a history."""
+    def preferences(self, history: Sequence[HistoryItem], until: float = float("inf")) -> list[str]:
+        """The preference after each history block of a history; TimeoutError if they are not written ``until`` then."""
+
+        def write(items: Sequence[HistoryItem], previous: str | None) -> str:
+            if time.monotonic() > until:
+                raise TimeoutError("the history was not condensed in time: send less of it, or leave out `condense`")
+            return self.write(items, previous)
+
         waves = preference_waves(
             [history],
             self.options.block_size,
-            lambda steps: [self.write(step.items, step.previous) for step in steps],
+            lambda steps: [write(step.items, step.previous) for step in steps],
             self.options.recurrent,
         )
         return [text for wave in waves for _, text in wave]

@@ -1,5 +1,6 @@
 """What every request passes first and every reply last: keys, limits, headers, metrics, the log."""
 
+import asyncio
 import logging
 import time
 import traceback
@@ -16,6 +17,7 @@ from mllm_msr.serving.schemas import ErrorReply
 from mllm_msr.serving.service import Service
 
 logger = logging.getLogger(__name__)
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 OPEN = ("/health", "/ready", "/docs", "/openapi.json")
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
@@ -80,7 +82,7 @@ class Door:
         try:
             refusal = self._refusal(scope)
             if refusal is None:
-                await self.app(scope, self._limited(receive), answer)
+                await self.app(scope, self._limited(receive, start + self.limits.deadline), answer)
             else:
                 await refuse(answer, *refusal)
         except Exception as error:
@@ -91,10 +93,11 @@ class Door:
             self.in_flight -= 1
             route = getattr(scope.get("route"), "path", "-")
             seconds = time.monotonic() - start
-            self.metrics.requests.labels(route, scope["method"], status).inc()
+            method = scope["method"] if scope["method"] in METHODS else "-"  # clients may invent as many as they like
+            self.metrics.requests.labels(route, method, status).inc()
             self.metrics.seconds.labels(route).observe(seconds)
             shown = path if self.log_texts else route
-            logger.info("%s %s %d %.0f ms", scope["method"], shown, status, 1000 * seconds)
+            logger.info("%s %s %d %.0f ms", method, shown, status, 1000 * seconds)
 
     def _refusal(self, scope: Mapping[str, Any]) -> tuple[int, str, dict[str, str]] | None:
         """Status, sentence and headers for a request that goes no further."""
@@ -117,13 +120,18 @@ class Door:
     def _too_large(self) -> str:
         return f"the body has more than {self.limits.max_body:,} bytes: send less at a time"
 
-    def _limited(self, receive: Receive) -> Receive:
-        """The body as it comes, up to the limit."""
-        count = 0
+    def _limited(self, receive: Receive, until: float) -> Receive:
+        """The body as it comes, up to the limit, and as long as it comes in time."""
+        count, whole = 0, False
 
         async def limited() -> dict[str, Any]:
-            nonlocal count
-            message = await receive()
+            nonlocal count, whole
+            try:
+                left = None if whole else max(0.0, until - time.monotonic())
+                message = await asyncio.wait_for(receive(), left)
+            except TimeoutError as error:
+                raise HTTPException(408, "the body did not come in time: send it at once, or less at a time") from error
+            whole = not message.get("more_body", False)
             count += len(message.get("body", b""))
             if count > self.limits.max_body:
                 raise HTTPException(413, self._too_large())

@@ -10,8 +10,10 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
@@ -62,9 +64,18 @@ class ImageReader:
     is_allowed: Callable[[str], bool] = is_public
     trust: ssl.SSLContext | None = None
 
-    def open(self, text: str) -> Image.Image:
-        """The image that a URL, a ``data:`` URL or base64 text stands for; :class:`ImageRefused` if it is none."""
-        content = self.fetch(text) if text[:8].lower().startswith(("http://", "https://")) else self._inline(text)
+    def open(self, text: str, until: float = float("inf")) -> Image.Image:
+        """The image that a URL, a ``data:`` URL or base64 text stands for.
+
+        Raises:
+            ImageRefused: it is none, or one that may not be.
+            TimeoutError: it is ``until`` already, on the monotonic clock.
+        """
+        if time.monotonic() > until:
+            raise TimeoutError("the images were not read in time: send fewer")
+        content = (
+            self.fetch(text, until) if text[:8].lower().startswith(("http://", "https://")) else self._inline(text)
+        )
         if len(content) > self.max_bytes:
             raise ImageRefused(f"it has more than {self.max_bytes:,} bytes: send a smaller image")
         try:
@@ -83,15 +94,14 @@ class ImageReader:
         except (binascii.Error, ValueError) as error:
             raise ImageRefused("it is neither base64, nor a data: or http(s) URL") from error
 
-    def fetch(self, url: str) -> bytes:
+    def fetch(self, url: str, until: float = float("inf")) -> bytes:
         """The bytes behind a URL; :class:`ImageRefused` says why there are none."""
         if not self.urls:
             raise ImageRefused("this server fetches no URLs: send it as base64 or as a data: URL")
-        until = time.monotonic() + self.timeout
+        until = min(until, time.monotonic() + self.timeout)
         for _ in range(REDIRECTS + 1):
             try:
-                reply, connection = self._get(url, until)
-                with connection:
+                with self._get(url, until) as reply:
                     if reply.status not in (301, 302, 303, 307, 308):
                         return self._body(reply, until)
                     url = urljoin(url, reply.getheader("Location", ""))
@@ -101,8 +111,9 @@ class ImageReader:
                 raise ImageRefused(f"its URL cannot be fetched ({type(error).__name__}): send it as base64") from error
         raise ImageRefused(f"its URL is redirected more than {REDIRECTS} times: give the final one")
 
-    def _get(self, url: str, until: float) -> tuple[http.client.HTTPResponse, Any]:
-        """The reply to a request at an address that was checked, and its socket."""
+    @contextmanager
+    def _get(self, url: str, until: float) -> Iterator[http.client.HTTPResponse]:
+        """The reply to a request at an address that was checked; ``until`` then, however slowly a host talks."""
         parts = urlsplit(url)
         host, secure = parts.hostname, parts.scheme == "https"
         if parts.scheme not in ("http", "https") or not host or parts.username or parts.password:
@@ -113,12 +124,21 @@ class ImageReader:
             raise ImageRefused("its URL leads to a private address, which this server does not fetch")
         channel: Any = socket.create_connection((str(addresses[0]), port), timeout=_left(until))
         if secure:
-            channel = (self.trust or ssl.create_default_context()).wrap_socket(channel, server_hostname=host)
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = channel
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", target, headers={"User-Agent": "mllm-msr", "Accept": "image/*"})
-        return connection.getresponse(), channel
+            trust = self.trust or ssl.create_default_context()
+            channel = trust.wrap_socket(channel, server_hostname=host, do_handshake_on_connect=False)
+        hang_up = threading.Timer(_left(until), _shut, [channel])  # a timeout of the socket is for each byte anew
+        hang_up.start()
+        try:
+            if secure:
+                channel.do_handshake()
+            connection = http.client.HTTPConnection(host, port)
+            connection.sock = channel
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", target, headers={"User-Agent": "mllm-msr", "Accept": "image/*"})
+            yield connection.getresponse()
+        finally:
+            hang_up.cancel()
+            channel.close()
 
     def _body(self, reply: http.client.HTTPResponse, until: float) -> bytes:
         if reply.status != 200:
@@ -130,6 +150,11 @@ class ImageReader:
                 raise ImageRefused(f"it has more than {self.max_bytes:,} bytes: send a smaller image")
             _left(until)
         return bytes(content)
+
+
+def _shut(channel: socket.socket) -> None:
+    with suppress(OSError):  # it may be closed by now
+        socket.socket.shutdown(channel, socket.SHUT_RDWR)
 
 
 def _left(until: float) -> float:

@@ -88,7 +88,14 @@ def serve(options: ServeOptions) -> None:
     app = create_app(Service(opened, store), keys, limits, ImageReader(options.image_urls), options.log_texts)
     host, port = listener.getsockname()[:2]
     print(f"{opened.name} {opened.revision}: http://{host}:{port}/docs", flush=True)
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on")
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(options.deadline) + 5,
+    )
     uvicorn.Server(config).run(sockets=[listener])
 
 

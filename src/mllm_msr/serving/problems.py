@@ -65,13 +65,20 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def by_status(request: Request, error: HTTPException) -> JSONResponse:
-        messages = {404: "there is no such path: see /docs", 405: "this path does not take this method: see /docs"}
+        unread = "the body cannot be read: send JSON in UTF-8, neither compressed nor deeply nested"
+        messages = {
+            400: unread,
+            404: "there is no such path: see /docs",
+            405: "this path does not take this method: see /docs",
+        }
         return problem(error.status_code, messages.get(error.status_code, str(error.detail)))
 
 
 def wrong_field(error: Any) -> Problem:
     """What pydantic found, with the field as a path and the remedy."""
     place = error["loc"][1:] if error["loc"][:1] in (("body",), ("query",), ("header",)) else error["loc"]
+    if error["loc"][0] == "header":
+        return Problem(field=error["loc"][1], message=error["msg"][:1].lower() + error["msg"][1:])
     parts = [str(part) for part in place if isinstance(part, int) or (FIELD.match(part) and part not in KINDS)]
     field = ".".join(parts) or None
     if error["type"] == "json_invalid" or (field is None and error["type"] == "model_attributes_type"):

@@ -1,5 +1,6 @@
 """What clients send and get. Reranking has the shape that the clients of Cohere and Jina send."""
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -123,8 +124,8 @@ class ScoreRequest(Who):
 
     @model_validator(mode="after")
     def _distinct(self) -> "ScoreRequest":
-        if len(set(self.items)) < len(self.items):
-            twice = next(item for item in self.items if self.items.count(item) > 1)
+        twice, count = Counter(self.items).most_common(1)[0]
+        if count > 1:
             raise ValueError(f"items: {twice!r} is there twice, send each once")
         return self
 
@@ -174,7 +175,7 @@ class ForgottenReply(Reply):
     existed: bool
 
 
-Value = str | int | float | bool
+Value = str | int | Annotated[float, Field(allow_inf_nan=False)] | bool
 
 
 class Filters(Strict):

@@ -131,6 +131,7 @@ class Service:
         history: Sequence[str] | None = None,
         preference: str | None = None,
         condense: bool = False,
+        until: float = float("inf"),
     ) -> Asker:
         """Whom a request means: a user by id, or a history, a preference in words, or both.
 
@@ -146,7 +147,7 @@ class Service:
         recent, words = history, preference or ""
         if condense:
             described = [item for item in map(self.described, history) if item is not None]
-            texts = self.writer.preferences(described)
+            texts = self.writer.preferences(described, until)
             words, recent = texts[-1] if texts else "", split_history(history, self.users.block_size)[1]
         state = UserState("", list(recent), self.users.block_size)
         told = state.words(self.catalogue.summary)

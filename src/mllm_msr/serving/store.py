@@ -38,6 +38,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from mllm_msr.modeling.preference import whole_blocks
 
@@ -161,7 +162,10 @@ def open_store(state: Path | str) -> "Store":
     """
     text = str(state)
     if "://" not in text:
-        Path(text).resolve().parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(text).resolve().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--state {text}: its folder cannot be made ({error.strerror}): name another") from error
         text = f"sqlite:///{Path(text).resolve()}"
     try:
         url = make_url(text)
@@ -203,6 +207,8 @@ class Store:
         try:
             with self.engine.begin() as connection:
                 yield connection
+        except NoConnection as error:
+            raise StoreUnavailable("all connections to the database are in use: try again") from error
         except DBAPIError as error:
             if isinstance(error, IntegrityError):
                 raise
