@@ -112,6 +112,7 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
     run = RunFolder.open(path)
     if stage is None:
         return run
+    with_settings({}, settings or {})  # names a section that there is not
     for key in settings or {}:
         section = key.partition(".")[0]
         if section not in STAGES[stage].sections:

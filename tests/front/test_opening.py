@@ -167,7 +167,8 @@ def test_a_later_stage_takes_settings_of_the_sections_that_it_reads(run: RunFold
         ("evaluate", "training.seed", "`evaluate` does not read the section 'training'; .* `mllm-msr train "),
         ("train", "summaries.block_size", "does not read .* `mllm-msr summarize items "),
         ("summarize items", "evaluation.seed", "does not read .* `mllm-msr evaluate "),
-        ("train", "training", "'training' is not a section and a name"),
+        ("train", "training", r"'training' is not a section and a name, such as summaries\.block_size$"),
+        ("head", "nope.nope", "'nope.nope' is not a section and a name.*known are data"),
     ],
 )
 def test_or_it_says_which_stage_reads_them(run: RunFolder, stage: str, key: str, message: str) -> None:

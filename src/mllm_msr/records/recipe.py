@@ -171,7 +171,7 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         elif name and section in sections:
             changed[section] = {**(changed.get(section) or {}), name: value}
         else:
-            near = did_you_mean(section, sections)
+            near = "" if section in sections else did_you_mean(section, sections)
             raise ValueError(f"{key!r} is not a section and a name, such as summaries.block_size{near}")
     return changed
 
