@@ -52,6 +52,10 @@ class EngineUnavailable(RuntimeError):
     """The engine is at fault and not an input: stop, keep the texts so far, and say what to do."""
 
 
+class NoTextOfUse(EngineUnavailable):
+    """All that the engine has written is empty or refuses: it, or all inputs, are at fault."""
+
+
 # Failures of one input that have a name of their own; any other is called by its type.
 _REASONS = {UnicodeError: "encoding", TimeoutError: "timeout", ConnectionError: "connection", MemoryError: "memory"}
 

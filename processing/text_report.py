@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from mllm_msr.processing.engines import EngineUnavailable
+from mllm_msr.processing.engines import NoTextOfUse
 from mllm_msr.processing.prompts import Task
 from mllm_msr.processing.text_status import OK, StoredText, has_failed, is_useless, kind
 
@@ -17,10 +17,10 @@ MANY = 4  # different inputs from which on one text for most of them is no accid
 NamedText = tuple[str, StoredText]  # the first is what people call its input
 
 
-def no_use(task: Task, written: Sequence[NamedText]) -> EngineUnavailable:
+def no_use(task: Task, written: Sequence[NamedText]) -> NoTextOfUse:
     """The error of an engine none of whose texts is of use, with three samples."""
     counts = ", ".join(f"{count} {status}" for status, count in Counter(text.status for _, text in written).items())
-    return EngineUnavailable(
+    return NoTextOfUse(
         f"{task}: none of {len(written)} texts is of use ({counts}), such as {_samples(written)}; check "
         "summaries.model and its settings: one that reasons before it answers needs larger summaries.max_new_tokens"
     )
@@ -30,7 +30,7 @@ def check_texts(task: Task, written: Sequence[NamedText]) -> None:
     """Stop if no text of different inputs is of any use, and warn if most of them are the same.
 
     Raises:
-        EngineUnavailable: all texts have failed, are empty or refuse, see :func:`no_use`.
+        NoTextOfUse: all texts have failed, are empty or refuse, see :func:`no_use`.
     """
     if written and all(is_useless(text.status) for _, text in written):
         raise no_use(task, written)

@@ -224,6 +224,14 @@ def test_a_new_item_is_ranked_at_once_as_if_the_run_had_had_it(
     assert len(served.ask("POST", "/v1/users/chooses/recommendations", json={"n": 2})["results"]) == 2
 
 
+def test_an_item_of_which_the_engine_has_nothing_to_say_needs_a_summary(served: Live) -> None:
+    item = {"item_id": "wordless", "title": "ox"}  # the engine of the tests passes over short words
+    refused = served.ask("PUT", "/v1/items", 422, json={"items": [item]})
+    assert refused["errors"][0]["field"] == "items" and "send a `summary` with each" in refused["message"]
+    assert served.ask("PUT", "/v1/items", json={"items": [{**item, "summary": "stripes"}]})["put"] == ["wordless"]
+    served.ask("DELETE", "/v1/items/wordless")
+
+
 # ---- the door ------------------------------------------------------------------------------------------------------
 
 

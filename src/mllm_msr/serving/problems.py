@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from mllm_msr.processing.engines import EngineUnavailable
+from mllm_msr.processing.engines import EngineUnavailable, NoTextOfUse
 from mllm_msr.serving.batching import QueueClosed, QueueFull
 from mllm_msr.serving.schemas import ErrorReply, Problem
 from mllm_msr.serving.service import Refused, Unknown
@@ -55,9 +55,15 @@ def add_error_handlers(app: FastAPI) -> None:
     def unavailable(request: Request, error: Exception) -> JSONResponse:
         return problem(503, str(error), retry_after="1")
 
+    @app.exception_handler(NoTextOfUse)
+    def no_text_of_use(request: Request, error: NoTextOfUse) -> JSONResponse:
+        message = "the run's text engine has nothing of use to say of them: send a `summary` with each"
+        return problem(422, f"items: {message}", [Problem(field="items", message=message)])
+
     @app.exception_handler(EngineUnavailable)
     def no_texts(request: Request, error: EngineUnavailable) -> JSONResponse:
-        return problem(503, "the run's text engine writes nothing of use now: send a `summary` with each item")
+        message = "the run's text engine cannot be used now: send a `summary` with each item, or try again later"
+        return problem(503, message, retry_after="20")
 
     @app.exception_handler(TimeoutError)
     def too_late(request: Request, error: TimeoutError) -> JSONResponse:
