@@ -35,6 +35,8 @@ def test_each_kind_of_target_against_each_kind_of_negative() -> None:
 def test_what_no_user_has_is_left_out() -> None:
     warm = SCORES.filter(pl.col("user_id") == "warm")
     assert list(cold_items({"ours": warm}, {}, COUNTS).variants["ours"]) == ["trained_trained"]
+    rare = cold_items({"ours": SCORES.filter(pl.col("user_id") == "rare")}, {}, COUNTS)  # neither cold nor well trained
+    assert (rare.cold_targets, rare.trained_targets, rare.variants) == (0, 0, {"ours": {}})
 
 
 def test_places_among_all_items_come_first() -> None:
