@@ -77,10 +77,10 @@ def serve_less(kind: str, run: Path, state: str) -> None:
     patched: Any = service
     patched.ModelQueue = OneAtATime
     if kind == NAIVE:
+        patched.Service._prepared = lambda self, image: image
         patched, patched_catalogue = opening, catalogue
         patched.load_recommender = lambda run, how: load_recommender(run, replace(how, share_prefix=False))
         patched_catalogue.KEPT = 0
-        service.Service._prepared = lambda self, image: image  # type: ignore[method-assign]
     serve(ServeOptions(run, port=0, device="cpu", state=state, deadline=600))
 
 

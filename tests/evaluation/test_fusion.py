@@ -7,7 +7,6 @@ import torch
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
 from mllm_msr.evaluation.fusion import (
     FusionTasks,
-    candidate_lists,
     catalogue_lists,
     draw_lists,
     fit_fusion,
@@ -166,17 +165,6 @@ def test_a_small_catalogue_is_listed_whole_and_fills_up_with_what_counts_for_not
     assert ((data.log_q == 0).sum(dim=1) == 5).all() and (data.log_q.isinf().sum(dim=1) == 2).all()
     best = ScoreFusion(("one",), torch.zeros(1), torch.ones(1), torch.ones(4, 1), torch.zeros(4))
     assert data.ndcg(best).tolist() == pytest.approx([1 / np.log2(rank) for rank in (6, 5, 4, 3)])
-
-
-def test_candidates_of_tasks_come_with_the_positive_first_and_padding_that_counts_for_nothing():
-    given = CodedTasks.__new__(CodedTasks)
-    given.histories = CodedLists(np.array([0, 0]), np.array([0, 1, 2]))
-    given.candidates = CodedLists(np.array([4, 9, 1, 3, 2]), np.array([0, 3, 5]))
-    given.labels = np.array([0, 1, 0, 1, 0])
-    data = candidate_lists(np.arange(10.0).reshape(5, 2), given, np.arange(10))
-    assert data.scores[..., 0].tolist() == [[2.0, 0.0, 4.0], [6.0, 8.0, 0.0]]
-    assert data.buckets[0].tolist() == [2, 1, 1]  # of items 9, 4 and 1
-    assert data.log_q.tolist() == [[0.0, 0.0, 0.0], [0.0, 0.0, float("inf")]]
 
 
 def test_targets_that_are_taken_as_never_chosen_are_added_to_the_lists():

@@ -9,7 +9,7 @@ from mllm_msr.serving.door import Door, Limits
 
 
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    door = Door(None, None, None, Limits(), None)  # type: ignore[arg-type]
+    door = Door(None, None, None, Limits(), None)
 
     async def never() -> dict:
         await asyncio.sleep(60)

@@ -28,7 +28,7 @@ class Pages(BaseHTTPRequestHandler):
     seen: list[str]
 
     def do_GET(self) -> None:
-        self.server.seen.append(self.path)  # type: ignore[attr-defined]
+        self.server.seen.append(self.path)
         port = self.server.server_address[1]
         way, _, target = self.path.partition("/to/")
         bodies = {"/image": png(), "/large": b"x" * 200_000, "/text": b"<html>"}
@@ -56,7 +56,7 @@ class Pages(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def pages() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("0.0.0.0", 0), Pages)
-    server.seen = []  # type: ignore[attr-defined]
+    server.seen = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()

@@ -31,11 +31,8 @@ COUNT_BANDS = (0, 1, 5, 20, 100)  # training interactions of the target: the low
 
 def measured(columns: Columns, n_bootstrap: int = 1000) -> Metrics:
     """The metrics of :func:`~mllm_msr.evaluation.metrics.user_columns` with their intervals; of no column, none."""
-    return (
-        {name: Estimate.from_json(content) for name, content in estimates(columns, n_bootstrap).items()}
-        if columns
-        else {}
-    )
+    found = estimates(columns, n_bootstrap) if columns else {}
+    return {name: Estimate.from_json(content) for name, content in found.items()}
 
 
 def compared(ours: Columns, theirs: Columns) -> dict[str, Difference]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mllm_msr.evaluation.coded_tasks import PADDING, Array, CodedLists, CodedTasks
+from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_buckets
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -155,24 +155,6 @@ def draw_lists(
     listed[~allowed.gather(1, codes)] = torch.inf  # filled up with what may not be a candidate: counts for nothing
     listed[:, 0] = 1.0
     return codes, listed.log()
-
-
-def candidate_lists(scores: Array, tasks: CodedTasks, counts: Array) -> FusionTasks:
-    """The tasks' own candidates, for members such as a language model that cannot score a whole catalogue.
-
-    Args:
-        scores: (N, M), each member's score of every candidate, task after task.
-        tasks: of one positive each.
-        counts: (I,), training interactions of each item.
-    """
-    lists = tasks.candidates
-    positive_first = np.lexsort((-tasks.labels, lists.owner))
-    place = CodedLists(positive_first, lists.bounds).padded(lists.bounds[:-1], lists.lengths)  # (T, C)
-    listed = torch.from_numpy(place != PADDING)
-    place = np.maximum(place, 0)
-    buckets = frequency_buckets(torch.from_numpy(np.asarray(counts)))
-    values = torch.from_numpy(np.asarray(scores, dtype=np.float32))
-    return FusionTasks(values[place], buckets[lists.codes[place]], torch.where(listed, 0.0, torch.inf))
 
 
 def fit_fusion(data: FusionTasks, names: Sequence[str], by_likelihood: bool = False) -> ScoreFusion:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -227,7 +227,7 @@ class Service:
         for column in wanted.where:
             if not self.catalogue.has_column(column):
                 raise Refused(f"where.{column}", f"no item has a column {column!r}")
-        wanted = Wanted(**{**vars(wanted), "by": by})
+        wanted = replace(wanted, by=by)
         asked = by == "answer" or (by == "fused" and fusion is not None and wanted.rerank > 0)
         if ranker is not None and asker.history:
             depth = max(wanted.n, wanted.rerank) if asked else wanted.n
