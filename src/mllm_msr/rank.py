@@ -15,6 +15,7 @@ from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.new_items import NewItems, read_new_items
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
 from mllm_msr.modeling.inputs import HistoryItem, User
+from mllm_msr.records.lock import write_lock
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS
 from mllm_msr.records.storage import digest, file_digest, write_text
@@ -198,8 +199,11 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     Args:
         users: None is every user of the run; one that is named twice counts once.
     """
+    import torch
+
     by = way_of(run, how)
-    state = PartialState()
+    on_cpu = not torch.accelerator.is_available()  # torchrun does not say so, and each process would work alone
+    state = PartialState(cpu=on_cpu)
     everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
     users = list(everyone if users is None else dict.fromkeys(users))
     if unknown := [user for user in users if user not in everyone]:
@@ -207,11 +211,9 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     catalogue = how.catalogue(run)
     names = how.candidates(catalogue)
     new = file_digest(how.new.path) if how.new else None
-    claim(
-        output,
-        digest(by, run.key("train" if by == "answer" else "head"), users, how.top_k, how.rerank, names, new),
-        state.is_main_process,
-    )
+    if state.is_main_process:
+        model = run.key("train" if by == "answer" else "head")
+        claim(output, digest(by, model, users, how.top_k, how.rerank, names, new))
     state.wait_for_everyone()
     shards = [users[start : start + SHARD] for start in range(0, len(users), SHARD)]
     paths = [output / f"ranking-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
@@ -226,19 +228,22 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
         print(f"{len(users)} users x {len(names)} candidates: {output}")
 
 
-def claim(folder: Path, key: str, first: bool) -> None:
-    """Make ``folder`` that of the ranking called ``key``; a ValueError if it holds another."""
+def claim(folder: Path, key: str) -> None:
+    """Make ``folder`` that of the ranking called ``key``, for this and other commands that share its files; a
+    ValueError if it holds anything else."""
     mark = folder / "ranking.json"
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["key"] != key:
-        raise ValueError(
-            f"{folder} holds another ranking (of other users, items, top-k, way or model): remove it, or name another "
-            "folder by --output"
-        )
-    if first and not mark.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no ranking: name another folder by --output")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(mark, json.dumps({"key": key}))
+    others = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())  # locks, half files
+    if others and not mark.is_file():
+        raise ValueError(f"{folder} is not empty and holds no ranking: name another folder by --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_lock(folder, f"mllm-msr rank --output {folder}"):
+        if not mark.is_file():
+            write_text(mark, json.dumps({"key": key}))
+        elif json.loads(mark.read_text(encoding="utf-8"))["key"] != key:
+            raise ValueError(
+                f"{folder} holds another ranking (of other users, items, top-k, way or model): remove it, or name "
+                "another folder by --output"
+            )
 
 
 def best_of(
