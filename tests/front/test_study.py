@@ -74,7 +74,7 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
         "full": {"evaluation.rows": ["mllm_msr", "other_user", "shuffled_images", "popularity"]},
         "same model": {"evaluation.rows": ["mllm_msr"]},
         "TALLRec": Study.load(STUDIES / "ablations_demo.yaml").cells["TALLRec"] | {"evaluation.rows": ["mllm_msr"]},
-        "broken": {"data.protocol": "nonsense"},
+        "broken": {"data.protocol": "http://inner.host/protocol"},
     }
     path = write(tmp_path / "s.yaml", recipe="demo", base=SMALL, cells=cells)
     with pytest.raises(RuntimeError, match="1 of 4 runs failed: broken seed0"):
@@ -98,6 +98,8 @@ def test_cells_share_what_they_have_in_common_and_a_finished_one_is_not_done_aga
         assert figure["value"] == pytest.approx(figures[name].value)
     assert study["entries"][-2]["metrics"]["auc"]["against_first"]["difference"] == 0.0
     assert "broken" in (tmp_path / "out/study.md").read_text(encoding="utf-8")
+    written = [path.read_text(encoding="utf-8") for path in (tmp_path / "out").glob("study.*")]
+    assert study["failures"] and not any("inner.host" in text for text in written)
     assert (tmp_path / "out/study.svg").read_text(encoding="utf-8").startswith("<svg")
     tallrec = RunFolder.open(tmp_path / "out/cells/TALLRec-seed0")
     titles = dict(tallrec.read(ITEMS, ["item_id", "title"]).iter_rows())
