@@ -14,7 +14,7 @@ from markupsafe import Markup
 from mllm_msr.records.results import Estimate
 
 Points = Sequence[float] | np.ndarray
-WIDTH, HEIGHT = 440, 290
+WIDTH, HEIGHT = 360, 270  # about the pixels that a phone has: drawn larger, its texts would be too small to read
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 42
 STANDALONE = """text{font:12.5px system-ui,sans-serif;fill:#1d2226}.end{text-anchor:end}.middle{text-anchor:middle}
 .grid{stroke:#e2dfd8;fill:none}.diagonal{stroke:#5d666d;stroke-dasharray:2 4;fill:none}.dot{fill:currentColor}
@@ -180,8 +180,7 @@ def _axes(scale: _Scale, x_label: str, y_label: str, x_names: Sequence[str] = ()
             Markup('<text x="{:.1f}" y="{}" class="middle">{}</text>').format(scale.x(tick), HEIGHT - BOTTOM + 18, name)
         )
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
-    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
-    parts.append(Markup('<text x="{}" y="{}" class="middle label">{}</text>').format(middle, HEIGHT - 5, x_label))
+    parts.append(Markup('<text x="{}" y="{}" class="middle label">{}</text>').format(WIDTH / 2, HEIGHT - 5, x_label))
     parts.append(
         Markup('<text transform="translate(13 {}) rotate(-90)" class="middle label">{}</text>').format(
             TOP + (HEIGHT - TOP - BOTTOM) / 2, y_label

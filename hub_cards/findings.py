@@ -18,16 +18,18 @@ class Finding:
 
 
 def headline(results: Results) -> str | None:
-    """One sentence with the main result; None if HR@5 of our variant is missing."""
+    """One sentence with the main result; None if HR@5 of our variants is missing."""
     hits = {name: percent(metrics["hr@5"].value) for name, metrics in results.variants.items() if "hr@5" in metrics}
-    if OURS not in hits:
+    best = next((name for name in ("fused", OURS) if name in hits), None)
+    if best is None:
         return None
     others: list[str] = []
     for name in (strongest_baseline(results, "hr@5"), "popularity", "random"):
         if name in hits:
-            label = "chance" if name == "random" else variant_of(name).label + ("" if others else " manages")
-            others.append(f"{label} {hits[name]}%")
-    sentence = f"{hits[OURS]}% of users find their next choice in the top five of {results.n_candidates:,} candidates"
+            others.append(f"{variant_of(name).label}{'' if others else ' manages'} {hits[name]}%")
+    sentence = f"{hits[best]}% of users find their next choice in the top five of {results.n_candidates:,} candidates"
+    if best != OURS:
+        sentence += " by the fused score" + (f", {hits[OURS]}% by the answer alone" if OURS in hits else "")
     return f"{sentence}; {', '.join(others)}." if others else f"{sentence}."
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mllm_msr.hub_cards.facts import RunFacts
+from mllm_msr.hub_cards.facts import RunFacts, slug
 from mllm_msr.hub_cards.figures import (
     loss_chart,
     metrics_chart,
@@ -22,13 +22,15 @@ from mllm_msr.hub_cards.figures import (
     style,
 )
 from mllm_msr.hub_cards.findings import conditions, findings, headline
-from mllm_msr.hub_cards.stories import summary_examples, user_stories
+from mllm_msr.hub_cards.stories import ranked_by, summary_examples, user_stories
 from mllm_msr.hub_cards.view import TableView, in_order, results_table, sections, variant_of
 from mllm_msr.records.public import hide_secrets, public_recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import write_text
+
+EVIDENCE = "Where it works, and whether its scores mean something"
 
 
 def write_report(run: RunFolder) -> Path:
@@ -40,6 +42,25 @@ def write_report(run: RunFolder) -> Path:
     results, facts = run.results(), RunFacts.read(run)
     scores = run.read(SCORES) if run.has(SCORES) else None
     table = results_table(results)
+    users, summaries = user_stories(run, scores, results.split), summary_examples(run)
+    people = f"{len(users)} users in full"
+    charts = [
+        chart for chart in (metrics_chart(results), *(score_charts(scores) if scores is not None else [])) if chart
+    ]
+    evidence_charts = [chart for chart in (*slice_charts(results), reliability_chart(results)) if chart]
+    first_sections, evidence = (
+        [each for each in sections(results) if each.detail is detail] for detail in (False, True)
+    )
+    contents = {
+        people: users,
+        "Results": table,
+        **dict.fromkeys([section.title for section in first_sections], True),
+        "Charts": charts,
+        EVIDENCE: evidence_charts or evidence,
+        **dict.fromkeys([section.title for section in evidence], True),
+        "What the images became": summaries,
+        "How it was made": facts,
+    }
     cleaning = [(step.step, step.interactions, step.users, step.items, step.why) for step in facts.data.cleaning]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -49,7 +70,7 @@ def write_report(run: RunFolder) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"style": style, "duration": duration, "facts": shown_facts, "number": number}
-    environment.filters["public"] = hide_secrets
+    environment.filters |= {"public": hide_secrets, "anchor": slug}
     page = environment.get_template("report.html.j2").render(
         page_title=f"MLLM-MSR on {results.dataset}",
         subtitle=", ".join([f"MLLM-MSR on {results.dataset}", *conditions(results)]),
@@ -60,13 +81,19 @@ def write_report(run: RunFolder) -> Path:
         variants=in_order(results.variants),
         table=table,
         sampled=results.n_candidates < facts.data.statistics.get("items", 0),
-        charts=[metrics_chart(results), *(score_charts(scores) if scores is not None else [])],
-        evidence_charts=[*slice_charts(results), reliability_chart(results)],
-        sections=sections(results),
+        folded=[section.title for section in evidence],
+        contents=[title for title, part in contents.items() if part],
+        people=people,
+        users=users,
+        ranked_by=variant_of(ranked_by(scores)).label if users else None,
+        charts=charts,
+        first_sections=first_sections,
+        evidence_title=EVIDENCE,
+        evidence=evidence,
+        evidence_charts=evidence_charts,
         backbone=_backbone(facts),
         no_sft=variant_of("no_sft"),
-        summaries=summary_examples(run),
-        users=user_stories(run, scores, results.split),
+        summaries=summaries,
         data=facts.data,
         cleaning=TableView.of_texts(
             ("step", "interactions", "users", "items", "why"), [[*map(number, row)] for row in cleaning]

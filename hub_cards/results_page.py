@@ -1,5 +1,6 @@
 """``results.md``: a run's results as Markdown to paste; the same for the console; and several runs side by side."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,9 @@ import polars as pl
 
 from mllm_msr.evaluation.diagnostics import agreement
 from mllm_msr.evaluation.metrics import metric_label, paired_differences
+from mllm_msr.hub_cards.cards import plain
 from mllm_msr.hub_cards.findings import conditions, headline
+from mllm_msr.hub_cards.stories import ItemCard, UserStory, user_stories
 from mllm_msr.hub_cards.view import (
     AGREEMENT_HEAD,
     COMPARED,
@@ -44,18 +47,61 @@ SIDE_BY_SIDE = ("auc", "hr@5", "mrr@5", "ndcg@5")
 
 def write_results(run: RunFolder) -> Path:
     """Write ``results.md`` of a run that was evaluated, and return its path."""
-    write_text(run.results_page, results_page(run.results()))
+    results, scores = run.results(), run.read(SCORES) if run.has(SCORES) else None
+    write_text(run.results_page, results_page(results, user_stories(run, scores, results.split)))
     return run.results_page
 
 
-def results_page(results: Results) -> str:
-    """All of a run's results as Markdown."""
+def results_page(results: Results, users: Sequence[UserStory] = ()) -> str:
+    """All of a run's results as Markdown, in the order of the report: people, the table, its parts, further evidence.
+
+    Args:
+        users: shown in words.
+    """
+    further = sections(results)
+    titles = [f"{len(users)} users"] * bool(users) + ["Results", *(section.title for section in further)]
     parts = [f"# {' '.join(results.dataset.split())}", headline(results), _conditions(results)]
-    parts += ["Percent, 95% interval by bootstrap over users; equal scores count by their expected place."]
+    parts += ["\n".join(f"- [{title}](#{github_anchor(title)})" for title in titles)]
+    if users:
+        parts += [
+            f"## {titles[0]}",
+            "Evenly spaced from the best-ranked to the worst-ranked choice.",
+            *map(_told, users),
+        ]
+    parts += [
+        "## Results",
+        "Percent, 95% interval by bootstrap over users; equal scores count by their expected place.",
+    ]
     parts += [results_table(results).to_markdown(), *results.notes]
-    for section in sections(results):
+    for section in further:
         parts += [f"## {section.title}", section.words, section.table.to_markdown() if section.table else None]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _told(user: UserStory) -> str:
+    """A user's history, preferences and ranking as Markdown."""
+    blocks = [f"{_titles(block.items)}: *{plain(block.preference)}*" for block in user.blocks]
+    recent = [f"{_titles(user.recent)}; not yet part of the preference"] if user.recent else []
+    ranked = [
+        f"{entry.place}. {plain(entry.item.title)} {entry.score:.3f}".join(("**",) * 2 if entry.chosen else ("",) * 2)
+        for entry in user.ranking
+    ]
+    head = f"**User {plain(user.user_id)}**, next choice {user.rank} of {user.candidates}"
+    steps = "\n".join(f"{step}. {text}" for step, text in enumerate([*blocks, *recent], start=1))
+    return f"{head}\n\n{steps}\n\nRanked: {'; '.join(ranked)}"
+
+
+def _titles(items: Sequence[ItemCard]) -> str:
+    return ", ".join(plain(item.title) for item in items)
+
+
+def github_anchor(title: str) -> str:
+    """The anchor that GitHub and the Hub give a heading.
+
+    >>> github_anchor("NDCG@5 by items in the history")
+    'ndcg5-by-items-in-the-history'
+    """
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _conditions(results: Results) -> str:

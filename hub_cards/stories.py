@@ -14,7 +14,7 @@ from mllm_msr.evaluation.places import rank_of_choice
 from mllm_msr.modeling.preference import split_history
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEM_SUMMARIES, ITEMS, PREFERENCES, TASKS, THUMBNAILS
-from mllm_msr.records.sections import OURS
+from mllm_msr.records.sections import HEAD_VARIANTS, OURS
 
 N_USERS = 6  # shown in full
 N_CANDIDATES = 8  # shown of each ranking, and the chosen item wherever it stands
@@ -101,8 +101,7 @@ def user_stories(run: RunFolder, scores: pl.DataFrame | None, split: str) -> lis
     """Users evenly spaced from the best-ranked to the worst-ranked choice, so that nothing is flattered."""
     if scores is None or scores.is_empty() or not (run.has(ITEMS) and run.has(TASKS)):
         return []
-    variants = scores["variant"].unique().sort().to_list()
-    scores = scores.filter(variant=OURS if OURS in variants else variants[0])
+    scores = scores.filter(variant=ranked_by(scores))
     tasks = run.scan(TASKS).filter(split=split).unique("user_id", keep="first").collect()
     ranks = rank_of_choice(scores).join(tasks, on="user_id").sort(pl.col("first") + pl.col("last"), "user_id")
     chosen = ranks[_spread(len(ranks))]
@@ -120,6 +119,12 @@ def user_stories(run: RunFolder, scores: pl.DataFrame | None, split: str) -> lis
         own = scores.filter(user_id=task["user_id"])
         stories.append(user_story(task, own, written.get(task["user_id"], {}), run.block_size, cards))
     return stories
+
+
+def ranked_by(scores: pl.DataFrame) -> str:
+    """The variant whose ranking is shown: the answer of our model, or else what ranks by item vectors."""
+    names = set(scores["variant"].unique())
+    return next((name for name in (OURS, "fused", *HEAD_VARIANTS) if name in names), min(names))
 
 
 def user_story(

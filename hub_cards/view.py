@@ -171,7 +171,8 @@ def percent(value: float) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    return f"{percent(estimate.low)}-{percent(estimate.high)}"
+    """In percent; empty if it is a point, as that of chance is."""
+    return f"{percent(estimate.low)}-{percent(estimate.high)}" if estimate.high - estimate.low > 1e-9 else ""
 
 
 def estimate_cell(estimate: Estimate | None, best: bool = False) -> Cell:

@@ -8,8 +8,9 @@ import pytest
 
 from mllm_msr.evaluation.cold_items import places_among_candidates
 from mllm_msr.evaluation.full_catalogue import places_in_catalogue
+from mllm_msr.evaluation.metrics import user_columns
 from mllm_msr.evaluation.places import rank_of_choice
-from mllm_msr.evaluation.rankers import Popularity, Random
+from mllm_msr.evaluation.rankers import Chance, Popularity
 from mllm_msr.evaluation.scorers import RankerScorer
 
 N_ITEMS, N_USERS = 9, 7
@@ -82,14 +83,26 @@ def test_repeated_choices_and_items_that_are_gone_change_nothing(world):
     assert places_in_catalogue(world.tasks, world.items, log, scorer).equals(expected)
 
 
-def test_a_random_order_of_the_catalogue_depends_on_the_seed_alone(world):
-    def ranked(scored_before: bool, seed: int = 0) -> pl.DataFrame:
-        scorer = RankerScorer(Random(world.items, seed))
-        if scored_before:
-            scorer.score(world.tasks)
-        return places_in_catalogue(world.tasks, world.items, world.chosen, scorer, pairs=20)
+def test_chance_ties_every_choice_with_all_that_the_user_never_chose(world):
+    places = places_in_catalogue(world.tasks, world.items, world.chosen, RankerScorer(Chance(world.items)), pairs=20)
+    assert set(places["first"]) == {1} and places["last"].equals(places["candidates"])
 
-    assert ranked(True).equals(ranked(False)) and not ranked(False).equals(ranked(False, seed=1))
+
+def test_chance_is_what_a_random_order_expects(world):
+    tasks, names = world.tasks.explode("candidates", "labels"), ["auc", "hr@2", "mrr@2", "ndcg@2"]
+    users, labels = tasks["user_id"], tasks["labels"].to_numpy()
+
+    def means(logits: np.ndarray) -> np.ndarray:
+        return np.mean([column.mean() for column in user_columns(users, labels, logits, names).values()], axis=0)
+
+    scores = Chance(world.items)(world.tasks)
+    columns = user_columns(users, labels, scores, names)
+    computed = {name: float(column.mean()) for name, column in columns.items()}
+    assert computed == pytest.approx(
+        {"auc": 1 / 2, "hr@2": 2 / 3, "mrr@2": 1.5 / 3, "ndcg@2": (1 + np.log(2) / np.log(3)) / 3}
+    )
+    drawn = np.random.default_rng(0).random((500, len(labels)))
+    assert means(scores) == pytest.approx(np.mean([means(logits) for logits in drawn]), abs=0.01)
 
 
 def test_a_missing_score_is_refused(world):

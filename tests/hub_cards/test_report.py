@@ -67,8 +67,8 @@ def test_it_is_whole_and_says_what_the_run_says(source, finished_run):
 def test_it_needs_nothing_from_outside(source):
     for tag, attributes in Page(source).attributes:
         assert tag not in ("script", "link", "iframe")
-        for name in ("src", "href"):
-            assert attributes.get(name, "data:image/jpeg").startswith("data:image/jpeg")
+        assert attributes.get("src", "data:image/jpeg").startswith("data:image/jpeg")
+        assert attributes.get("href", "#").startswith("#")
     assert "url(" not in source and "@import" not in source
 
 
@@ -109,11 +109,24 @@ def test_every_variant_has_its_colour(make_run):
     assert "<b>another" not in page
 
 
+def test_people_stand_first_and_the_contents_lead_to_every_section(source):
+    page = Page(source)
+    places = [
+        page.text.index(words) for words in ("6 users in full", "their choice", "AUC per user", "ROC over all pairs")
+    ]
+    assert places == sorted(places)
+    ids = {attributes.get("id") for _, attributes in page.attributes}
+    links = [attributes["href"][1:] for tag, attributes in page.attributes if tag == "a"]
+    headings = source.count("<h2")
+    assert headings == source.count('<h2 id="') >= 4 and len(links) >= 2 * headings and set(links) <= ids
+    assert source.count('<details class="user" open>') == 2 and source.count('<details class="user">') == 4
+
+
 def test_charts_speak_to_screen_readers(source):
     charts = [part for part in source.split("<figure")[1:] if 'role="img"' in part]
     assert len(charts) == 5
     ids = [attributes["id"] for _, attributes in Page(source).attributes if "id" in attributes]
-    assert len(ids) == len(set(ids)) == 10
+    assert len(ids) == len(set(ids)) and sum(name.startswith(("title-", "text-")) for name in ids) == 10
     for chart in charts:
         assert chart.count("<title") == chart.count("<desc") == 1
 
@@ -186,5 +199,5 @@ def test_a_chart_is_well_formed_and_inside_its_frame():
     root = ElementTree.fromstring(str(chart))
     assert root.find("svg/title").text == "A & B"
     points = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter("circle")]
-    assert points[0] == (50.0, 248.0) and points[1][1] == 12.0 and points[2][0] == 428.0
+    assert points[0] == (50.0, 228.0) and points[1][1] == 12.0 and points[2][0] == 348.0
     assert "&lt;b&gt;" in str(chart) and "<b>" not in str(chart)

@@ -1,6 +1,7 @@
 """results.md, the console, the comparison of runs, and studies, from results as a run would leave them."""
 
 import json
+import re
 from dataclasses import replace
 
 import polars as pl
@@ -196,7 +197,12 @@ def test_the_report_shows_the_evidence(make_run):
     for title in ("Differences from each variant", "&lt; 0.001", "NDCG@5 by training interactions", "Is a probability"):
         assert title in page
     assert "Ties and popularity" in page and "SASRec" in page and "bfloat16" in page
-    assert run.results_page.read_text() == results_page(RESULTS)
+    shown = run.results_page.read_text()
+    assert shown.endswith(results_page(RESULTS).partition("## Results")[2])
+    assert shown.count("**User u") == 6 and shown.index("**User u") < shown.index("## Results")
+    assert "<script>" not in shown
+    for title in re.findall(r"^- \[(.*)\]\(#", shown, re.MULTILINE):
+        assert f"\n## {title}\n" in shown
 
 
 def test_charts_are_drawn_only_from_what_is_there():

@@ -107,15 +107,11 @@ class Popularity(Ranker):
         return np.tile(self.counts, (len(histories), 1))
 
 
-class Random(Ranker):
-    """A random order; one of its own for the whole catalogue, so that neither depends on the other."""
-
-    def __init__(self, items: pl.DataFrame, seed: int) -> None:
-        super().__init__(items)
-        self.of_candidates, self.of_catalogue = (np.random.default_rng(key) for key in (seed, [seed, 1]))
+class Chance(Ranker):
+    """One value for all: metrics take equals at their expected place, which gives a random order's exact mean."""
 
     def score(self, histories: CodedLists, candidates: CodedLists) -> Array:
-        return self.of_candidates.random(len(candidates.codes))
+        return np.zeros(len(candidates.codes), np.float32)
 
     def score_catalogue(self, histories: CodedLists) -> Array:
-        return self.of_catalogue.random((len(histories), len(self.items)), dtype=np.float32)
+        return np.zeros((len(histories), len(self.items)), np.float32)

@@ -10,7 +10,7 @@ import polars as pl
 from mllm_msr.evaluation.kept_scores import MODEL_STAGES
 from mllm_msr.evaluation.loading import load_backbone
 from mllm_msr.evaluation.metrics import check_metric
-from mllm_msr.evaluation.rankers import Popularity, Random, Ranker, item_vectors, training_log
+from mllm_msr.evaluation.rankers import Chance, Popularity, Ranker, item_vectors, training_log
 from mllm_msr.evaluation.scorers import ModelScorer, ModelView, Oracle, RankerScorer, Scorer
 from mllm_msr.evaluation.scoring import (
     of_another_user,
@@ -84,7 +84,7 @@ def popularity(run: RunFolder) -> Ranker:
 
 
 def chance(run: RunFolder) -> Ranker:
-    return Random(run.read(ITEMS, ["item_id"]), run.recipe.evaluation.seed)
+    return Chance(run.read(ITEMS, ["item_id"]))
 
 
 # Trained baselines need torch, which is imported only where one is made.
@@ -345,7 +345,9 @@ VARIANTS = {
             ranked_by(popularity),
             "red",
         ),
-        Variant("random", "random", "ranked by chance", "reference", ranked_by(chance), "grey", "4 4"),
+        Variant(
+            "random", "chance", "what a random order expects, computed", "reference", ranked_by(chance), "grey", "4 4"
+        ),
         Variant(
             "oracle",
             "oracle",
