@@ -117,7 +117,7 @@ def _publish(
     run: RunFolder, options: PublishOptions, repositories: list[Repository], api: HfApi, tries: int
 ) -> dict[Part, str]:
     facts, create_pr, tag = RunFacts.read(run), options.create_pr, options.tag
-    closed = kept_private(facts.source)
+    closed = kept_private(facts)
     opened = [repository for repository in repositories if options.public and repository.part not in closed]
     for repository in repositories:
         _show(repository, repository in opened)

@@ -60,19 +60,22 @@ def warnings(facts: RunFacts, public: bool) -> list[str]:
     reasons = conflicts(license, backbone_license(facts.backbone, facts.backbone_revision), source)
     if not license:
         reasons.append("the recipe states no `license`: others may then not use what is published")
-    if public and source in SOURCE_TERMS:
-        terms = SOURCE_TERMS[source]
+    if public and (closed := kept_private(facts)):
+        terms, vectors = SOURCE_TERMS[source], "model" in closed
         reasons.append(
-            f"{' and '.join(kept_private(source))} stay private: they show histories of {terms.name} ({terms.log}). "
-            f"With permission, open them in their settings on the Hub. Its terms: {terms.link}"
+            f"{', '.join(closed[:-1])} and {closed[-1]} stay private: they show histories of {terms.name} ({terms.log})"
+            + (f", and the model's item vectors are made of its texts or images ({terms.images})" if vectors else "")
+            + f". With permission, open them in their settings on the Hub. Its terms: {terms.link}"
         )
     return reasons
 
 
-def kept_private(source: str) -> tuple[str, ...]:
-    """The parts of a release that ``--public`` does not open, as they pass on the log of a source that forbids it.
+def kept_private(facts: RunFacts) -> tuple[str, ...]:
+    """The parts of a release that ``--public`` does not open, for a source whose terms forbid to pass on what they hold.
 
-    >>> kept_private("amazon"), kept_private("demo")
-    (('dataset', 'space'), ())
+    These are the log of its users in the data set and the demo, and a model's item vectors: like the summaries in the
+    data set they are what a model made of the texts and images, an item each.
     """
-    return ("dataset", "space") if source in RESTRICTED_SOURCES else ()
+    if facts.source not in RESTRICTED_SOURCES:
+        return ()
+    return ("dataset", "space", "model") if facts.model.head_items else ("dataset", "space")

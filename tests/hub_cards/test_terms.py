@@ -44,6 +44,10 @@ def test_who_publishes_is_warned(finished_run):
     microlens = recipe(source={"type": "microlens"}, license="other")
     assert warnings(microlens, public=False) == []
     assert "dataset and space stay private" in warnings(microlens, public=True)[0]
+    vectors = replace(microlens, model=replace(microlens.model, head_items=30))
+    (warning,) = warnings(vectors, public=True)
+    assert "dataset, space and model stay private" in warning and "item vectors are made of its texts" in warning
+    assert warnings(replace(vectors, recipe=finished_run.recipe), public=True) == []
     assert "states no `license`" in warnings(recipe(license=None), public=False)[0]
 
 
