@@ -16,10 +16,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks, ndcg_at
 from mllm_msr.evaluation.epochs import Epochs
+from mllm_msr.evaluation.product_cross_entropy import product_cross_entropy
 from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig
 from mllm_msr.records.sections import at_least
 from mllm_msr.records.storage import digest
@@ -181,12 +181,7 @@ def next_item_loss(head: SequenceHead, batch: torch.Tensor, classes: Classes, rn
     targets = places[:, 1:]
     real = targets != PADDING
     states = head(places[:, :-1].masked_fill(~real, PADDING), vectors).states[real]
-    targets = targets[real]
-    logits = states @ vectors.T
-    if not classes.whole:
-        logits = logits - log_q
-        logits = logits.scatter_add(1, targets[:, None], log_q[targets][:, None])
-    return F.cross_entropy(logits, targets)
+    return product_cross_entropy(states, vectors, targets[real], log_q)
 
 
 def batches_by_length(lengths: Array, batch_size: int, rng: np.random.Generator) -> Iterator[Array]:
