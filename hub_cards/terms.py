@@ -71,7 +71,7 @@ def warnings(facts: RunFacts, public: bool) -> list[str]:
 
 
 def kept_private(facts: RunFacts) -> tuple[str, ...]:
-    """The parts of a release that ``--public`` does not open, for a source whose terms forbid to pass on what they hold.
+    """The parts of a release that ``--public`` does not open, for a source that forbids to pass on what they hold.
 
     These are the log of its users in the data set and the demo, and a model's item vectors: like the summaries in the
     data set they are what a model made of the texts and images, an item each.
