@@ -15,6 +15,7 @@ from mllm_msr.records.public import is_hub_id
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+MEMORY = "item_memory.safetensors"  # beside an adapter, where the model has memory tokens
 NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is needed
 SHIPPED = (("modeling", "modeling_mllm_msr.py"), ("modeling", "pipeline.py"), ("processing", "processing_mllm_msr.py"))
@@ -53,8 +54,10 @@ def _weights(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         settings, weights = (f"{adapter}/{name}" for name in ADAPTER)
         if not read_json(folder / settings):
             raise FileNotFoundError(f"{folder / settings} is missing: train again")
-        tensor_names(folder / weights)
-        yield from (settings, weights)
+        files = [weights, f"{adapter}/{MEMORY}"] if config.get("item_memory") else [weights]
+        for file in files:
+            tensor_names(folder / file)
+        yield from (settings, *files)
     elif (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         tensor_names(folder / WEIGHTS)
         yield WEIGHTS

@@ -4,7 +4,8 @@ A packed row holds *prefixes*, whose tokens see what precedes them in their own 
 sees what precedes in itself and one prefix of every group. With ``interaction="joint"`` there is one group: a prefix is
 what a user's prompts begin with, and a suffix is the rest of one prompt. With ``late`` users are one group, candidates
 another, and a suffix is the few tokens that ask for the answer. All layers but attention work on single tokens, so only
-attention has to know.
+attention has to know. Whatever it indexes by is a table of integers that `packing.py` makes on the host once a forward,
+so no layer has shapes that depend on values, for which the host would wait.
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,10 @@ class Segments:
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """(T, heads, d) of a row to (N, heads, L, d)."""
         return tensor[self.places].transpose(1, 2)
+
+    def to(self, device: torch.device) -> "Segments":
+        mask = self.mask.to(device, non_blocking=True) if self.mask is not None else None
+        return Segments(*(each.to(device, non_blocking=True) for each in (self.places, self.inside)), mask)
 
 
 @dataclass
@@ -131,6 +136,11 @@ class PrefixGroup:
         slots[order] = prefix_of[order] * most + rank
         return cls(prefixes, prefix_of, suffixes, slots)
 
+    def to(self, device: torch.device, prefixes: Segments | KVCache) -> "PrefixGroup":
+        """With ``prefixes`` that are there already."""
+        tables = (self.prefix_of, self.suffixes, self.slots)
+        return PrefixGroup(prefixes, *(table.to(device, non_blocking=True) for table in tables))
+
 
 @dataclass
 class BlockLayout:
@@ -138,12 +148,14 @@ class BlockLayout:
 
     Args:
         prefixes: those of the row, group by group.
+        visible: of each group's prefixes what the suffixes see: the same object, or their memory tokens only.
         suffixes: those of the row, if there are any; their mask is never None.
         groups: what the suffixes see beside themselves, the row's prefixes before those of caches.
         order: (T,) where each token of the row stands among the flattened ``prefixes`` and ``suffixes``.
     """
 
     prefixes: list[Segments]
+    visible: list[Segments]
     suffixes: Segments | None
     groups: list[PrefixGroup]
     order: torch.Tensor
@@ -151,9 +163,19 @@ class BlockLayout:
     @property
     def width(self) -> int:
         """The most tokens that any token of the row sees, itself included."""
-        if self.suffixes is None:
-            return max(segments.inside.shape[1] for segments in self.prefixes)
-        return sum(part.inside.shape[1] for part in (self.suffixes, *(group.prefixes for group in self.groups)))
+        widths = [segments.inside.shape[1] for segments in self.prefixes]
+        if self.suffixes is not None:
+            parts = (self.suffixes, *(group.prefixes for group in self.groups))
+            widths.append(sum(part.inside.shape[1] for part in parts))
+        return max(widths)
+
+    def to(self, device: torch.device) -> "BlockLayout":
+        """All tables on the device of the model."""
+        moved = {id(each): each.to(device) for each in [*self.prefixes, *self.visible]}
+        prefixes, visible = ([moved[id(each)] for each in some] for some in (self.prefixes, self.visible))
+        groups = [group.to(device, moved.get(id(group.prefixes), group.prefixes)) for group in self.groups]
+        suffixes = self.suffixes.to(device) if self.suffixes is not None else None
+        return BlockLayout(prefixes, visible, suffixes, groups, self.order.to(device, non_blocking=True))
 
 
 def block_attention(
@@ -176,7 +198,7 @@ def block_attention(
     dropout = dropout if module.training else 0.0
     outputs: list[torch.Tensor] = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of each group of prefixes
-    for segments in block_layout.prefixes:
+    for segments, visible in zip(block_layout.prefixes, block_layout.visible, strict=True):
         queries, keys, values = (segments.gather(tensor) for tensor in (q, k, v))
         output = scaled_dot_product_attention(
             queries,
@@ -189,7 +211,7 @@ def block_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-        seen.append((keys, values))
+        seen.append((keys, values) if visible is segments else (visible.gather(k), visible.gather(v)))
     suffixes, groups = block_layout.suffixes, block_layout.groups
     if suffixes is not None:
         layer: Any = module.layer_idx

@@ -15,7 +15,11 @@ class MllmMsrConfig(PreTrainedConfig):
             `late` they do not see each other, and only the last few tokens, which ask for the answer, see both: so
             each user and each candidate is computed once, whatever it is paired with.
         user_limit: with `late`, the most tokens of a user, and the position at which candidates begin.
-        item_limit: with `late`, the most tokens of a candidate; answers begin at `user_limit + item_limit`.
+        item_limit: with `late`, the most tokens of a candidate; answers begin at `user_limit + item_limit +
+            item_memory`.
+        item_memory: with `late`, how many memory tokens, whose embeddings are learned, stand after each candidate. They
+            see all of it, and the answer sees of it nothing but them, so they are all that is kept of it. 0: none, and
+            the answer sees all of the candidate.
         answer_token_ids: `{"yes": [...], "no": [...]}`, the first tokens of the two answers as the backbone's chat
             template writes them; the one to train on comes first, other spellings after it. The two must not overlap.
         backbone_name_or_path: where the backbone came from; an adapter repository is loaded on top of it.
@@ -34,6 +38,7 @@ class MllmMsrConfig(PreTrainedConfig):
     interaction: str = "joint"
     user_limit: int = 512
     item_limit: int = 1024
+    item_memory: int = 0
     answer_token_ids: dict[str, list[int]] | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None

@@ -71,7 +71,7 @@ class LatePlan:
     ) -> None:
         self.model, self.processor, self.token_budget = model, processor, token_budget
         self.memory, self.cache = memory, cache
-        self.answer_ids = processor.late_answer_ids.to(model.device)
+        self.answer_ids = processor.late_answer_ids
 
     def scores(
         self, users: Sequence[User], rows: Sequence[np.ndarray], names: Sequence[str], catalogue: Mapping[str, Any]
@@ -149,9 +149,9 @@ class LatePlan:
         return KVCache.join([prefix for prefix in prefixes.values() if prefix is not None])
 
     def _encode(self, batch: BatchFeature, side: Literal["user", "item"], features: list[torch.Tensor]) -> KVCache:
-        packed = pack_late_prefixes(self.model, batch.to(self.model.device), side)
+        packed = pack_late_prefixes(self.model, batch, side)
         output = self.model(**packed, image_features=features)
-        return KVCache.of(output.past_key_values, packed["block_layout"].prefixes[0])
+        return KVCache.of(output.past_key_values, packed["block_layout"].visible[0])
 
     def _pair_scores(self, users: KVCache, items: KVCache, pairs: Pairs) -> Iterator[Scores]:
         """The logits of some users and some candidates."""
@@ -169,7 +169,7 @@ class LatePlan:
                 users.select(user_rows),
                 items.select(item_rows),
                 self.answer_ids,
-                torch.from_numpy(np.stack([user_of, item_of])).to(self.model.device),
+                torch.from_numpy(np.stack([user_of, item_of])),
             )
             logits = self.model.score(**packed).logits.cpu().numpy()
             yield Scores(part.users, part.places, logits)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
@@ -22,6 +24,7 @@ from .image_features import encoder_outputs
 from .item_ranking import PREFIX, ItemRanker
 from .lora import adapter_layers, merge_adapter, save_adapter
 
+MEMORY = "item_memory.safetensors"  # beside an adapter
 ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
 OWN = ("revision", "subfolder", "code_revision", "adapter_kwargs")
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder")
@@ -51,6 +54,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected: Any = (rf"^{re.escape(PREFIX)}",)  # loaded beside the model, see `attach`
     item_ranker: ItemRanker | None = None
+    item_memory: Any  # an embedding (`config.item_memory`, D), or None
 
     def __init__(self, config: MllmMsrConfig):
         super().__init__(config)
@@ -67,6 +71,9 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
                 "sequence (interaction='joint'); choose a decoder-only backbone"
             )
         self.backbone = AutoModelForImageTextToText.from_config(config.vlm_config)
+        self.item_memory = None
+        if config.item_memory:
+            self.item_memory = nn.Embedding(config.item_memory, config.get_text_config(decoder=True).hidden_size)
         self.post_init()
         layers = {type(module).__name__ for module in self.modules()}  # CLIP also names layers of its text side
         self._no_split_modules = layers & set(self._no_split_modules or ())
@@ -152,6 +159,21 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         decoder: Any = self.get_decoder()
         decoder.set_attn_implementation(BLOCK_ATTENTION)
 
+    @torch.no_grad()
+    def set_item_memory(self, count: int) -> None:
+        """Give a `late` model so many new memory tokens; 0 takes those that it has away.
+
+        Their embeddings are drawn with the mean and the deviation of those of the vocabulary, always the same ones.
+        """
+        self.config.item_memory, self.item_memory = count, None
+        if count:
+            vocabulary: Any = self.get_input_embeddings()
+            ids = torch.linspace(0, vocabulary.num_embeddings - 1, 1024, device=vocabulary.weight.device).long()
+            sample = vocabulary(ids)
+            noise = torch.randn(count, sample.shape[1], generator=torch.Generator().manual_seed(0))
+            drawn = sample.float().mean(0) + sample.float().std(0) * noise.to(sample.device)
+            self.item_memory = nn.Embedding(*drawn.shape, _weight=drawn.to(sample.dtype))
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -159,6 +181,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_features: Sequence[torch.Tensor] | None = None,
+        memory_places: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The backbone's forward pass and output.
@@ -168,11 +191,19 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only (0: of all), or of these positions.
             image_features: what `encode_images` returned for the batch's images, in their order, in place of
                 `pixel_values` and its companions.
+            memory_places: (N, `config.item_memory`) the places of a packed row where the memory tokens of N candidates
+                stand.
             kwargs: the backbone's; `packing.py` makes all arguments for rows in which prompts share what they can.
         """
         if image_features:
             kwargs.pop("pixel_values", None)
             kwargs["mm_encoder_outputs"] = encoder_outputs(self.backbone, image_features)
+        if memory_places is not None:
+            embedded = self.get_input_embeddings()(input_ids)
+            count = memory_places.shape[1]
+            memory = self.item_memory(torch.arange(count, device=memory_places.device).repeat(len(memory_places)))
+            input_ids = None
+            kwargs["inputs_embeds"] = embedded.index_copy(1, memory_places.flatten(), memory[None].to(embedded.dtype))
         return self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, labels=labels, logits_to_keep=logits_to_keep, **kwargs
         )
@@ -231,12 +262,22 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         # these are of this repository, not of the backbone's
         own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
         where = {"revision": saved.backbone_revision} if saved.backbone_revision else {}
+        memory, saved.item_memory = saved.item_memory, 0  # which the backbone has not
         loaded = super().from_pretrained(saved.backbone_name_or_path, *model_args, config=saved, **where, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub.update(subfolder="/".join(part for part in (own.get("subfolder"), saved.adapter) if part))
+        if memory:
+            model._load_item_memory(memory, cached_file(pretrained_model_name_or_path, MEMORY, **hub))
         model.backbone.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub)
         model.attach(ranker)
         return loaded
+
+    @torch.no_grad()
+    def _load_item_memory(self, count: int, file: Any) -> None:
+        """Memory tokens from the file that lies beside an adapter."""
+        self.set_item_memory(count)
+        with safe_open(file, framework="pt") as weights:
+            self.item_memory.weight.copy_(weights.get_tensor("weight"))
 
     def attach(self, ranker: ItemRanker | None) -> None:
         """Make `ranker` this checkpoint's `item_ranker`, saved and loaded with it; None takes it away.
@@ -251,7 +292,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """Write all weights, or, while an adapter is live, only that, for the backbone the configuration names.
 
         The item ranker's weights are in the same file or files, or, beside an adapter, in `model.safetensors`; its
-        items in `items.json`.
+        items in `items.json`. Those of memory tokens are likewise, or in `adapter/item_memory.safetensors`.
         """
         from .pipeline import CUSTOM_PIPELINES  # here, as it takes a while; its code is saved with this file's
 
@@ -285,6 +326,11 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         )
         if self.item_ranker is not None:
             self.item_ranker.save_weights(save_directory)
+        if self.item_memory is not None:
+            trained = getattr(self.item_memory, "modules_to_save", None)  # if PEFT has wrapped it
+            memory = self.item_memory if trained is None else trained[self.item_memory.active_adapters[0]]
+            weight = memory.weight.detach().cpu().contiguous()
+            save_file({"weight": weight}, os.path.join(save_directory, ADAPTER, MEMORY), metadata={"format": "pt"})
 
     @contextmanager
     def _one_state_dict(self, saving: dict[str, Any]) -> Iterator[None]:

@@ -1,4 +1,8 @@
-"""Packed rows: forward arguments in which what several prompts share stands once (see `block_attention.py`)."""
+"""Packed rows: forward arguments in which what several prompts share stands once (see `block_attention.py`).
+
+Batches are best given as the processor makes them, on the CPU: all tables are made there, and what the model takes is
+moved to its device at the end, so that nothing waits for it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +60,7 @@ def pack_joint(model: RecommendationModel, batch: Batch, group_ids: torch.Tensor
     """
     if model.config.interaction != "joint":
         raise ValueError("whole prompts are packed for a model with interaction='joint'; this one takes pack_late")
+    images, batch, group_ids = _images(batch), _on_host(batch), group_ids.cpu()
     mask = batch["attention_mask"].bool()
     ids, group = group_ids.unique(return_inverse=True)
     rows = torch.arange(len(group), device=group.device)
@@ -67,13 +72,16 @@ def pack_joint(model: RecommendationModel, batch: Batch, group_ids: torch.Tensor
     first_rows = {name: batch[name][firsts] for name in ("input_ids", "token_type_ids") if name in batch}
     prefixes = _Tokens.of(first_rows, where[..., firsts, :], (mask & ~own)[firsts])
     suffixes = _Tokens.of(batch, where, own)
-    return {**_images(batch), **_packed(model, [prefixes], suffixes, [group], [])}
+    return _packed(model, images, [prefixes], suffixes, [group], [])
 
 
 def pack_late(
     model: RecommendationModel, users: Batch, items: Batch, answer_ids: torch.Tensor, pairs: torch.Tensor
 ) -> dict[str, Any]:
     """Arguments of the model's forward for P pairs of users and candidates (`interaction="late"`).
+
+    Where `config.item_memory` is not 0, each candidate ends with so many memory tokens, and all that the pairs see of
+    it is these.
 
     Args:
         users, items, answer_ids: from the processor's `late_blocks`.
@@ -83,21 +91,23 @@ def pack_late(
         The arguments; the logits are then (1, P, V), of the last token of each pair.
     """
     prefixes = [_late_tokens(model, users, "user"), _late_tokens(model, items, "item")]
-    return {**_images(items), **_packed(model, prefixes, _late_answers(model, answer_ids, pairs), [*pairs], [])}
+    pairs = pairs.cpu()
+    return _packed(model, _images(items), prefixes, _late_answers(model, answer_ids, pairs), [*pairs], [])
 
 
 def pack_late_prefixes(model: RecommendationModel, batch: Batch, side: Literal["user", "item"]) -> dict[str, Any]:
     """Arguments of the model's forward for users alone or candidates alone; `past_key_values` of its output has their
-    keys and values, which `KVCache.of` takes."""
-    packed = _packed(model, [_late_tokens(model, batch, side)], None, [], [])
-    return {**_images(batch), **packed, "past_key_values": DynamicCache(), "use_cache": True}
+    keys and values, of which `KVCache.of` takes those of `block_layout.visible[0]`."""
+    packed = _packed(model, _images(batch), [_late_tokens(model, batch, side)], None, [], [])
+    return {**packed, "past_key_values": DynamicCache(), "use_cache": True}
 
 
 def pack_late_answers(
     model: RecommendationModel, users: KVCache, items: KVCache, answer_ids: torch.Tensor, pairs: torch.Tensor
 ) -> dict[str, Any]:
     """As :func:`pack_late`, of users and candidates that were computed before."""
-    return _packed(model, [], _late_answers(model, answer_ids, pairs), [*pairs], [users, items])
+    pairs = pairs.cpu()
+    return _packed(model, {}, [], _late_answers(model, answer_ids, pairs), [*pairs], [users, items])
 
 
 def positions(model: RecommendationModel, batch: Batch) -> torch.Tensor:
@@ -137,12 +147,14 @@ class _Tokens:
     """T tokens of N rows, in reading order.
 
     ids: (T,). where: (T,) or (3, T) positions. types: (T,), of families that have them. counts: (N,) tokens of a row.
+    memory: how many tokens at the end of each row are memory tokens, whose ids mean nothing.
     """
 
     ids: torch.Tensor
     where: torch.Tensor
     types: torch.Tensor | None
     counts: torch.Tensor
+    memory: int = 0
 
     @classmethod
     def of(cls, batch: Batch, where: torch.Tensor, chosen: torch.Tensor) -> "_Tokens":
@@ -150,32 +162,52 @@ class _Tokens:
         types = batch["token_type_ids"][chosen] if "token_type_ids" in batch else None
         return cls(batch["input_ids"][chosen], where[..., chosen], types, chosen.sum(1))
 
+    def with_memory(self, begin: int, memory: int) -> "_Tokens":
+        """Each row with so many memory tokens after it, at the positions from ``begin``."""
+        if not memory:
+            return self
+        rows = torch.arange(len(self.counts))
+        counts = self.counts + memory
+        total = len(self.ids) + memory * len(rows)
+        places = torch.arange(len(self.ids)) + memory * rows.repeat_interleave(self.counts)
+        ids, where = self.ids.new_zeros(total), self.where.new_empty(*self.where.shape[:-1], total)
+        memories = (counts.cumsum(0)[:, None] - memory + torch.arange(memory)).flatten()
+        ids[places], where[..., places] = self.ids, self.where
+        where[..., memories] = begin + torch.arange(memory).repeat(len(rows))
+        types = self.types.new_zeros(total).index_copy(0, places, self.types) if self.types is not None else None
+        return _Tokens(ids, where, types, counts, memory)
+
 
 def _late_tokens(model: RecommendationModel, batch: Batch, side: Literal["user", "item"]) -> _Tokens:
-    """Users begin at position 0, candidates at the end of the longest user."""
+    """Users begin at position 0, candidates at the end of the longest user, their memory at that of the longest
+    candidate."""
     config = model.config
     if config.interaction != "late":
         raise ValueError("users and candidates are packed apart for a model with interaction='late' only")
     limit, begin = {"user": (config.user_limit, 0), "item": (config.item_limit, config.user_limit)}[side]
+    batch = _on_host(batch)
     mask = batch["attention_mask"].bool()
     if int(mask.sum(1).max()) > limit:
         raise ValueError(f"{int(mask.sum(1).max())} tokens of one {side} are more than config.{side}_limit={limit}")
-    return _Tokens.of(batch, positions(model, batch) + begin, mask)
+    tokens = _Tokens.of(batch, positions(model, batch) + begin, mask)
+    return tokens.with_memory(begin + limit, config.item_memory) if side == "item" else tokens
 
 
 def _late_answers(model: RecommendationModel, answer_ids: torch.Tensor, pairs: torch.Tensor) -> _Tokens:
-    """The answers' tokens for each of (2, P) pairs, at the positions after the longest candidate."""
-    count, config = pairs.shape[1], model.config
+    """The answers' tokens for each of (2, P) pairs, at the positions after the longest candidate and its memory."""
+    answer_ids, count, config = answer_ids.cpu(), pairs.shape[1], model.config
+    begin = config.user_limit + config.item_limit + config.item_memory
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and config.user_limit + config.item_limit + len(answer_ids) > context:
+    if context is not None and begin + len(answer_ids) > context:
         raise ValueError(
-            f"config.user_limit={config.user_limit}, config.item_limit={config.item_limit} and the answer's "
-            f"{len(answer_ids)} tokens are more than the backbone's {context} positions: train with lower limits"
+            f"config.user_limit={config.user_limit}, config.item_limit={config.item_limit}, config.item_memory="
+            f"{config.item_memory} and the answer's {len(answer_ids)} tokens are more than the backbone's {context} "
+            "positions: train with lower limits"
         )
-    where = torch.arange(len(answer_ids), device=answer_ids.device) + config.user_limit + config.item_limit
+    where = torch.arange(len(answer_ids)) + begin
     if FAMILIES[config.vlm_config.model_type].grid_positions:
         where = where.expand(3, -1)
-    counts = torch.full((count,), len(answer_ids), device=answer_ids.device)
+    counts = torch.full((count,), len(answer_ids))
     return _Tokens(answer_ids.repeat(count), where.tile(count), None, counts)
 
 
@@ -183,16 +215,23 @@ def _images(batch: Batch) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if name not in TEXTUAL}
 
 
+def _on_host(batch: Batch) -> dict[str, torch.Tensor]:
+    """What decides tokens and positions, where the tables are made."""
+    return {name: batch[name].cpu() for name in (*TEXTUAL, "image_grid_thw") if name in batch}
+
+
 def _packed(
     model: RecommendationModel,
+    images: Batch,
     prefixes: list[_Tokens],
     suffixes: _Tokens | None,
     prefix_of: list[torch.Tensor],
     caches: list[KVCache],
 ) -> dict[str, Any]:
-    """Arguments of the backbone for the tokens one after another.
+    """Arguments of the model for the tokens one after another, on its device.
 
     Args:
+        images: those that the tokens show, as the backbone takes them.
         prefix_of: for each group, in the row or cached, (P,) the prefix that each suffix sees.
     """
     if model.get_decoder().config._attn_implementation != BLOCK_ATTENTION:
@@ -209,12 +248,19 @@ def _packed(
         "input_ids": torch.cat([part.ids for part in parts])[None],
         "position_ids": torch.cat([part.where for part in parts], -1)[..., None, :],
         # four dimensions: no mask is made of it
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=parts[0].ids.device),
-        "block_layout": layout,
-        "use_cache": False,
-        "logits_to_keep": layout.suffixes.places.amax(1) if layout.suffixes is not None else 1,
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        **images,
     }
-    return arguments if types is None else {**arguments, "token_type_ids": types[None]}
+    if layout.suffixes is not None:
+        arguments["logits_to_keep"] = layout.suffixes.places.amax(1)
+    if types is not None:
+        arguments["token_type_ids"] = types[None]
+    if any(part.memory for part in prefixes):
+        (arguments["memory_places"],) = [
+            visible.places for visible, part in zip(layout.visible, prefixes, strict=True) if part.memory
+        ]
+    moved = {name: value.to(model.device, non_blocking=True) for name, value in arguments.items()}
+    return {"logits_to_keep": 1, **moved, "block_layout": layout.to(model.device), "use_cache": False}
 
 
 def _layout(
@@ -230,18 +276,23 @@ def _layout(
         shown = types == 1
         begins = shown & ~nn.functional.pad(shown, (1, 0))[:-1]
         images = torch.where(shown, begins.cumsum(0), -1)
-    segments, slots, start, slot = [], [], 0, 0
+    segments, visible, slots, start, slot = [], [], [], 0, 0
     for part in [*prefixes, *([suffixes] if suffixes is not None else [])]:
-        columns = torch.arange(int(part.counts.max()), device=part.ids.device)
+        columns = torch.arange(int(part.counts.max()))
         inside = columns < part.counts[:, None]
-        places = torch.where(inside, (part.counts.cumsum(0) - part.counts)[:, None] + columns + start, 0)
+        ends = part.counts.cumsum(0)[:, None] + start
+        places = torch.where(inside, ends - part.counts[:, None] + columns, 0)
         segments.append(Segments(places, inside, _mask(images, places, inside, part is suffixes)))
+        visible.append(segments[-1])
+        if part.memory:
+            memories = ends - part.memory + torch.arange(part.memory)
+            visible[-1] = Segments(memories, torch.ones_like(memories, dtype=torch.bool), None)
         slots.append(inside.flatten().nonzero()[:, 0] + slot)
         start, slot = start + len(part.ids), slot + inside.numel()
-    in_row = segments[: len(prefixes)]
-    all_prefixes: list[Segments | KVCache] = [*in_row, *caches]
+    in_row, visible = segments[: len(prefixes)], visible[: len(prefixes)]
+    all_prefixes: list[Segments | KVCache] = [*visible, *caches]
     groups = [PrefixGroup.of(*pair) for pair in zip(all_prefixes, prefix_of, strict=bool(prefix_of))]
-    return BlockLayout(in_row, segments[-1] if suffixes is not None else None, groups, torch.cat(slots))
+    return BlockLayout(in_row, visible, segments[-1] if suffixes is not None else None, groups, torch.cat(slots))
 
 
 def _mask(images: torch.Tensor | None, places: torch.Tensor, inside: torch.Tensor, always: bool) -> torch.Tensor | None:

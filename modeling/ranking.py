@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import BatchFeature
 
 from .image_features import ImageFeatureCache, PreparedCatalogue
 from .inputs import Candidate, User, as_candidates, as_users
@@ -218,23 +219,23 @@ class JointPlan:
         while start < len(pairs):  # as many pairs as the budget allows, going by what the last ones took
             part = pairs.take(slice(start, start + max(1, self.token_budget // self.pair_tokens)))
             candidates = [prepared[names[item]] for item in part.items]
-            batch = self.processor([users[user] for user in part.users], candidates).to(self.model.device)
+            batch = self.processor([users[user] for user in part.users], candidates)
             packed = self._packed(batch, part.users)
             if self._fits(packed["input_ids"].numel(), len(part)):
                 output = self.model.score(**packed, image_features=self.images.features(batch.images))
                 yield Scores(part.users, part.places, output.logits.cpu().numpy())
                 start += len(part)
 
-    def _packed(self, batch: Mapping[str, torch.Tensor], users: np.ndarray) -> Mapping[str, torch.Tensor]:
+    def _packed(self, batch: BatchFeature, users: np.ndarray) -> Mapping[str, torch.Tensor]:
         """The batch as it is computed: in one row, or as it is where prompts cannot share."""
         if not self.shares:
-            return batch
+            return batch.to(self.model.device)
         try:
-            return pack_joint(self.model, batch, torch.from_numpy(users).to(self.model.device))
+            return pack_joint(self.model, batch, torch.from_numpy(users))
         except RowTooWide as error:
             if self.demanded:
                 raise ValueError(f"{error}: leave share_prefix out or set the processor's max_length") from error
-            return batch
+            return batch.to(self.model.device)
 
     def _fits(self, tokens: int, pairs: int) -> bool:
         """Whether so many pairs may take so many tokens; else fewer are to be taken next time."""

@@ -86,6 +86,11 @@ class PairArguments:
         None, "With late: most tokens of a user; by default a little more than the longest one has."
     )
     item_limit: int | None = flag(None, "With late: most tokens of a candidate, likewise.")
+    item_memory: int | None = flag(
+        None,
+        "With late: let the answer see of a candidate only so many memory tokens after it, see MllmMsrConfig; by "
+        "default as the model has it, which is 0 for a new one.",
+    )
     pair_loss: Literal["answer", "listwise"] = flag(
         "answer", "The cross-entropy of the answer (the paper's), or a softmax over each user's candidates."
     )
@@ -100,7 +105,9 @@ class PairArguments:
 
     def __post_init__(self) -> None:
         late = self.interaction == "late"
-        for name in ("pairs_per_user", "log_q_correction"):
+        if self.item_memory is not None and self.item_memory < 0:
+            raise ValueError(f"--item_memory {self.item_memory}: must be at least 0")
+        for name in ("pairs_per_user", "log_q_correction", "item_memory"):
             if getattr(self, name) and not late:
                 raise ValueError(f"--{name} needs --interaction late")
         if self.cache_image_features and not self.whole_tasks:

@@ -314,9 +314,10 @@ def index(run: RunFolder, memory_gb: float | None) -> None:
         )
     ranker = load_recommender(run, Computing(cache=run.item_cache, memory_gb=memory_gb))
     done = ranker.index(load_catalogue(run), progress="items")
+    size = done.nbytes / max(1, done.computed + done.kept)
     print(
         f"{done.computed} items computed, {done.kept} were there, {done.deleted} dropped; "
-        f"{done.nbytes / 1e6:.1f} MB in {done.folder}"
+        f"{done.nbytes / 1e6:.1f} MB, {size / 1e3:.1f} kB an item, in {done.folder}"
     )
 
 

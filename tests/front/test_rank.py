@@ -1,6 +1,7 @@
 """`mllm-msr rank` and `index`: for one user, for many into files by several processes, and what is never offered."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ def ranking(folder: Path) -> pl.DataFrame:
 def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
     first = command("index", str(late))
     assert "45 items computed, 0 were there, 0 dropped" in first.stdout, first.stderr[-3000:]
+    assert re.search(r"; \d+\.\d MB, \d+\.\d kB an item, in ", first.stdout)
     assert "0 items computed, 45 were there, 0 dropped" in command("index", str(late)).stdout
     together, alone = tmp_path / "together", tmp_path / "alone"
     done = command(

@@ -245,9 +245,11 @@ def save_in_shards(run) -> None:
 def save_adapter(run) -> None:
     (run.model / "model.safetensors").unlink()
     config = json.loads((run.model / "config.json").read_text())
-    write_json(run.model / "config.json", {**config, "adapter": "adapter", "backbone_name_or_path": "org/base"})
+    config |= {"adapter": "adapter", "backbone_name_or_path": "org/base", "item_memory": 4}
+    write_json(run.model / "config.json", config)
     write_json(run.model / "adapter/adapter_config.json", {"r": 2, "base_model_name_or_path": "/home/someone/base"})
     save_file({"lora": np.ones(3, np.float32)}, run.model / "adapter/adapter_model.safetensors")
+    save_file({"weight": np.ones((4, 3), np.float32)}, run.model / "adapter/item_memory.safetensors")
 
 
 def test_weights_in_shards_and_adapters_are_published_by_their_names(make_run):
@@ -263,6 +265,7 @@ def test_weights_in_shards_and_adapters_are_published_by_their_names(make_run):
     assert not list(folder.glob("*.safetensors"))
     assert json.loads((folder / "adapter/adapter_config.json").read_text()) == {"r": 2}
     assert (folder / "adapter/adapter_model.safetensors").is_file()
+    assert (folder / "adapter/item_memory.safetensors").is_file()
 
 
 def damage(change):
@@ -316,6 +319,7 @@ def after(first, second):
             "which is not in this folder",
         ),
         (after(save_adapter, without("adapter/adapter_model.safetensors")), "adapter_model.* is missing"),
+        (after(save_adapter, without("adapter/item_memory.safetensors")), "item_memory.* is missing"),
         (after(save_adapter, cut("adapter/adapter_model.safetensors")), "adapter_model.* is not whole"),
         (after(save_adapter, without("adapter/adapter_config.json")), "adapter_config.* is missing"),
         (

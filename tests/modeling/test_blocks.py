@@ -28,10 +28,11 @@ CATALOGUE = {item.item_id: item for item in ITEMS}
 PAIRS = [(0, 0), (0, 1), (1, 2), (1, 3), (0, 2), (2, 4)]
 
 
-def recommender_of(path, interaction="joint"):
+def recommender_of(path, interaction="joint", memory=0):
     processor = MllmMsrProcessor.from_backbone(path)
     model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
     model.config.interaction, (model.config.user_limit, model.config.item_limit) = interaction, LIMITS
+    model.set_item_memory(memory)
     text = model.get_decoder().config
     if getattr(text, "sliding_window", None):
         text.sliding_window = 4096  # beyond these prompts
@@ -48,16 +49,21 @@ def late_batch(model, processor, users=USERS, items=ITEMS, pairs=PAIRS):
 
 
 def late_logit(model, processor, user, item):
-    """The definition: one sequence, in which the user and the candidate do not see each other."""
+    """The definition: one sequence, in which the user and the candidate do not see each other, and, where there are
+    memory tokens after the candidate, the answer sees of it only these."""
     batch = processor.late_blocks([user], [item], LIMITS)
     user, item, answer = batch["users"], batch["items"], batch["answer_ids"][None]
+    memory = model.config.item_memory
     widths = [user["input_ids"].shape[1], item["input_ids"].shape[1]]
-    end = torch.arange(answer.shape[1])[None] + sum(LIMITS)
+    end = torch.arange(memory + answer.shape[1])[None] + sum(LIMITS)
     starts = [positions(model, user), positions(model, item) + LIMITS[0]]
     where = torch.cat([*starts, end.expand(*starts[0].shape[:-2], 1, -1)], -1)
     seen = torch.ones(where.shape[-1], where.shape[-1], dtype=torch.bool).tril()
     begin, cut = widths[0], sum(widths)
-    seen[begin:cut, :begin] = False
+    seen[begin : cut + memory, :begin] = False
+    if memory:
+        seen[cut + memory :, begin:cut] = False
+    answer = torch.cat([answer[:, :1].expand(-1, memory), answer], 1)  # the first ones are replaced
     more = {}
     if "token_type_ids" in item:  # the tokens of an image see each other
         more["token_type_ids"] = torch.cat([user["token_type_ids"], item["token_type_ids"], 0 * answer], 1)
@@ -66,9 +72,13 @@ def late_logit(model, processor, user, item):
     textual = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
     more |= {name: value for name, value in item.items() if name not in textual}
     ids = torch.cat([user["input_ids"], item["input_ids"], answer], 1)
-    output = model.backbone(
-        input_ids=ids, position_ids=where, attention_mask=seen[None, None], logits_to_keep=1, **more
-    )
+    tokens = {"input_ids": ids}
+    if memory:
+        embedded = model.get_input_embeddings()(ids)
+        tokens = {
+            "inputs_embeds": embedded.index_copy(1, torch.arange(cut, cut + memory), model.item_memory.weight[None])
+        }
+    output = model.backbone(**tokens, position_ids=where, attention_mask=seen[None, None], logits_to_keep=1, **more)
     return model.answer_logits(output.logits[:, -1])
 
 
@@ -98,9 +108,10 @@ def test_packed_prompts_have_the_logits_and_gradients_of_whole_ones(backbone, fa
         assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("memory", [0, 3])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_late_pairs_are_those_of_the_definition(backbone, family, either_way):
-    model, processor = recommender_of(backbone(family), "late")
+def test_late_pairs_are_those_of_the_definition(backbone, family, memory, either_way):
+    model, processor = recommender_of(backbone(family), "late", memory)
     with torch.no_grad():
         expected = torch.cat([late_logit(model, processor, USERS[user], ITEMS[item]) for user, item in PAIRS])
     logits = model.score(**late_batch(model, processor)).logits
@@ -108,9 +119,10 @@ def test_late_pairs_are_those_of_the_definition(backbone, family, either_way):
     assert logits == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("memory", [0, 3])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_ranking_late_gives_the_same_in_any_order_and_memory(backbone, family, tmp_path):
-    model, processor = recommender_of(backbone(family), "late")
+def test_ranking_late_gives_the_same_in_any_order_and_memory(backbone, family, memory, tmp_path):
+    model, processor = recommender_of(backbone(family), "late", memory)
     candidates = [["i4", "i0", "i2"], ["i1"], ["i3", "i2", "i0", "i4", "i1"]]
     expected = [
         model.score(
@@ -124,6 +136,11 @@ def test_ranking_late_gives_the_same_in_any_order_and_memory(backbone, family, t
         for ours, theirs in zip(scores, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5), options
     assert len(list(tmp_path.glob("*/*/*.safetensors"))) == len(ITEMS)
+    if memory:  # nothing else is kept of an item
+        text = model.get_decoder().config
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kept = 2 * text.num_hidden_layers * text.num_key_value_heads * head * memory * 4
+        assert all(path.stat().st_size - kept < 200 for path in tmp_path.glob("*/*/*.safetensors"))
 
 
 @pytest.mark.parametrize("interaction", ["joint", "late"])

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature, T
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.modeling.lora import language_model_lora_targets, without_adapter
+from mllm_msr.modeling.ranking import Recommender
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SCORE = """
@@ -299,3 +300,34 @@ def test_quantisation_passes_through(backbone, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.score(**batch).logits, expected)
     whole = AutoModel.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(whole.score(**batch).logits, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_memory_tokens_are_part_of_every_kind_of_repository(backbone, name: str, tmp_path: Path) -> None:
+    model, processor = make(backbone(name))
+    model.config.interaction, model.config.user_limit, model.config.item_limit = "late", 64, 96
+    model.set_item_memory(2)
+    items = [Candidate(title="One", text="t", image=draw_image(1)), Candidate(title="Two")]
+
+    def ranked(other: MllmMsrForRecommendation) -> torch.Tensor:
+        return torch.tensor([each.logit for each in Recommender(other, processor).rank([User("ships")], items)[0]])
+
+    model.save_pretrained(tmp_path / "full")
+    torch.testing.assert_close(ranked(AutoModel.from_pretrained(tmp_path / "full")), ranked(model))
+    targets = language_model_lora_targets(model)
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, modules_to_save=["item_memory"])
+    before = ranked(model)
+    get_peft_model(model, config).eval()
+    with torch.no_grad():
+        model.item_memory.modules_to_save["default"].weight.mul_(-1)
+    expected = ranked(model)
+    assert (expected - before).abs().max() > 1e-4
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModel.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.item_memory == 2
+    torch.testing.assert_close(ranked(loaded), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(ranked(AutoModel.from_pretrained(tmp_path / "again")), expected)
+    for other, folder in ((loaded, "merged"), (model, "trained")):
+        other.merge().save_pretrained(tmp_path / folder)
+        torch.testing.assert_close(ranked(AutoModel.from_pretrained(tmp_path / folder)), expected)

@@ -163,8 +163,10 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_path):
+@pytest.mark.parametrize("memory", [0, 2])
+def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_path, memory):
     options = {"interaction": "late", "negatives_per_positive": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options["item_memory"] = memory
     trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path / "whole", **options)))
     save_recommender(trainer, tmp_path / "model")
     pairs = [entry["pairs"] for entry in trainer.state.log_history if "pairs" in entry]
@@ -181,6 +183,11 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     model = MllmMsrForRecommendation.from_pretrained(tmp_path / "model")
     processor = MllmMsrProcessor.from_pretrained(tmp_path / "model")
     assert model.config.interaction == "late" and 16 <= model.config.user_limit <= 96
+    assert model.config.item_memory == memory
+    if memory:
+        start = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), processor=processor)
+        start.set_item_memory(memory)
+        assert (model.item_memory.weight - start.item_memory.weight).abs().min() > 1e-6  # all of it was trained
     candidates = list(small_run.items.values())[:5]
     (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], candidates)
     assert len({one.logit for one in ranked}) == 5
