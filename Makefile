@@ -11,28 +11,32 @@ help: ## list the targets
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # torch first and by its exact version: a looser request would fetch gigabytes of CUDA on a CPU machine.
-.venv/installed: pyproject.toml constraints.txt
+.venv/torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %s" % sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml
 	$(PIP) --constraint constraints.txt --editable .
 	touch $@
 
-.venv/developing: .venv/installed
+.venv/developing: .venv/torch pyproject.toml
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	touch .venv/installed $@
 
 demo: .venv/installed ## run the whole method on the embedded data set; results in demo_output/
 	$(BIN)/mllm-msr demo --output demo_output
 
 test: .venv/developing ## run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Type checkers do not see the package-dir mapping, so they read an installed copy.
+# Type checkers do not see the package-dir mapping, so they read a copy that is laid out by it.
 check: .venv/developing ## lint, formatting and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	rm -rf build && $(PIP) --no-deps --target build/typecheck .
+	rm -rf build && mkdir -p build/typecheck && cp -r src/mllm_msr build/typecheck
+	cp -r hub_cards modeling processing training build/typecheck/mllm_msr
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mllm_msr
 
 format: .venv/developing ## rewrite the sources in the house format

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from mllm_msr.records.recipe import load_recipe
@@ -199,6 +200,10 @@ def parse(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, An
     _refuse(values)
     if values["bf16"] is None:
         values["bf16"] = not values["fp16"] and supports_bfloat16(values["use_cpu"])
+    for suffix in ("", "_kwargs"):  # TRL still gives its default by the old name, of which transformers warns
+        if values[f"activation_checkpointing{suffix}"] is None:
+            values[f"activation_checkpointing{suffix}"] = values[f"gradient_checkpointing{suffix}"]
+    values["dataloader_pin_memory"] &= torch.accelerator.is_available()
     return TrlParser(kinds).parse_dict(values)
 
 

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_msr.data.cleaning import NO_TITLE, clean
@@ -121,7 +121,6 @@ def test_nothing_left_names_the_step() -> None:
         clean(raw(("u", "a", 1)), options(k_core_users=2))
 
 
-@settings(deadline=None, database=None)
 @given(
     st.lists(st.tuples(st.sampled_from("uvwxyz"), st.sampled_from("abcdefgh"), st.integers(0, 9)), min_size=1),
     st.integers(1, 3),

@@ -125,7 +125,7 @@ def run(folder: Path, log: str, goods: str, on_bad_rows: Any) -> dict[str, Any]:
     return prepare(raw, folder / "run/data", OPTIONS, "made up", popularity_figures)
 
 
-SETTINGS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), max_examples=100)
+SETTINGS = settings(suppress_health_check=list(HealthCheck), max_examples=100)
 
 
 @SETTINGS

@@ -1,7 +1,7 @@
 from collections import Counter
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_msr.data.negatives import NegativeSampler, noise, sample_ranks
@@ -15,7 +15,6 @@ def test_sampled_ranks_give_every_subset_alike() -> None:
     assert max(abs(count / size - 0.1) for count in subsets.values()) < 0.01
 
 
-@settings(deadline=None, database=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1))
 def test_unseen_ranks_enumerate_what_is_unseen(pairs: list[tuple[int, int]]) -> None:
     sampler = NegativeSampler(np.array([user * 10 + item for user, item in pairs]), 5, 10)

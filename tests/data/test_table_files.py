@@ -151,7 +151,8 @@ def test_a_data_set_of_the_hub_names_no_file_of_this_machine(tmp_path: Path) -> 
     assert done.stdout == "[None, None] images/1.png 2\n" * 2, done.stderr
 
 
-def test_a_data_set_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it is asked for again and again
     (tmp_path / "shop").mkdir()
     with pytest.raises(ValueError, match=r"shop: cannot be read as a data set"):
         rows("shop", tmp_path)

@@ -170,7 +170,7 @@ def test_target_stands_anywhere_and_negatives_are_uniform() -> None:
     assert max(abs(count / 10_000 - 1 / 12) for count in drawn.values()) < 0.01
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=150)
 @given(
     rows=st.lists(st.tuples(st.sampled_from("uvwx"), st.sampled_from("abcdefghij"), st.integers(0, 5)), min_size=3),
     protocol=st.sampled_from(["strict", "paper", "global-cutoff"]),

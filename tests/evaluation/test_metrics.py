@@ -266,9 +266,9 @@ def test_many_users_take_the_fast_path_with_the_same_interval():
     labels = np.tile([1, 0, 0, 0, 0], n_users)
     scores = (RNG.normal(size=5 * n_users) + labels).astype(np.float32)
     users = pl.Series([f"u{i:06}" for i in range(n_users)]).gather(np.repeat(np.arange(n_users), 5))
-    begun = time.perf_counter()
+    begun = time.process_time()
     fast = metrics.ranking_metrics(users, labels, scores)
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
     resampled = metrics.ranking_metrics(users[:-5], labels[:-5], scores[:-5], n_bootstrap=200)  # one user too few
     for name in metrics.METRICS:
         assert fast[name]["value"] == pytest.approx(resampled[name]["value"], abs=1e-4)

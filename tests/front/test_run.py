@@ -1,16 +1,18 @@
 """A whole small run from the command line: what it leaves, that it survives kill -9, that its model travels."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 import polars as pl
 import pytest
 import yaml
+from commands import printed
 from tiny_runs import tiny_recipe
 
 from mllm_msr import stages
@@ -20,7 +22,21 @@ from mllm_msr.records.recipe import demo_recipe
 from mllm_msr.records.run import RunFolder
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-MAIN = [sys.executable, "-m", "mllm_msr.cli"]
+# The command line, which kill -9 ends as it touches its folder for the first time after a trace is there.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+folder, trace, least, *arguments = sys.argv[1:]
+
+def watch(event, given):
+    if event in ("open", "os.rename") and str(given[0]).startswith(folder):
+        if len(list(Path(folder).glob(trace))) >= int(least):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+from mllm_msr.cli import main
+sys.addaudithook(watch)
+main(arguments)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +50,10 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run([*MAIN, *arguments], capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    out = run("run", str(recipe), "--output", str(folder))
+    out = printed("run", str(recipe), "--output", str(folder))
     assert "MLLM-MSR" in out and "popularity" in out
     return folder
 
@@ -68,39 +78,27 @@ def test_a_run_leaves_what_it_promises(whole):
 
 def test_a_finished_run_is_not_done_again(recipe, whole):
     before = (whole / "provenance.json").read_text(encoding="utf-8")
-    out = run("run", str(recipe), "--output", str(whole))
+    out = printed("run", str(recipe), "--output", str(whole))
     assert out.count("up to date") == 8
     assert (whole / "provenance.json").read_text(encoding="utf-8") == before
 
 
-@pytest.mark.parametrize(
-    ("trace", "least"),
-    [
+def test_killed_in_the_midst_of_each_stage_and_run_again_it_ends_the_same(recipe, whole, tmp_path):
+    folder = tmp_path / "run"
+    for trace, least in (
         ("data", 1),
         ("cache/item_summary/*.parquet", 2),
         ("cache/preference/*.parquet", 3),
         ("training/*/checkpoint-*/trainer_state.json", 1),
         ("scores/*/*.parquet", 2),
-    ],
-)
-def test_killed_and_run_again_it_ends_the_same(recipe, whole, tmp_path, trace, least):
-    """Kill -9 as soon as a stage has left its first traces, so in the midst of it, or of the next."""
-    process = subprocess.Popen(
-        [*MAIN, "run", str(recipe), "--output", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENV,
-        start_new_session=True,
-    )
-    while len(list(tmp_path.glob(trace))) < least:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "report.html").exists()
-    run("run", str(recipe), "--output", str(tmp_path))
+    ):
+        command = [sys.executable, "-c", KILLED, str(folder), trace, str(least)]
+        killed = subprocess.run([*command, "run", str(recipe), "--output", str(folder)], capture_output=True, env=ENV)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        assert not (folder / "report.html").exists()
+    printed("run", str(recipe), "--output", str(folder))
     for name in ("metrics.json", "scores.parquet", "summaries/preferences.parquet", "data/tasks.parquet"):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_a_changed_recipe_redoes_only_what_depends_on_it(recipe, whole, tmp_path):
@@ -108,25 +106,25 @@ def test_a_changed_recipe_redoes_only_what_depends_on_it(recipe, whole, tmp_path
     content["evaluation"]["rows"] = ["mllm_msr", "popularity", "no_sft"]
     changed = tmp_path / "changed.yaml"
     changed.write_text(yaml.safe_dump(content), encoding="utf-8")
-    out = run("run", str(changed), "--output", str(whole))
+    out = printed("run", str(changed), "--output", str(whole))
     assert out.count("up to date") == 6
-    run("run", str(recipe), "--output", str(whole))
+    printed("run", str(recipe), "--output", str(whole))
 
 
 def test_rank_shows_unseen_items_by_falling_score(whole):
     seen = set(pl.read_parquet(whole / "data/interactions.parquet").filter(user_id="u0003")["item_id"])
     for way, begins in (((), "after: "), (("--by", "answer"), "preference: ")):
-        lines = run("rank", str(whole), "--user", "u0003", "--top-k", "5", *way).strip().splitlines()
+        lines = printed("rank", str(whole), "--user", "u0003", "--top-k", "5", *way).strip().splitlines()
         assert lines[0].startswith(begins)
         scores = [float(line.split()[1]) for line in lines[1:]]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
         assert not seen & {line.split()[2] for line in lines[1:]}
-    lines = run("rank", str(whole), "--preference", "Likes red", "--items", "i0001,i0002").strip().splitlines()
+    lines = printed("rank", str(whole), "--preference", "Likes red", "--items", "i0001,i0002").strip().splitlines()
     assert {line.split()[2] for line in lines[1:]} == {"i0001", "i0002"}
 
 
 def test_publish_shows_what_would_go(whole):
-    out = run("publish", str(whole), "--namespace", "someone", "--dry-run")
+    out = printed("publish", str(whole), "--namespace", "someone", "--dry-run")
     assert "someone/mllm-msr-demo" in out
     assert "model.safetensors" in out and "README.md" in out
 
@@ -181,9 +179,9 @@ def test_the_readme_s_python_runs_as_it_stands(whole, tmp_path):
     for name, item in zip(("mug", "lamp"), make_world(3, 1, 30).items[:2], strict=True):
         draw(item).save(tmp_path / f"{name}.png")
     (tmp_path / "demo_output").symlink_to(whole)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.strip().splitlines()
+    with chdir(tmp_path), redirect_stdout(io.StringIO()) as out:
+        exec(code, {"__name__": "__main__"})
+    lines = out.getvalue().strip().splitlines()
     assert {line.split("  ")[1] for line in lines} == {"Alder Saxophone", "Quill Frost"}
 
 
@@ -195,16 +193,14 @@ def test_training_reads_the_published_layout(whole, tmp_path):
     )
     from mllm_msr.training import sft
 
-    command = [sys.executable, sft.__file__, "--config", str(tmp_path / "recipe.yaml")]
-    command += ["--dataset_name", str(whole / "hub/dataset"), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**ENV, "HF_HOME": str(tmp_path / "hf")})
-    assert done.returncode == 0, done.stderr[-2000:]
+    line = ["--config", str(tmp_path / "recipe.yaml"), "--dataset_name", str(whole / "hub/dataset")]
+    sft.main(*sft.parse([*line, "--output_dir", str(tmp_path / "out")]))
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_tasks_of_one_run_are_ranked_by_the_model_of_another(whole):
     before = (whole / "metrics.json").read_text(encoding="utf-8")
-    run("evaluate", str(whole), "--model", str(whole / "model"))
+    printed("evaluate", str(whole), "--model", str(whole / "model"))
     own, other = json.loads(before), json.loads((whole / "transfer/model/metrics.json").read_text(encoding="utf-8"))
     assert other["rows"]["mllm_msr"] == own["rows"]["mllm_msr"] and other["candidate_hash"] == own["candidate_hash"]
     assert set(own["rows"]) - set(other["rows"]) == {"no_sft"}
@@ -214,12 +210,12 @@ def test_tasks_of_one_run_are_ranked_by_the_model_of_another(whole):
         )
         assert mine.stat().st_ino == taken.stat().st_ino
     assert (whole / "metrics.json").read_text(encoding="utf-8") == before
-    assert "evaluate: up to date" in run("evaluate", str(whole), "--model", str(whole / "model"))
+    assert "evaluate: up to date" in printed("evaluate", str(whole), "--model", str(whole / "model"))
 
 
 def test_the_model_of_another_run_is_fine_tuned_a_little_on_the_tasks_of_this_one(whole):
     before = (whole / "metrics.json").read_text(encoding="utf-8")
-    run("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
+    printed("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
     tuned = whole / "transfer/demo-20"
     examples = pl.read_parquet(tuned / "sft/train.parquet")
     assert examples["task_id"].n_unique() == 20
@@ -236,12 +232,12 @@ def test_the_model_of_another_run_is_fine_tuned_a_little_on_the_tasks_of_this_on
     config = json.loads((tuned / "model/config.json").read_text(encoding="utf-8"))
     assert config["adapter"] is None and config["vlm_config"]["model_type"] == "llava"
     assert (whole / "metrics.json").read_text(encoding="utf-8") == before
-    out = run("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
+    out = printed("evaluate", str(whole), "--model", str(whole), "--fine-tune", "20")
     assert "train: up to date" in out and "evaluate: up to date" in out
 
 
 def test_ways_of_computing_and_the_whole_catalogue_are_evaluated_beside_the_table(recipe, whole):
-    out = run("evaluate", str(whole), "--agreement", "4", "--full-catalogue", "5", "--baselines", "knn")
+    out = printed("evaluate", str(whole), "--agreement", "4", "--full-catalogue", "5", "--baselines", "knn")
     metrics = json.loads((whole / "metrics.json").read_text(encoding="utf-8"))
     ways = metrics["agreement"]["others"]
     assert set(ways) == set(WAYS) and metrics["agreement"]["n_users"] == 4
@@ -257,14 +253,14 @@ def test_ways_of_computing_and_the_whole_catalogue_are_evaluated_beside_the_tabl
     assert "5 users, sampled candidates and all " in out
     before = (whole / "metrics.json").read_bytes()
     (whole / "metrics.json").unlink()
-    again = run("evaluate", str(whole))
+    again = printed("evaluate", str(whole))
     assert "item-kNN ..." in out and "item-kNN ..." not in again  # nothing is fitted to score what is scored
     assert (whole / "metrics.json").read_bytes() == before
-    run("report", str(whole))
+    printed("report", str(whole))
     page, results = ((whole / name).read_text(encoding="utf-8") for name in ("report.html", "results.md"))
     for said in ("Among all items", "Do other ways of computing agree?", "bfloat16"):
         assert said in page and said in results
-    run("run", str(recipe), "--output", str(whole))
+    printed("run", str(recipe), "--output", str(whole))
 
 
 def test_a_report_of_baselines_alone_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

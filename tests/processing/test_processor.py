@@ -162,7 +162,7 @@ def test_whatever_users_write_is_text(processors, name: str) -> None:
         user = User(preference, [HistoryItem(summary=summary)])
         return processor([user], [Candidate(title, title, about, image)])
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=25)
     @given(st.tuples(text, text, text, text))
     def check(fields: tuple[str, str, str, str]) -> None:
         shown = tuple(bool(clean(field)) for field in fields)
@@ -212,7 +212,7 @@ def test_whatever_the_lengths_the_policy_holds(backbone) -> None:
     words = {kind: [f" {kind}{index}" for index in range(40)] for kind in ("q", "w", "x", "z")}
     length = st.integers(0, 40)
 
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=40)
     @given(st.integers(95, 700), st.tuples(length, length, length, length))
     def check(limit: int, lengths: tuple[int, ...]) -> None:
         preference, summary, text, title = ("".join(words[k][:n]) for k, n in zip("qwxz", lengths, strict=True))

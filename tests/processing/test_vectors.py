@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,29 +81,28 @@ def test_a_vector_that_is_no_number_stops_with_the_item_and_is_not_kept(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-SLOW = """
-import sys, time
+KILLED = """
+import os, signal, sys
 from pathlib import Path
 import numpy as np, polars as pl
 from mllm_msr.processing.vectors import vector_table
 
+folder = Path(sys.argv[2])
+
 def encode(candidates):
-    time.sleep(0.2)
+    if len(list(folder.glob("*.parquet"))) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
     return np.array([[len(item.title)] for item in candidates], np.float16)
 
-vector_table(pl.read_parquet(sys.argv[1]), {}, lambda: encode, [], Path(sys.argv[2]), batch_size=2)
+vector_table(pl.read_parquet(sys.argv[1]), {}, lambda: encode, [], folder, batch_size=2)
 """
 
 
 def test_a_process_that_is_killed_leaves_what_it_had_computed(tmp_path: Path) -> None:
     shop, folder = items(**{f"i{n:02}": "e" * n for n in range(40)}), tmp_path / "cache"
     shop.write_parquet(tmp_path / "items.parquet")
-    with subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "items.parquet"), str(folder)]) as process:
-        while len(done := list(folder.glob("*.parquet"))) < 3:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and len(done) < 20
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "items.parquet"), str(folder)])
+    assert process.returncode == -signal.SIGKILL and len(done := list(folder.glob("*.parquet"))) == 3
     encoder = Encoder()
     frame = vector_table(shop, {}, lambda: lambda them: encoder(them)[:, :1], [], folder, batch_size=2)
     assert frame["vector"].to_list() == [[n] for n in range(40)]

@@ -62,7 +62,7 @@ def append(users: Users, user: str, *items: str) -> None:
 
 
 def condensed(users: Users, user: str, blocks: int) -> list[str]:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while len(steps := users.state(user).steps) < blocks and time.monotonic() < until:
         time.sleep(0.01)
     return list(steps)

@@ -52,7 +52,7 @@ class Live(httpx.Client):
 
     def __init__(self, process: subprocess.Popen, url: str, key: str | None) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        super().__init__(base_url=url, headers=headers, timeout=60)
+        super().__init__(base_url=url, headers=headers, timeout=120)
         self.process, self.url = process, url
 
     def ask(self, method: str, path: str, status: int = 200, **request: Any) -> Any:
@@ -80,6 +80,6 @@ def live(run: Path, *options: str, key: str | None = None) -> Iterator[Live]:
     finally:
         killed = process.poll() == -signal.SIGKILL
         process.terminate()
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=120)
         assert killed or process.returncode in (0, -signal.SIGTERM), log
         assert "Traceback" not in log, log

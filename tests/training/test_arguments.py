@@ -1,6 +1,6 @@
 """Flags: known by name and type, whole in a recipe, and honoured or refused before anything is loaded."""
 
-import subprocess
+import runpy
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -181,10 +181,12 @@ def test_the_command_line_is_over_the_flags_and_these_over_a_recipe(tmp_path):
         (["--config", "none.yaml"], "sft.py: [Errno 2] No such file or directory: 'none.yaml'"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_sentence(line, message):
-    done = subprocess.run([sys.executable, sft.__file__, *line], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == message
+def test_a_mistake_on_the_command_line_is_one_sentence(line, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [sft.__file__, *line])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(sft.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == message
 
 
 def test_training_works_under_the_defaults_of_trl_alone(small_run, tmp_path):
