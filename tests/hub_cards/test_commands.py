@@ -1,15 +1,18 @@
-"""`mllm-msr publish` as it is typed, in a process of its own, on a small run that every stage has made."""
+"""`mllm-msr publish` on a small run that every stage has made; a refusal in a process of its own, as it is typed."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import polars as pl
 import pytest
 import yaml
+from commands import printed
 from hub_run import change_recipe, finish
 from hub_server import Hub
 from hub_storage import WRITE
@@ -27,13 +30,6 @@ MODEL, DATA, METRIC, SPACE = (
 )
 
 
-def typed(home: Path, endpoint: str, *arguments: str, token: str | None = WRITE) -> subprocess.CompletedProcess:
-    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    environment |= own | ({"HF_TOKEN": token} if token else {})
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=environment, cwd=home)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("typed")
@@ -43,16 +39,22 @@ def run(tmp_path_factory) -> Path:
     recipe["training"].update(max_steps=1, per_device_train_batch_size=4, eval_strategy="no", save_strategy="no")
     recipe["evaluation"]["rows"] = ["mllm_msr", "popularity"]
     (home / "small.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    done = typed(home, "http://127.0.0.1:9", "run", "small.yaml", "--output", "small")
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed("run", str(home / "small.yaml"), "--output", str(home / "small"))
     return home / "small"
 
 
 def publish(run: Path, hub: Hub, *flags: str) -> str:
-    done = typed(run.parent, hub.url, "publish", str(run), "--namespace", "org", *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert WRITE not in done.stdout + done.stderr and hub.leaks == []
-    return done.stdout
+    """What the command prints where the Hub is this one and its token in the environment."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(errors):
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", WRITE)
+        output = printed("publish", str(run), "--namespace", "org", *flags)
+    assert WRITE not in output + errors.getvalue() and hub.leaks == []
+    return output
 
 
 def test_a_dry_run_shows_all_four_and_asks_the_hub_nothing(run):
@@ -95,8 +97,12 @@ def test_the_whole_command_then_parts_of_it(run):
     ],
 )
 def test_a_refusal_is_one_line(run, token, message):
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment |= {"HF_HOME": str(run.parent / "hf"), **({"HF_TOKEN": token} if token else {})}
     with Hub() as hub:
-        done = typed(run.parent, hub.url, "publish", str(run), "--namespace", "org", "--metric", token=token)
+        environment["HF_ENDPOINT"] = hub.url
+        command = [COMMAND, "publish", str(run), "--namespace", "org", "--metric"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert hub.repos == {}
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in done.stderr and "z" * 34 not in done.stdout + done.stderr
@@ -143,8 +149,7 @@ def test_the_published_recipe_prepares_the_same_tasks(run, tmp_path):
         publish(run, hub, "--dry-run")
     for part in ("model", "dataset"):
         recipe, again = run / "hub" / part / "recipe.yaml", tmp_path / part
-        done = typed(tmp_path, "http://127.0.0.1:9", "prepare", str(recipe), "--output", str(again))
-        assert done.returncode == 0, done.stderr[-3000:]
+        printed("prepare", str(recipe), "--output", str(again))
         candidates = json.loads((again / "data/report.json").read_text(encoding="utf-8"))["protocol"]["candidate_hash"]
         assert candidates in (run / "hub" / part / "README.md").read_text(encoding="utf-8")
         assert pl.read_parquet(again / "data/tasks.parquet").equals(pl.read_parquet(run / "data/tasks.parquet"))
