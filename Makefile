@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 	touch $@
 
 .venv/installed: .venv/torch pyproject.toml
-	$(PIP) --constraint constraints.txt --editable .
+	$(PIP) --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 .venv/developing: .venv/torch pyproject.toml

@@ -23,6 +23,7 @@ from mllm_msr.records.schema import ITEM_SUMMARIES, PREFERENCES
 from mllm_msr.records.sections import OURS
 
 TAGS = ["mllm-msr", "recommendation", "sequential-recommendation", "multimodal"]
+RERANKER_TAGS = ["reranker", "sentence-transformers", "cross-encoder"]  # as which it is loaded there
 # fmt: off
 TRAINING_FACTS = (  # of the recipe's training section; paths and account names are not among them
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay", "num_train_epochs",
@@ -47,8 +48,8 @@ def model_card(run: RunFolder, release: Release | None = None) -> ModelCard:
         **license_fields(recipe.license, facts.source),
         language=SOURCES[facts.source].language,
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=TAGS,
+        pipeline_tag="text-ranking",
+        tags=[*TAGS, *RERANKER_TAGS],
         base_model=facts.backbone,
         datasets=[release.dataset] if release else None,
         model_name=release.model.split("/")[1] if release else f"mllm-msr-{name}",

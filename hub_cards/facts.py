@@ -13,6 +13,7 @@ from mllm_msr.records.public import is_hub_id
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import ITEM_VECTORS
 
 TAG = re.compile(r"(?!.*\.\.)[A-Za-z0-9_](?:[\w.+-]{0,98}[\w+-])?(?<!\.lock)", re.ASCII)
 
@@ -175,6 +176,11 @@ class Release:
             raise ValueError(f"namespace {namespace!r}: name a user or an organisation on the Hub")
         model = f"{namespace}/mllm-msr-{slug(recipe.name)}"
         return cls(model, f"{model}-data", f"{namespace}/ranking_metrics", f"{model}-app", tag)
+
+
+def has_vectors(run: RunFolder) -> bool:
+    """Whether a run has item vectors, made from what its recipe and data are now."""
+    return run.has(ITEM_VECTORS) and not run.pending("vectors")
 
 
 def has_head(run: RunFolder) -> bool:

@@ -19,7 +19,8 @@ from mllm_msr.data.sources.registry import SOURCES
 from mllm_msr.hub_cards.bare_images import bare_images
 from mllm_msr.hub_cards.cards import dataset_card, model_card
 from mllm_msr.hub_cards.chat_table import write_chat_table
-from mllm_msr.hub_cards.facts import Release
+from mllm_msr.hub_cards.eval_results import write_eval_results, write_eval_yaml
+from mllm_msr.hub_cards.facts import Release, has_vectors
 from mllm_msr.hub_cards.model_files import model_files, without_paths
 from mllm_msr.hub_cards.model_head import add_head
 from mllm_msr.hub_cards.reader_files import write_reader_files
@@ -30,7 +31,7 @@ from mllm_msr.hub_cards.user_hashes import hash_users, user_key
 from mllm_msr.records.public import hide_secrets, public_name, public_recipe, public_revision
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import EXAMPLES, ITEMS, PUBLISHED, Table
+from mllm_msr.records.schema import EXAMPLES, ITEM_VECTORS, ITEMS, PUBLISHED, Table
 from mllm_msr.records.storage import link_file, scratch_folder, whole_folder
 
 Part = Literal["dataset", "metric", "space", "model"]
@@ -114,6 +115,8 @@ def fill_model(run: RunFolder, folder: Path, release: Release | None) -> None:
             link_file(path.resolve(), target)
     add_head(run, folder)
     write_reader_files(folder)
+    if release and run.metrics.is_file():
+        write_eval_results(folder, run.results(), release)
     (folder / "README.md").write_text(str(model_card(run, release)), encoding="utf-8")
     (folder / "recipe.yaml").write_text(shared_recipe(run.recipe), encoding="utf-8")
 
@@ -125,6 +128,8 @@ def fill_dataset(run: RunFolder, folder: Path, release: Release | None, contents
     key = None if SOURCES[source].drawn and not contents.anonymise else user_key(run)
     tables: list[PublishedTable] = []
     for table in PUBLISHED:
+        if table is ITEM_VECTORS and not has_vectors(run):
+            continue
         splits = {}
         for split in table.splits:
             target = folder / f"{table.name}.{split}"
@@ -150,6 +155,7 @@ def fill_dataset(run: RunFolder, folder: Path, release: Release | None, contents
     card = dataset_card(run, tables, release, LEFT_OUT if restricted else "")
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     (folder / "recipe.yaml").write_text(shared_recipe(run.recipe), encoding="utf-8")
+    write_eval_yaml(folder, run.recipe, run.recipe.evaluation.metrics)
     if restricted:
         shutil.copyfile(str(files("mllm_msr") / "rebuild.py"), folder / "rebuild.py")
 

@@ -1,6 +1,6 @@
 """The public names, registered with the Auto classes and pipelines of transformers: import this before using those."""
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 AutoConfig.register(MllmMsrConfig.model_type, MllmMsrConfig, exist_ok=True)
-AutoModel.register(MllmMsrConfig, MllmMsrForRecommendation, exist_ok=True)
+for auto in (AutoModel, AutoModelForMultimodalLM):
+    auto.register(MllmMsrConfig, MllmMsrForRecommendation, exist_ok=True)
 AutoProcessor.register(MllmMsrConfig, MllmMsrProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(TASK, SequentialRecommendationPipeline, pt_model=AutoModel, type="multimodal")

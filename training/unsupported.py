@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -148,5 +149,10 @@ def check_machine(values: Mapping[str, Any]) -> None:
     for name in ("fp16", "fp16_full_eval"):
         if values[name] and (cpu or not torch.cuda.is_available()):
             raise ValueError(f"--{name}: float16 needs a GPU; give --{name} false (in a recipe `{name}: false`)")
+    reported = values["report_to"] if isinstance(values["report_to"], list) else [values["report_to"]]
+    if "trackio" in reported and find_spec("trackio") is None:
+        raise ValueError(
+            "--report_to trackio: trackio is not installed: `pip install 'mllm-msr[trackio]'`, or give --report_to none"
+        )
     if values["activation_offloading"] and (cpu or torch.accelerator.current_accelerator() is None):
         raise ValueError("--activation_offloading: there is no GPU whose memory it would save; leave the flag out")

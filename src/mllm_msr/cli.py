@@ -153,9 +153,15 @@ def rank(options: argparse.Namespace) -> None:
 
 
 def index(options: argparse.Namespace) -> None:
+    run = existing_run(options)
+    if options.export:
+        from mllm_msr.data.vector_export import export_index
+
+        print(f"{export_index(run, options.export)} item vectors in {options.export}")
+        return
     from mllm_msr.rank import index
 
-    index(existing_run(options), options.memory_gb)
+    index(run, options.memory_gb)
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -124,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")
     index = command("index", "compute ahead what a model with interaction=late keeps of every item, for rank")
     index.add_argument("run", type=Path, help="folder of a run with a trained model")
+    export = "in place of that, write the item vectors as an index of Faiss, for any model (needs [faiss])"
+    index.add_argument("--export", type=Path, metavar="DIR", help=export)
     for sub in (rank, index):
         sub.add_argument("--memory-gb", type=amount, help="kept of users and items (default: half of what is free)")
 

@@ -1,12 +1,10 @@
 """A whole small run from the command line: what it leaves, that it survives kill -9, that its model travels."""
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 import polars as pl
@@ -168,21 +166,6 @@ def test_the_model_scores_the_same_without_the_package(whole, tmp_path):
     batch = processor(users, [Candidate(title="Alder Jazz", image=image), Candidate(title="Orwin Tide")])
     ours = model.score(**batch).logits.tolist()
     assert theirs == pytest.approx(ours, abs=1e-5)
-
-
-def test_the_readme_s_python_runs_as_it_stands(whole, tmp_path):
-    from mllm_msr.data.sources.world import draw, make_world
-
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    code = readme.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) <= 25
-    for name, item in zip(("mug", "lamp"), make_world(3, 1, 30).items[:2], strict=True):
-        draw(item).save(tmp_path / f"{name}.png")
-    (tmp_path / "demo_output").symlink_to(whole)
-    with chdir(tmp_path), redirect_stdout(io.StringIO()) as out:
-        exec(code, {"__name__": "__main__"})
-    lines = out.getvalue().strip().splitlines()
-    assert {line.split("  ")[1] for line in lines} == {"Alder Saxophone", "Quill Frost"}
 
 
 def test_training_reads_the_published_layout(whole, tmp_path):

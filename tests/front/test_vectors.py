@@ -71,3 +71,23 @@ def test_a_model_that_makes_no_vectors_is_said_in_one_line(shop: Shop) -> None:
         main(["vectors", str(shop.run)])
     with pytest.raises(SystemExit, match=r"makes no item vectors: .*; name another by vectors.model"):
         main(["vectors", str(shop.run), "--set", f"vectors.model={shop.folder}"])
+
+
+def test_an_export_finds_the_nearest_items(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    faiss = pytest.importorskip("faiss")
+    goods(shop)
+    main(["prepare", *shop.arguments, "--output", str(shop.run)])
+    with pytest.raises(SystemExit, match=r"stage 'vectors' .* has not been done yet: run `mllm-msr vectors"):
+        main(["index", str(shop.run), "--export", str(shop.folder / "export")])
+    main(["vectors", str(shop.run), "--set", "vectors.column=emb"])
+    (shop.folder / "export").mkdir()
+    (shop.folder / "export/mine.txt").write_text("stays", encoding="utf-8")
+    main(["index", str(shop.run), "--export", str(shop.folder / "export")])
+    assert lines(capsys)[-1] == f"16 item vectors in {shop.folder / 'export'}"
+    index = faiss.read_index(str(shop.folder / "export/items.faiss"))
+    ids = (shop.folder / "export/items.txt").read_text(encoding="utf-8").split()
+    assert sorted(ids) == sorted(map(str, range(16))) and (shop.folder / "export/mine.txt").is_file()
+    similarity, places = index.search(np.array([[1.0, 0.0]], np.float32), 16)
+    assert [ids[place] for place in places[0]] == [str(n) for n in reversed(range(16))]
+    expected = [n / np.hypot(n, 0.5) for n in reversed(range(16))]
+    assert similarity[0] == pytest.approx(np.array(expected), abs=1e-6)

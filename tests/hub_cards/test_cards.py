@@ -37,7 +37,7 @@ def test_model_card_states_the_results_of_the_run(finished_run):
     again = ModelCard(str(card)).data  # as the Hub would read it
     assert (again.library_name, again.pipeline_tag, again.license) == (
         "transformers",
-        "image-text-to-text",
+        "text-ranking",
         "apache-2.0",
     )
     assert again.datasets == ["org/mllm-msr-demo-data"]

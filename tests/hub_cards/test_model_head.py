@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from datasets import load_dataset
 from hub_run import change_recipe, write_json
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from safetensors.numpy import save_file
 from tiny_rankers import IDS, make
 from transformers import AutoModel
@@ -19,6 +21,7 @@ from mllm_msr.hub_cards.publishing import build_hub
 from mllm_msr.hub_cards.release import PublishOptions, publish
 from mllm_msr.modeling.item_ranking import ItemRanker
 from mllm_msr.records.run import RunFolder
+from mllm_msr.records.schema import ITEM_VECTORS, ITEMS
 
 HISTORIES = [["film-3", "film-7"], []]
 
@@ -101,3 +104,16 @@ def test_heads_that_were_changed_since_are_not_released(make_run):
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(ValueError, match=r"head/model\.safetensors has changed"):
         publish(run, PublishOptions("me", dry_run=True))
+
+
+def test_vectors_are_a_config_of_the_data_set_only_while_they_are_up_to_date(make_run, tmp_path):
+    run = make_run()
+    ids = run.read(ITEMS, ["item_id"])["item_id"]
+    vectors = {"item_id": ids, "vector": [[float(place), 1.0] for place in range(len(ids))], "key": ["k"] * len(ids)}
+    run.write(ITEM_VECTORS, pl.DataFrame(vectors).cast(pl.Schema(ITEM_VECTORS.columns)))
+    assert "item_vectors" not in str(DatasetCard.load(build_hub(run)["dataset"] / "README.md").data.configs)
+    run.stage("vectors", lambda key: None, writes=[run.file(ITEM_VECTORS)])
+    folder = build_hub(run)["dataset"]
+    rows = load_dataset(str(folder), "item_vectors", split="train", cache_dir=str(tmp_path))
+    assert len(rows) == 30 and rows[3]["vector"] == [3.0, 1.0]
+    assert "### `item_vectors`" in DatasetCard.load(folder / "README.md").content

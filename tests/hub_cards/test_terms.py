@@ -131,7 +131,7 @@ def test_what_the_terms_keep_out_is_rebuilt_from_the_source(make_run, tmp_path):
 
     with built(run, ["dataset"], Release.of(run.recipe, "org", "v1"), ALL_CONTENTS) as folders:
         folder = shutil.copytree(folders["dataset"], tmp_path / "downloaded")
-    names = ["README.md", "items", "rebuild.py", "recipe.yaml", "sft", "tasks"]
+    names = ["README.md", "eval.yaml", "items", "rebuild.py", "recipe.yaml", "sft", "tasks"]
     assert sorted(path.name for path in folder.iterdir()) == names
     out = pl.read_parquet(folder / "items/*.parquet")
     assert set(out["text"]) == {""} and out["image"].null_count() == len(out)

@@ -307,4 +307,4 @@ TEXTS = Table(
     "texts.parquet",
     "generated texts by the hash of all they depend on",
 )
-PUBLISHED = (ITEMS, ITEM_SUMMARIES, PREFERENCES, TASKS, EXAMPLES)
+PUBLISHED = (ITEMS, ITEM_SUMMARIES, PREFERENCES, TASKS, EXAMPLES, ITEM_VECTORS)
