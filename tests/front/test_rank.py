@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from commands import printed
 
 from mllm_msr.cli import main
 from mllm_msr.evaluation.loading import load_catalogue
@@ -23,12 +24,6 @@ from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, PREFERENCES,
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    many = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    line = [sys.executable, *many, "-m", "mllm_msr.cli", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=ENV)
-
-
 @pytest.fixture(scope="module")
 def late(tmp_path_factory) -> Path:
     content = yaml.safe_load(demo_recipe().read_text(encoding="utf-8"))
@@ -39,8 +34,7 @@ def late(tmp_path_factory) -> Path:
     content["evaluation"]["rows"] = ["mllm_msr", "popularity"]
     path, folder = tmp_path_factory.mktemp("recipes") / "late.yaml", tmp_path_factory.mktemp("runs") / "late"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    done = command("run", str(path), "--output", str(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed("run", str(path), "--output", str(folder))
     return folder
 
 
@@ -49,22 +43,18 @@ def ranking(folder: Path) -> pl.DataFrame:
 
 
 def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
-    first = command("index", str(late))
-    assert "45 items computed, 0 were there, 0 dropped" in first.stdout, first.stderr[-3000:]
-    assert re.search(r"; \d+\.\d MB, \d+\.\d kB an item, in ", first.stdout)
-    assert "0 items computed, 45 were there, 0 dropped" in command("index", str(late)).stdout
+    first = printed("index", str(late))
+    assert "45 items computed, 0 were there, 0 dropped" in first
+    assert re.search(r"; \d+\.\d MB, \d+\.\d kB an item, in ", first)
+    assert "0 items computed, 45 were there, 0 dropped" in printed("index", str(late))
     together, alone = tmp_path / "together", tmp_path / "alone"
-    done = command(
-        "rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(together), processes=2
-    )
+    rank = ["rank", str(late), "--by", "answer", "--users", "all", "--top-k"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += ["-m", "mllm_msr.cli", *rank, "4", "--output", str(together)]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("70 users x 45 candidates") == 1, "each process worked alone, as if there were no other"
-    assert (
-        command(
-            "rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)
-        ).returncode
-        == 0
-    )
+    printed(*rank, "4", "--output", str(alone))
     names = sorted(path.name for path in alone.glob("*.parquet"))
     assert names == ["ranking-00000-of-00002.parquet", "ranking-00001-of-00002.parquet"]
     frame = ranking(together)
@@ -77,19 +67,14 @@ def test_many_users_are_ranked_into_files_that_processes_share(late, tmp_path):
 
     kept = (alone / names[0]).stat().st_mtime_ns
     (alone / names[1]).unlink()
-    assert (
-        command(
-            "rank", str(late), "--by", "answer", "--users", "all", "--top-k", "4", "--output", str(alone)
-        ).returncode
-        == 0
-    )
+    printed(*rank, "4", "--output", str(alone))
     assert (alone / names[0]).stat().st_mtime_ns == kept and ranking(alone).equals(ranking(alone))
-    other = command("rank", str(late), "--by", "answer", "--users", "all", "--top-k", "5", "--output", str(alone))
-    assert other.returncode == 1 and "holds another ranking" in other.stderr
+    with pytest.raises(SystemExit, match="holds another ranking"):
+        printed(*rank, "5", "--output", str(alone))
 
     user = frame["user_id"][0]
-    shown = command("rank", str(late), "--by", "answer", "--user", user, "--top-k", "4").stdout.strip().splitlines()[1:]
-    assert [line.split()[2] for line in shown] == frame.filter(user_id=user)["item_id"].to_list()
+    shown = printed("rank", str(late), "--by", "answer", "--user", user, "--top-k", "4")
+    assert shown_items(shown) == frame.filter(user_id=user)["item_id"].to_list()
 
 
 # ---- candidates ----------------------------------------------------------------------------------------------------
