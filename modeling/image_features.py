@@ -1,6 +1,5 @@
 """Images that prompts show: each prepared once and encoded once, whatever the number of prompts."""
 
-import hashlib
 import inspect
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,16 +63,6 @@ def encoder_outputs(backbone: PreTrainedModel, features: Sequence[torch.Tensor])
     pooled, *deep = zip(*(image.chunk(depth, -1) for image in features), strict=True)
     one_tensor = FAMILIES[backbone.config.model_type].one_tensor
     return {"image": EncodedImages(torch.cat(pooled) if one_tensor else pooled, deep or None)}
-
-
-def content_key(image: Any) -> bytes:
-    """A key of an image's content: of a PIL image, or of one that was prepared."""
-    if hasattr(image, "tensors"):
-        parts = [f"{name} {tuple(tensor.shape)}".encode() for name, tensor in image.tensors.items()]
-        parts += [tensor.numpy().tobytes() for tensor in image.tensors.values()]
-    else:
-        parts = [f"{image.mode} {image.size}".encode(), image.tobytes()]
-    return hashlib.sha256(b"".join(parts)).digest()
 
 
 class ImageFeatureCache:

@@ -1,7 +1,10 @@
 """What the recommender reads: users and candidates, as processor, ranking, pipeline and collators take them."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -77,6 +80,14 @@ class Candidate:
             raise TypeError(f"`image` of a candidate is one opened image (PIL.Image) or None, not {_kind(image)}")
         return candidate
 
+    @cached_property
+    def content(self) -> str:
+        """A name for all that a prompt may show of it: 64 hex digits."""
+        content = hashlib.sha256(json.dumps([self.title, self.text]).encode())
+        if self.image is not None:
+            content.update(content_key(self.image))
+        return content.hexdigest()
+
     @classmethod
     def of_document(cls, value: Any) -> "Candidate":
         """From a document as rerankers take it: a text, or a mapping that `of` takes.
@@ -88,6 +99,16 @@ class Candidate:
             return candidate
         title, _, text = candidate.text.strip().partition("\n")
         return cls(candidate.item_id, title.strip(), text.strip(), candidate.image)
+
+
+def content_key(image: Any) -> bytes:
+    """A key of an image's content: of a PIL image, or of one that was prepared."""
+    if hasattr(image, "tensors"):
+        parts = [f"{name} {tuple(tensor.shape)}".encode() for name, tensor in image.tensors.items()]
+        parts += [tensor.numpy().tobytes() for tensor in image.tensors.values()]
+    else:
+        parts = [f"{image.mode} {image.size}".encode(), image.tobytes()]
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def as_users(values: Any) -> list[User]:

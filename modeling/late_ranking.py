@@ -1,14 +1,15 @@
 """Ranking with ``interaction="late"``: each user and each candidate once, and a few tokens for a pair.
 
-The keys and values of candidates are kept in memory up to a limit, chunk by chunk; each chunk meets all users before
-the next is computed or read from the disk. Those of users are kept likewise, and computed again for the next chunk only
+The keys and values of candidates come from the :class:`ItemStore`, chunk by chunk; each chunk meets all users before
+the next is computed or read from the disk. Those of users are kept as well, and computed again for the next chunk only
 where they do not all fit.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +17,16 @@ from transformers import BatchFeature
 
 from .block_attention import KVCache
 from .image_features import ImageFeatureCache, PreparedCatalogue
-from .inputs import Candidate, User
+from .inputs import User
 from .interfaces import RecommendationModel, RecommendationProcessor
-from .item_cache import ItemCache
+from .item_cache import ItemKeys
+from .item_store import ItemStore
 from .packing import pack_late_answers, pack_late_prefixes
 
-PART = 128  # users or candidates kept as one tensor
+PART = 128  # users kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward
 
-Row = TypeVar("Row")
+exhaust = partial(deque, maxlen=0)  # an iterator that is run for what it does
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Pairs:
         users = np.repeat(np.arange(len(rows)), [len(chosen) for chosen in places])
         return cls(users, np.concatenate(places), items)
 
+    @classmethod
+    def among(cls, rows: Sequence[np.ndarray], row_of: np.ndarray) -> "Pairs":
+        """Where ``rows`` have a number whose place in ``row_of`` holds what is to be its item, and not -1."""
+        items = [row_of[row] for row in rows]
+        places = [np.flatnonzero(each >= 0) for each in items]
+        users = np.repeat(np.arange(len(rows)), [len(chosen) for chosen in places])
+        return cls(users, np.concatenate(places), np.concatenate([each[each >= 0] for each in items]))
+
     def take(self, chosen: np.ndarray | slice) -> "Pairs":
         return Pairs(self.users[chosen], self.places[chosen], self.items[chosen])
 
@@ -59,7 +69,8 @@ class Scores(NamedTuple):
 
 
 class LatePlan:
-    """See :class:`Recommender`, whose arguments these are; ``memory`` is in bytes."""
+    """See :class:`Recommender`, whose arguments these are; ``memory`` is in bytes, half of it for candidates that are
+    kept from call to call, and a quarter each for those of a chunk and for users."""
 
     def __init__(
         self,
@@ -67,11 +78,13 @@ class LatePlan:
         processor: RecommendationProcessor,
         token_budget: int,
         memory: int,
-        cache: ItemCache | None,
+        keys: ItemKeys,
+        store: ItemStore,
     ) -> None:
-        self.model, self.processor, self.token_budget = model, processor, token_budget
-        self.memory, self.cache = memory, cache
+        self.model, self.processor, self.token_budget, self.memory = model, processor, token_budget, memory
+        self.keys, self.store = keys, store
         self.answer_ids = processor.late_answer_ids
+        self.item_tokens = 0  # of the longest candidate that was computed
 
     def scores(
         self, users: Sequence[User], rows: Sequence[np.ndarray], names: Sequence[str], catalogue: Mapping[str, Any]
@@ -83,70 +96,74 @@ class LatePlan:
         """
         kept_users: list[tuple[int, KVCache]] = []  # once it is clear that they can all be kept
         for items in self._item_chunks(names, catalogue):
-            user_parts = iter(kept_users) if kept_users else self._parts(users, self._encode_users, self.memory // 4)
             latest: list[tuple[int, KVCache]] = []
-            for begin, user_part in user_parts:
+            for begin, user_part in kept_users or self._user_parts(users):
                 latest = [(begin, user_part)]
-                for first, item_part in items:
-                    pairs = Pairs.within(rows[begin : begin + len(user_part)], first, len(item_part))
+                for row_of, item_part in items:
+                    pairs = Pairs.among(rows[begin : begin + len(user_part)], row_of)
                     for scores in self._pair_scores(user_part, item_part, pairs):
                         yield scores._replace(users=scores.users + begin)
             kept_users = latest if len(latest[0][1]) == len(users) else []
 
     def encode_items(self, names: Sequence[str], catalogue: Mapping[str, Any]) -> Iterator[int]:
-        """Compute the candidates that the cache has not; yields how many are done."""
-        for _, part in self._parts(names, partial(self._encode_items, catalogue), self.memory // 2):
-            yield len(part)
+        """Compute the candidates that are not kept yet; yields how many are done."""
+        return self._compute(names, [self.keys.of(catalogue, name) for name in names], catalogue)
 
-    def _item_chunks(self, names: Sequence[str], catalogue: Mapping[str, Any]) -> Iterator[list[tuple[int, KVCache]]]:
-        """All candidates, as many parts at a time as may be kept."""
-        held: list[tuple[int, KVCache]] = []
-        for part in self._parts(names, partial(self._encode_items, catalogue), self.memory // 4):
-            held.append(part)
-            if sum(prefixes.nbytes for _, prefixes in held) >= self.memory // 2:
-                yield held
-                held = []
-        if held:
-            yield held
+    def _item_chunks(
+        self, names: Sequence[str], catalogue: Mapping[str, Any]
+    ) -> Iterator[list[tuple[np.ndarray, KVCache]]]:
+        """All candidates, as many at a time as may be kept, in parts: for each name its row or -1, and the rows."""
+        keys = [self.keys.of(catalogue, name) for name in names]
+        start = 0
+        while start < len(names):
+            if not self.store.item_bytes:  # which says how many there may be
+                exhaust(self._compute(names[:1], keys[:1], catalogue))
+            chunk = slice(start, start + max(1, self.memory // 4 // self.store.item_bytes))
+            exhaust(self._compute(names[chunk], keys[chunk], catalogue))
+            parts = []
+            for places, part in self.store.take(keys[chunk]):
+                row_of = np.full(len(names), -1)
+                row_of[start + places] = np.arange(len(places))
+                parts.append((row_of, part))
+            yield parts
+            start = chunk.stop
 
-    def _parts(
-        self, rows: Sequence[Row], encode: Callable[[Sequence[Row]], KVCache], max_bytes: int
-    ) -> Iterator[tuple[int, KVCache]]:
-        """The number of the first row and the keys and values of some rows, about ``max_bytes`` of them, until all are
-        done."""
+    def _compute(self, names: Sequence[str], keys: Sequence[str], catalogue: Mapping[str, Any]) -> Iterator[int]:
+        """Compute what is missing of these; yields how many are done."""
+        name_of = dict(zip(keys, names, strict=True))
+        missing = self.store.missing(list(name_of))
+        start = 0
+        try:
+            while start < len(missing):
+                count = max(1, self.token_budget // self.item_tokens) if self.item_tokens else 1
+                batch = missing[start : start + count]
+                self.store.put(batch, self._encode_items([name_of[key] for key in batch], catalogue))
+                yield len(batch)
+                start += len(batch)
+        finally:
+            self.store.flush()
+
+    def _user_parts(self, users: Sequence[User]) -> Iterator[tuple[int, KVCache]]:
+        """The number of the first user and the keys and values of some, as many as may be kept, until all are done."""
         held: list[KVCache] = []
         start = begin = 0
         count = 1
-        while start < len(rows):
-            held.append(encode(rows[start : start + count]))
+        while start < len(users):
+            batch = self.processor.late_users(users[start : start + count], self.model.config.user_limit)
+            held.append(self._encode(batch, "user", []))
             start += len(held[-1])
             count = max(1, self.token_budget // max(part.width for part in held))
-            full = sum(part.nbytes for part in held) >= max_bytes or start - begin >= PART
-            if full or start == len(rows):
+            full = sum(part.nbytes for part in held) >= self.memory // 4 or start - begin >= PART
+            if full or start == len(users):
                 yield begin, KVCache.join(held)
                 held, begin = [], start
 
-    def _encode_users(self, users: Sequence[User]) -> KVCache:
-        return self._encode(self.processor.late_users(users, self.model.config.user_limit), "user", [])
-
-    def _encode_items(self, catalogue: Mapping[str, Any], names: Sequence[str]) -> KVCache:
-        """From the cache, or computed and put there."""
-        candidates = {name: Candidate.of(catalogue[name]) for name in names}
-        prefixes: dict[str, KVCache | None] = dict.fromkeys(names)
-        if self.cache is not None:
-            paths = {name: self.cache.path(candidate) for name, candidate in candidates.items()}
-            prefixes = {name: self.cache.load(path) for name, path in paths.items()}
-        if missing := [name for name, prefix in prefixes.items() if prefix is None]:
-            images = ImageFeatureCache(self.model.backbone, self.processor)
-            prepared = PreparedCatalogue(images, candidates, "late_item")
-            batch = self.processor.late_items([prepared[name] for name in missing], self.model.config.item_limit)
-            computed = self._encode(batch, "item", images.features(batch.images))
-            if self.cache is None:
-                return computed
-            for row, name in enumerate(missing):
-                prefixes[name] = computed.select(np.array([row]))
-                self.cache.save(paths[name], computed, row)
-        return KVCache.join([prefix for prefix in prefixes.values() if prefix is not None])
+    def _encode_items(self, names: Sequence[str], catalogue: Mapping[str, Any]) -> KVCache:
+        images = ImageFeatureCache(self.model.backbone, self.processor)
+        prepared = PreparedCatalogue(images, catalogue, "late_item")
+        batch = self.processor.late_items([prepared[name] for name in names], self.model.config.item_limit)
+        self.item_tokens = max(self.item_tokens, batch["input_ids"].shape[1])
+        return self._encode(batch, "item", images.features(batch.images))
 
     def _encode(self, batch: BatchFeature, side: Literal["user", "item"], features: list[torch.Tensor]) -> KVCache:
         packed = pack_late_prefixes(self.model, batch, side)

@@ -22,7 +22,9 @@ from transformers import BatchFeature
 from .image_features import ImageFeatureCache, PreparedCatalogue
 from .inputs import Candidate, User, as_candidates, as_users
 from .interfaces import RecommendationModel, RecommendationProcessor
-from .item_cache import IndexReport, ItemCache
+from .item_cache import IndexReport, ItemKeys, fingerprint
+from .item_shards import ShardFolder
+from .item_store import ItemStore
 from .late_ranking import LatePlan, Pairs, Scores
 from .packing import RowTooWide, block_limits, pack_joint
 
@@ -51,7 +53,8 @@ class Recommender:
         token_budget: tokens of one forward; bounds the memory it works in.
         memory_gb: what may be kept of users and candidates to be used again; by default half of the free memory of the
             model's device.
-        cache: folder in which what a ``late`` model keeps of candidates outlives the process; see ``index``.
+        cache: folder in which what a ``late`` model keeps of candidates outlives the process; see ``index``. On a CPU
+            its files are mapped, and count neither as kept nor as free memory.
         share_prefix: ``joint`` only; by default wherever it changes nothing; `False` never; `True` refuses, with the
             reason, where scores would change. `shares_prefix` and `obstacle` say what became of it.
 
@@ -79,10 +82,11 @@ class Recommender:
         if self.shares_prefix:
             model.use_block_attention()
         memory = int(memory_gb * 1e9) if memory_gb is not None else _free_memory(model.device) // 2
-        self.cache = ItemCache(Path(cache), model, processor) if cache is not None else None
+        self.cache = ShardFolder(Path(cache) / fingerprint(model, processor)) if cache is not None else None
         self.plan: Plan
         if self.late:
-            self.plan = LatePlan(model, processor, token_budget, memory, self.cache)
+            store = ItemStore(model.device, memory // 2, self.cache)
+            self.plan = LatePlan(model, processor, token_budget, memory, ItemKeys(model.device), store)
         else:
             self.plan = JointPlan(model, processor, token_budget, memory, self.shares_prefix, bool(share_prefix))
 
@@ -148,13 +152,15 @@ class Recommender:
         """Fill the ``cache`` ahead, and delete from it what is not in ``catalogue`` any more."""
         if self.cache is None or not isinstance(self.plan, LatePlan):
             raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
-        paths = {item: self.cache.path(Candidate.of(catalogue[item])) for item in catalogue}
-        missing = [item for item, path in paths.items() if not path.is_file()]
+        keys = {self.plan.keys.of(catalogue, item): item for item in catalogue}
+        self.cache.refresh()
+        missing = [item for key, item in keys.items() if key not in self.cache.places]
         with torch.inference_mode(), tqdm(total=len(missing), desc=progress, disable=progress is None) as bar:
             for count in self.plan.encode_items(missing, catalogue):
                 bar.update(count)
-        deleted = self.cache.prune(paths.values())
-        return IndexReport(len(missing), len(paths) - len(missing), deleted, self.cache.folder)
+        deleted = self.cache.prune(keys)
+        kept = len(catalogue) - len(missing)
+        return IndexReport(len(missing), kept, deleted, self.cache.folder, self.cache.nbytes)
 
 
 class Plan(Protocol):

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mllm_msr.modeling.generated_text import marks_reasoning, tidy
-from mllm_msr.modeling.image_features import ImageFeatureCache, content_key, encoder_outputs
+from mllm_msr.modeling.image_features import ImageFeatureCache, encoder_outputs
+from mllm_msr.modeling.inputs import content_key
 from mllm_msr.processing.decoding import OwnSeeds, decode
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor, PromptBatch

@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText, BatchFeature, Florence2Con
 
 from mllm_msr import Candidate, HistoryItem, MllmMsrConfig, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.modeling import image_features
-from mllm_msr.modeling.image_features import ImageFeatureCache, content_key
+from mllm_msr.modeling.image_features import ImageFeatureCache
+from mllm_msr.modeling.inputs import content_key
 from mllm_msr.modeling.lora import language_model_lora_targets
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)

@@ -21,6 +21,7 @@ class Catalogue(Mapping[str, Candidate]):
     items: Dataset
     new: Mapping[str, Candidate] = field(default_factory=dict)
     index: dict[str, int] = field(init=False)
+    _contents: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.index = {item_id: row for row, item_id in enumerate(self.items["item_id"])}
@@ -42,3 +43,9 @@ class Catalogue(Mapping[str, Candidate]):
             raise KeyError(f"item {item_id!r} is not in the items table ({len(self.index)} items)")
         row = self.items[self.index[item_id]]
         return Candidate(item_id, row["title"] or "", row["text"] or "", row["image"])
+
+    def content(self, item_id: str) -> str:
+        """``Candidate.content`` of an item, for which it is decoded once."""
+        if item_id not in self._contents:
+            self._contents[item_id] = self[item_id].content
+        return self._contents[item_id]
