@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mllm_msr.data.sources.registry import SOURCES
 from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.hub_cards.facts import Release, RunFacts, slug
-from mllm_msr.hub_cards.findings import findings, headline
+from mllm_msr.hub_cards.findings import findings, headline, measured_or_not
 from mllm_msr.hub_cards.shards import PublishedTable
 from mllm_msr.hub_cards.terms import SOURCE_TERMS, backbone_license, conflicts
 from mllm_msr.hub_cards.view import TableView, fusion_table, in_order, percent, results_table
@@ -68,6 +69,10 @@ def model_card(run: RunFolder, release: Release | None = None) -> ModelCard:
             card_data=data.to_yaml(),
             title=data.model_name,
             backbone=_backbone_words(facts),
+            **_prompts(facts),
+            reads=_reads(facts),
+            evidence=list(zip_longest(*measured_or_not(facts.results), fillvalue="")) if facts.results else [],
+            own_backbone=facts.own_backbone,
             settings=TableView.of_texts(("setting", "value"), stated) if stated else None,
             inherited=inherited,
             conflicts=conflicts(recipe.license, inherited, facts.source),
@@ -231,6 +236,28 @@ def _backbone_words(facts: RunFacts) -> str:
     if facts.recipe.training.get("model_name_or_path") == "demo":
         return f"the tiny `{kind or 'llava'}` that ships inside the mllm-msr package"
     return f"a local `{kind}` checkpoint" if kind else ""
+
+
+def _prompts(facts: RunFacts) -> dict[str, list[str]]:
+    """The names of the prompts that this model was asked by: ``scored``, and ``written``, by which texts were made."""
+    late, options = facts.model.interaction == "late", facts.recipe.summaries
+    scored = ("late_user", "late_item", "late_answer") if late else ("recommendation",)
+    written: tuple[str, ...] = ()
+    if options.engine not in ("extractive", "titles"):
+        of_items = ("image_summary", "text_summary", "fusion") if options.item_prompts == "paper" else ("item_summary",)
+        written = (*of_items, "preference")
+    prompts = facts.model.prompts
+    return {
+        "scored": [name for name in scored if prompts.get(name, "").strip()],
+        "written": [name for name in written if prompts.get(name)],
+    }
+
+
+def _reads(facts: RunFacts) -> str:
+    """What the scored prompts show of an item, in words."""
+    scored = "".join(facts.model.prompts[name] for name in _prompts(facts)["scored"])
+    shown = [name for name in ("title", "text", "image") if re.search(rf"{{{{\s*{name}\s*}}}}", scored)]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
 
 
 def _generators(run: RunFolder) -> TableView | None:

@@ -142,6 +142,11 @@ class RunFacts:
         return name if is_hub_id(name) else None
 
     @property
+    def own_backbone(self) -> bool:
+        """Whether the backbone is the tiny one that the package ships."""
+        return self.recipe.training.get("model_name_or_path", "demo") == "demo"
+
+    @property
     def backbone_revision(self) -> str | None:
         return self.recipe.training.get("model_revision")
 

@@ -85,3 +85,28 @@ def conditions(results: Results) -> Sequence[str]:
         f"seed {results.seed}",
     ]
     return [*parts, f"model {hide_secrets(results.model_of)}"] if results.model_of else parts
+
+
+def measured_or_not(results: Results) -> tuple[list[str], list[str]]:
+    """What of a recommender's worth was measured in this run, and what was not, each in a few words."""
+    variants, cold = results.variants, results.cold_items
+    cold_targets = cold.cold_targets if cold else 0
+    trained = [variant_of(name).label for name in variants if variant_of(name).kind == "baseline"]
+    questions = {
+        "a ranking among sampled candidates": True,
+        "a ranking among all items": results.full_catalogue is not None,
+        "items that nobody chose in training": cold_targets > 0,
+        "what the images add": "blank_images" in variants or "text_only" in variants,
+        "what the user's preference adds": "no_preference" in variants or "other_user" in variants,
+        "what fine-tuning adds": "no_sft" in variants,
+        "trained baselines on the same candidates": bool(trained),
+        "whether a probability of Yes is what it says": results.calibration is not None,
+        "whether number formats agree": results.agreement is not None,
+    }
+    never = ["other seeds of training", "what people make of it: no user has seen it", "fairness to groups of users"]
+    notes = {
+        "items that nobody chose in training": f"{cold_targets:,} users",
+        "trained baselines on the same candidates": ", ".join(trained),
+    }
+    measured = [f"{what} ({notes[what]})" if what in notes else what for what, done in questions.items() if done]
+    return measured, [what for what, done in questions.items() if not done] + never

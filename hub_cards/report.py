@@ -110,7 +110,7 @@ def write_report(run: RunFolder) -> Path:
 
 def _backbone(facts: RunFacts) -> str | None:
     """The name of the pretrained model that was fine-tuned; None for the demo's own, which has read nothing."""
-    if facts.recipe.training.get("model_name_or_path", "demo") == "demo":
+    if facts.own_backbone:
         return None
     return facts.backbone or "The model before training"
 

@@ -1,5 +1,6 @@
 """The cards as a reader and the Hub see them: facts of the run, nothing blank, nothing from this machine."""
 
+import json
 import re
 
 import pytest
@@ -49,6 +50,45 @@ def test_model_card_states_the_results_of_the_run(finished_run):
     assert "| popularity |" in card.text and "| lora_r | 8 |" in card.text
     assert "{{ title }} {{ image }} Choose?" in card.text
     assert_nothing_blank(str(card))
+
+
+PROMPTS = {
+    "recommendation": "{{ title }} {{ image }} Choose?",
+    "late_user": "{{ preference }}!",
+    "late_item": "{{ title }} {{ text }}.",
+    "late_answer": "",
+    "item_summary": "Say what it is: {{ title }}",
+    "fusion": "Combine them",
+    "preference": "Condense",
+}
+
+
+@pytest.mark.parametrize(
+    ("interaction", "engine", "there", "gone", "reads"),
+    [
+        ("joint", "openai", ("Choose?", "Say what", "Condense"), ("{{ preference }}!", "Combine"), "title and image"),
+        ("joint", "extractive", ("Choose?",), ("{{ preference }}!", "Say what", "Condense"), "title and image"),
+        ("late", "openai", ("{{ preference }}!", "{{ text }}."), ("Choose?", "Combine"), "title and text"),
+    ],
+)
+def test_a_model_card_says_nothing_that_is_not_so_of_this_model(make_run, interaction, engine, there, gone, reads):
+    run = make_run()
+    write_json(run.model / "processor_config.json", {"prompts": PROMPTS})
+    config = json.loads((run.model / "config.json").read_text())
+    write_json(run.model / "config.json", config | {"interaction": interaction})
+    summaries = run.recipe.to_dict()["summaries"] | {"engine": engine}
+    text = model_card(change_recipe(run, summaries=summaries)).text
+    assert not [words for words in there if words not in text] and not [words for words in gone if words in text]
+    assert f"the item's {reads} (MLLM-MSR" in text and "knows no real item" in text
+    assert "and others" not in text and "Xiong, Hui" in text
+
+
+def test_what_was_measured_stands_beside_what_was_not(make_run):
+    run = make_run()
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", model_card(run).text.split("### What was measured")[1], re.MULTILINE)
+    measured, missing = ({row[side] for row in rows} for side in (0, 1))
+    assert "what the images add" in measured and "a ranking among all items" in missing
+    assert any("no user has seen it" in words for words in missing) and not (measured & missing) - {""}
 
 
 def test_snippets_of_the_cards_are_python(finished_run):

@@ -50,7 +50,7 @@ def test_whole_weights_and_the_heads_become_two_shards_and_the_card_says_so(make
     sizes = [value.numel() * value.element_size() for value in make().state_dict().values()]
     assert index["metadata"]["total_size"] == 16 + sum(sizes)
     card = ModelCard.load(folder / "README.md").content
-    assert "30 things as vectors" in card and ".item_ranker\n" in card
+    assert "30 items as vectors" in card and ".item_ranker\n" in card
     assert "sequence_head" not in json.loads((run.model / "config.json").read_text())  # the run's own is as it was
 
 
