@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, draw_image
 from mllm_msr.modeling import image_features
 from mllm_msr.modeling.generated_text import tidy
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
+from mllm_msr.processing import decoding
 from mllm_msr.processing.backbone_images import PreparedImage
 from mllm_msr.processing.decoding import OwnSeeds
 from mllm_msr.processing.engine_transformers import TransformersEngine
@@ -64,8 +65,10 @@ def encoded_images(monkeypatch) -> list[PreparedImage]:
     return encoded
 
 
+@pytest.mark.parametrize("step", [1, 16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_are_those_of_stock_search_and_equal_images_are_encoded_once(backbone, family, monkeypatch):
+def test_texts_are_those_of_stock_search_and_equal_images_are_encoded_once(backbone, family, step, monkeypatch):
+    monkeypatch.setattr(decoding, "key_step", lambda model: step)
     engine = engine_of(backbone(family))
     wanted = stock(engine, engine.processor.item_summary(items()))
     assert len({len(text.text) for text in wanted}) > 2
@@ -75,13 +78,21 @@ def test_texts_are_those_of_stock_search_and_equal_images_are_encoded_once(backb
     assert len(encoded) == 4
 
 
-def test_a_language_model_writes_what_stock_search_writes(backbone):
-    engine = engine_of(backbone("language_model"))
-    blocks = [HistoryBlock([HistoryItem("One", "red " * n)], "ships" if n % 2 else None) for n in range(8)]
+@pytest.mark.parametrize("family", ["language_model", *FAMILIES])
+def test_texts_alone_are_those_of_stock_search_whatever_their_lengths(backbone, family, monkeypatch):
+    engine = engine_of(backbone(family))
+    blocks = [HistoryBlock([HistoryItem("One", "red " * n**2)], "ships" if n % 2 else None) for n in range(8)]
     batch = engine.processor.preference([block.items for block in blocks], [block.previous for block in blocks])
     wanted = stock(engine, batch)
     assert len({len(text.text) for text in wanted}) > 2
+    shapes: list[torch.Size] = []
+    engine.model.register_forward_pre_hook(
+        lambda module, given, named: shapes.append(named["input_ids"].shape), with_kwargs=True
+    )
+    monkeypatch.setattr(decoding, "WORTH", 8)
     assert engine.generate("preference", blocks) == wanted
+    read = [rows * tokens for rows, tokens in shapes if tokens > 1]
+    assert family == "gemma3" or sum(read) < 0.9 * batch["input_ids"].numel(), "one layer of its cache has a window"
 
 
 @pytest.mark.parametrize("again", [False, True])
