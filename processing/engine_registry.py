@@ -1,10 +1,16 @@
 """The engines by the name that a recipe calls them. Nothing heavy is imported before its engine is wanted."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mllm_msr.processing.engines import Engine
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, PROMPTS
+from mllm_msr.processing.text_requests import TextRequest, WrittenTexts, write_texts
+from mllm_msr.processing.workers import Folder, InProcess, Workers, open_workers
+from mllm_msr.records.cluster import Cluster
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.sections import SummaryOptions
 
@@ -19,6 +25,25 @@ def build_engine(options: SummaryOptions, prompts: Mapping[str, str] | None = No
         noun: what the prompts call an item.
     """
     return ENGINES[options.engine](options, {**PROMPTS, **(prompts or {})}, noun)
+
+
+def open_text_workers(
+    engine: Engine, options: SummaryOptions, prompts: Mapping[str, str], noun: str, cluster: Cluster | None
+) -> AbstractContextManager[Workers[TextRequest, WrittenTexts]]:
+    """Who writes texts, as ``engine`` does, which :func:`build_engine` has made of the same: this process with it, or
+    workers of a cluster with their own. The folder of a local model is sent to them."""
+    if cluster is None:
+        return nullcontext(InProcess(lambda: partial(write_texts, engine)))
+    folders = [Folder(Path(options.model).resolve())] if options.model and Path(options.model).is_dir() else []
+    return open_workers(cluster, partial(_text_worker, options, dict(prompts), noun), folders)
+
+
+def _text_worker(
+    options: SummaryOptions, prompts: Mapping[str, str], noun: str, *models: Path
+) -> Callable[[TextRequest], WrittenTexts]:
+    for model in models:
+        options = replace(options, model=str(model))
+    return partial(write_texts, build_engine(options, prompts, noun))
 
 
 def _extractive(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:

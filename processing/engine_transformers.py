@@ -75,8 +75,12 @@ class TransformersEngine:
         self.quantization_config = quantization_config
         self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
         self.config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-        local = Path(name_or_path)
-        self.revision: str = folder_digest(local) if local.is_dir() else self.config._commit_hash or revision or ""
+        self._asked_revision = revision
+
+    @cached_property
+    def revision(self) -> str:
+        local = Path(self.name_or_path)
+        return folder_digest(local) if local.is_dir() else self.config._commit_hash or self._asked_revision or ""
 
     @cached_property
     def model(self) -> Any:

@@ -1,40 +1,45 @@
 """Item summaries and recurrent preferences (paper, "Image Summary" and "User preference")."""
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 
 import polars as pl
-from PIL import Image
 from tqdm import tqdm
 
-from mllm_msr.data.images import BrokenImage, decode
-from mllm_msr.modeling.inputs import Candidate, HistoryItem
+from mllm_msr.modeling.inputs import HistoryItem
 from mllm_msr.modeling.preference import PreferenceStep, preference_waves, whole_blocks
+from mllm_msr.processing.encoded_items import EncodedItem
 from mllm_msr.processing.engines import Descriptions, Engine, HistoryBlock
 from mllm_msr.processing.prompts import Task
 from mllm_msr.processing.text_report import check_texts
+from mllm_msr.processing.text_requests import TextRequest, WrittenTexts
 from mllm_msr.processing.text_status import StoredText, combine
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.processing.text_writer import Inputs, TextWriter
+from mllm_msr.processing.workers import Workers
 from mllm_msr.records.schema import ITEM_SUMMARIES, PREFERENCES
 from mllm_msr.records.sections import SummaryOptions
 from mllm_msr.records.storage import digest
 
-logger = logging.getLogger(__name__)
+TextWorkers = Workers[TextRequest, WrittenTexts]
 WITHOUT_MODEL = SummaryOptions(engine="extractive")
 
 
 def summarize_items(
-    items: pl.DataFrame, engine: Engine, store: TextStore, options: SummaryOptions = WITHOUT_MODEL
+    items: pl.DataFrame,
+    engine: Engine,
+    store: TextStore,
+    options: SummaryOptions = WITHOUT_MODEL,
+    workers: TextWorkers | None = None,
 ) -> pl.DataFrame:
     """One summary for each item, from its image and words, with one prompt or the paper's three.
 
     Args:
         items: ``item_id``, ``title``, ``text``, ``image`` (struct with ``bytes``, or null).
+        workers: who writes, with the same engine; None: this process.
 
     Returns:
         The table ``ITEM_SUMMARIES``, in the order of ``items``. The status is that of the worst text that the summary
@@ -46,7 +51,7 @@ def summarize_items(
     columns = items.select("item_id", "title", "text", pl.col("image").struct.field("bytes"))
     ids, titles, words, images = (column.to_list() for column in columns.iter_columns())
     sources = _ItemSources(ids, titles, words, images if options.images else [None] * len(ids))
-    writer = TextWriter(engine, store, options.seed)
+    writer = TextWriter(engine, store, options.seed, workers)
     if options.item_prompts == "single":
         tasks: tuple[Task, ...] = ("item_summary",)
         texts = _with_one_prompt(writer, sources)
@@ -75,21 +80,10 @@ class _ItemSources:
         """Characters of title and text."""
         return [len(title) + len(text) for title, text in zip(self.titles, self.texts, strict=True)]
 
-    def item(self, place: int, words: bool = True, image: bool = True) -> Candidate:
-        """The item in this place, or only its words or its image.
-
-        An image that cannot be decoded is left out: prepared images are sound, and one that is not must not stop a
-        million others.
-        """
-        decoded: Image.Image | None = None
-        content = self.images[place] if image else None
-        try:
-            decoded = decode(content) if content else None
-        except BrokenImage:
-            logger.warning("item %s is summarised without its image, which cannot be decoded", self.ids[place])
-        if not words:
-            return Candidate(image=decoded)
-        return Candidate(title=self.titles[place], text=self.texts[place], image=decoded)
+    def item(self, place: int, words: bool = True, image: bool = True) -> EncodedItem:
+        """The item in this place, or only its words or its image."""
+        title, text = (self.titles[place], self.texts[place]) if words else ("", "")
+        return EncodedItem(self.ids[place], title, text, self.images[place] if image else None)
 
 
 def _with_one_prompt(writer: TextWriter, items: _ItemSources) -> list[StoredText]:
@@ -164,12 +158,14 @@ def summarize_users(
     engine: Engine,
     store: TextStore,
     options: SummaryOptions = WITHOUT_MODEL,
+    workers: TextWorkers | None = None,
 ) -> pl.DataFrame:
     """Every user's preference after each whole history block, see :mod:`mllm_msr.modeling.preference`.
 
     Args:
         interactions: ``user_id``, ``item_id``, ``timestamp``; a user's rows oldest first.
         titles, summaries: by item id.
+        workers: who writes, with the same engine; None: this process.
 
     Returns:
         The table ``PREFERENCES``, by user and step. ``read_item_ids`` are all items that a text rests on. Where a text
@@ -178,7 +174,7 @@ def summarize_users(
     Raises:
         EngineUnavailable: the engine can serve no input, or no text is of use; what it has written until then is kept.
     """
-    size, writer = options.block_size, TextWriter(engine, store, options.seed)
+    size, writer = options.block_size, TextWriter(engine, store, options.seed, workers)
     users = interactions.group_by("user_id", maintain_order=True).agg("item_id", "timestamp").rows()
     described = {item: HistoryItem(titles[item], summaries[item]) for item in interactions["item_id"].unique()}
     histories = [[described[item] for item in history] for _, history, _ in users]

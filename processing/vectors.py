@@ -1,7 +1,9 @@
 """The table of item vectors: what is there already by content is not computed again, nor lost when a run is killed."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,20 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from mllm_msr.data.images import BrokenImage, decode
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.modeling.item_vectors import BUDGET, PlainInputs, encode_items, load_item_model, to_half
 from mllm_msr.processing.auto import MllmMsrProcessor
+from mllm_msr.processing.encoded_items import EncodedItem
+from mllm_msr.processing.workers import Folder, Workers, open_workers
+from mllm_msr.records.cluster import Cluster
 from mllm_msr.records.recipe import Recipe, backbone_path
 from mllm_msr.records.schema import ITEM_VECTORS
 from mllm_msr.records.storage import digest, sweep
 
 Encode = Callable[[Sequence[Candidate]], np.ndarray]  # N items to (N, F) float16
+VectorRequest = Mapping[str, EncodedItem]  # by key
+Made = dict[str, np.ndarray]  # by key, each (F,) float16
+VectorWorkers = Workers[VectorRequest, Made]
 REMEDY = "name another by vectors.model, or give your own vectors by --vectors or vectors.column"
 
 
@@ -33,24 +40,42 @@ def item_model(recipe: Recipe) -> tuple[str, str | None]:
     raise ValueError("vectors.model: name the model whose vectors items get, or a file of them by --vectors")
 
 
-def recipe_encoder(recipe: Recipe) -> Encode:
-    """What makes the item vectors of a recipe, loaded.
+def recipe_encoder(recipe: Recipe, folder: Path | None = None) -> Encode:
+    """What makes the item vectors of a recipe, loaded; ``folder``: where its model lies, if not where it says.
 
     Raises:
         ValueError: the model cannot be loaded, or makes no vectors of items; the message names it and the remedy.
     """
     options, (name, revision) = recipe.vectors, item_model(recipe)
+    where = str(folder or name)
     dtype = options.dtype or recipe.training.get("dtype")
     prompts = {prompt: text for prompt, text in recipe.prompts.items() if prompt == "late_item"}
     try:
         if options.engine == "sentence-transformers":
-            return sentence_encoder(name, revision, dtype)
-        return item_encoder(name, revision, dtype, prompts, recipe.item_noun, options.token_budget)
+            return sentence_encoder(where, revision, dtype)
+        return item_encoder(where, revision, dtype, prompts, recipe.item_noun, options.token_budget)
     except Exception as error:  # of any library that reads one of its many files
         reason = " ".join(str(error).split())
         if not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{name} makes no item vectors: {reason}; {REMEDY}") from error
+
+
+def open_vector_workers(recipe: Recipe, cluster: Cluster | None) -> AbstractContextManager[VectorWorkers]:
+    """Who makes the item vectors of a recipe: this process or workers of a cluster, to whom a local model is sent."""
+    model = Path(item_model(recipe)[0])
+    folders = [Folder(model.resolve())] if cluster and model.is_dir() else []
+    return open_workers(cluster, partial(_vector_worker, recipe), folders)
+
+
+def _vector_worker(recipe: Recipe, *models: Path) -> Callable[[VectorRequest], Made]:
+    return partial(encode_request, recipe_encoder(recipe, *models))
+
+
+def encode_request(encode: Encode, request: VectorRequest) -> Made:
+    """The vectors by key."""
+    vectors = encode([item.decoded() for item in request.values()])
+    return dict(zip(request, vectors, strict=True))
 
 
 def item_encoder(
@@ -114,7 +139,7 @@ def item_words(text: str, summary: str | None) -> str:
 def vector_table(
     items: pl.DataFrame,
     summaries: Mapping[str, str],
-    load_encoder: Callable[[], Encode],
+    workers: VectorWorkers,
     facts: Sequence[object],
     folder: Path,
     batch_size: int = 512,
@@ -125,9 +150,10 @@ def vector_table(
     Args:
         items: ``item_id``, ``title``, ``text``, ``image`` (struct with ``bytes``, or null).
         summaries: by item id, what is read after an item's text; items may be absent.
-        load_encoder: called only if a vector is missing.
+        workers: who makes the vectors, asked only for those that are missing.
         facts: all that a vector depends on beside its item.
-        folder: of the vectors by content; every ``batch_size`` new ones are a file, joined at the end.
+        folder: of the vectors by content; every ``batch_size`` are a file, joined at the end. Batches are cut from all
+            items, so that a resumed stage computes the same ones, by however many workers.
     """
     items = items.sort("item_id")
     ids, titles, texts = (items[name].fill_null("").to_list() for name in ("item_id", "title", "text"))
@@ -135,34 +161,29 @@ def vector_table(
     words = [item_words(text, summaries.get(item)) for item, text in zip(ids, texts, strict=True)]
     hashes = [hashlib.sha256(image).hexdigest() if image else None for image in pixels]
     keys = [digest(*facts, *parts) for parts in zip(titles, words, hashes, strict=True)]
-    have = _stored(folder)
-    missing = list(dict(zip(reversed(keys), reversed(range(len(keys))), strict=True)).values())
-    missing = sorted(place for place in missing if keys[place] not in have)
-    encode = load_encoder() if missing else None
+    have, place = _stored(folder), {key: number for number, key in reversed(list(enumerate(keys)))}
+    order = sorted(place, key=place.__getitem__)
+    missing = [key for key in order if key not in have]
+
+    def requests() -> Iterator[VectorRequest]:
+        for begin in range(0, len(order), batch_size):
+            places = {key: place[key] for key in order[begin : begin + batch_size] if key not in have}
+            if places:
+                yield {key: EncodedItem(ids[n], titles[n], words[n], pixels[n]) for key, n in places.items()}
+
     with tqdm(total=len(missing), desc="item vectors", unit="item", disable=not missing) as bar:
-        for begin in range(0, len(missing), batch_size):
-            places = missing[begin : begin + batch_size]
-            candidates = [Candidate("", titles[place], words[place], _image(pixels[place])) for place in places]
-            assert encode is not None
-            vectors = dict(zip((keys[place] for place in places), encode(candidates), strict=True))
-            if wrong := [place for place in places if not np.isfinite(vectors[keys[place]]).all()]:
-                what = f"the model's vector of item {ids[wrong[0]]!r} is not finite"
+        for vectors in workers.map(requests()):
+            if wrong := [key for key, vector in vectors.items() if not np.isfinite(vector).all()]:
+                what = f"the model's vector of item {ids[place[wrong[0]]]!r} is not finite"
                 raise ValueError(f"{what}: try --set vectors.dtype=float32, or another vectors.model")
             _store(folder, vectors)
             have |= vectors
-            bar.update(len(places))
+            bar.update(len(vectors))
     wanted = {key: have[key] for key in keys}
     if missing or len(wanted) < len(have):
         _join(folder, wanted)
     print(f"item vectors: {len(missing)} computed, {len(wanted) - len(missing)} as they were", flush=True)
     return ITEM_VECTORS.frame().vstack(_frame(ids, [have[key] for key in keys], keys))
-
-
-def _image(content: bytes | None) -> object:
-    try:
-        return decode(content) if content else None
-    except BrokenImage:  # prepared images are sound, and one that is not must not stop a million others
-        return None
 
 
 def _frame(ids: Sequence[str], vectors: Sequence[np.ndarray], keys: Sequence[str]) -> pl.DataFrame:

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,10 @@ def wrong_usage(options: argparse.Namespace) -> str | None:
         return "without a recipe, say which model to fine-tune: --backbone with a Hub id or a folder"
     if options.command == "compare" and len(options.runs) < 2:
         return "name two runs or more to compare"
+    if getattr(options, "workers", None) and not options.ray:
+        return "--workers are those of a cluster: say which one by --ray"
+    if options.command == "rank" and options.ray and not options.users:
+        return "--ray shares the ranking of many users: name them by --users"
     if options.command == "rank" and options.users and not options.output:
         return "name a folder for the rankings of --users: --output DIR"
     return None
@@ -58,6 +63,14 @@ def in_words(error: Exception) -> str:
     if isinstance(error, OSError | ValueError | RuntimeError):
         return text
     return f"unexpected {type(error).__name__}: {text}; run again with --debug to see where it comes from"
+
+
+def on_cluster(run: "RunFolder", options: argparse.Namespace) -> "RunFolder":
+    """The run, its map-like work shared as the options say."""
+    from mllm_msr.records.cluster import Cluster
+
+    address = getattr(options, "ray", None)
+    return replace(run, cluster=Cluster(address, options.workers)) if address else run
 
 
 def existing_run(options: argparse.Namespace, stage: str | None = None) -> "RunFolder":
@@ -95,7 +108,7 @@ def demo(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     from mllm_msr.stages import run_all
 
-    run_all(recipe_run(options))
+    run_all(on_cluster(recipe_run(options), options))
 
 
 def stage(options: argparse.Namespace) -> None:
@@ -103,7 +116,7 @@ def stage(options: argparse.Namespace) -> None:
 
     name = f"summarize {options.part}" if options.command == "summarize" else options.command
     run = recipe_run(options) if name == "prepare" else existing_run(options, name)
-    FUNCTIONS[name](run)
+    FUNCTIONS[name](on_cluster(run, options))
     print_next(run)
 
 
@@ -116,6 +129,7 @@ def evaluate(options: argparse.Namespace) -> None:
     run = with_evaluation(run, options.baselines, options.full_catalogue, options.agreement)
     if options.model or options.fine_tune:
         run = with_model_of(run, options.model, options.fine_tune)
+    run = on_cluster(run, options)
     evaluate(run, scorable(run) if options.baselines else None)
     print_next(run)
 
@@ -139,7 +153,7 @@ def compare(options: argparse.Namespace) -> None:
 def rank(options: argparse.Namespace) -> None:
     from mllm_msr import rank
 
-    run = existing_run(options)
+    run = on_cluster(existing_run(options), options)
     new = None if options.new_items is None else rank.new_items(run, options.new_items)
     how = rank.Ranking(options.items, options.by, options.top_k, options.memory_gb, options.rerank, new)
     if options.users:
@@ -161,7 +175,7 @@ def index(options: argparse.Namespace) -> None:
         return
     from mllm_msr.rank import index
 
-    index(run, options.memory_gb)
+    index(on_cluster(run, options), options.memory_gb)
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ examples:
   mllm-msr run recipes/movielens_100k.yaml --data DIR      the same on MovieLens-100k
   mllm-msr prepare --interactions log.csv --items items.csv --column user_id=reviewer   own tables, no recipe
   mllm-msr rank demo_output --user u0003 --top-k 10        rank the catalogue for one user
-  mllm-msr rank RUN --users all --output rankings          for all users; `accelerate launch -m mllm_msr.cli rank ...`
+  mllm-msr rank RUN --users all --output rankings          for all users; by all GPUs with --ray local
                                                            shares them among processes
   mllm-msr show user u0003 demo_output                     what was read and written of one user, step by step
   mllm-msr show page RUN                                   try a run's model in the browser
@@ -81,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("run", type=Path, help="folder of the run")
         if sub is not report:
             add_setting(sub, "a value of the run's recipe from now on, of the sections that the stage reads")
+    for sub in (*stages[:3], evaluate, commands.choices["run"]):
+        add_cluster(sub)
     own = "own vectors: Parquet, CSV or npz with item_id and vector for every item"
     vectors.add_argument("--vectors", metavar="FILE", type=text_of, help=own)
     further = "further variants on the same tasks, such as knn,sasrec; an unknown name lists all"
@@ -109,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     who = rank.add_mutually_exclusive_group(required=True)
     who.add_argument("--user", type=text_of, help="user id: the last preference, all unseen items as candidates")
     who.add_argument("--preference", type=text_of, help="a preference in words instead of a user")
-    many = "many users, into files (resumable; several processes share)"
+    many = "many users, into files (resumable)"
     who.add_argument("--users", metavar="all|A,B", type=names, help=many)
     after = "items chosen, oldest first, of a user that the run need not know (ranked by the head)"
     who.add_argument("--history", metavar="A,B", type=names, help=after)
@@ -127,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     export = "in place of that, write the item vectors as an index of Faiss, for any model (needs [faiss])"
     index.add_argument("--export", type=Path, metavar="DIR", help=export)
     for sub in (rank, index):
+        add_cluster(sub)
         sub.add_argument("--memory-gb", type=amount, help="kept of users and items (default: half of what is free)")
 
     serve = command("serve", "answer over HTTP: score, rerank, recommend, from events as they come ([serve])")
@@ -199,6 +202,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--on-bad-rows", choices=("error", "skip"), help="stop at the first, or count and leave out")
     data.add_argument("--seed", type=int, help="of candidates, samples, training and evaluation")
     add_setting(data, "any other value of the recipe, e.g. data.k_core_users=7")
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    ray = "share the work on Ray ([ray]): local (all of this machine), auto (the cluster it is in) or HOST:PORT"
+    parser.add_argument("--ray", metavar="ADDRESS", type=text_of, help=ray)
+    share = "how many share the cluster's GPUs or, without any, its cores (default: one a GPU, or one a core)"
+    parser.add_argument("--workers", metavar="N", type=positive, help=share)
 
 
 def add_setting(parser: Any, text: str) -> None:

@@ -1,21 +1,23 @@
 """Rank a real catalogue: for one user on the screen, or for all users into files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import polars as pl
-from accelerate import PartialState
 from tqdm import tqdm
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.new_items import NewItems, read_new_items
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
+from mllm_msr.evaluation.spread_scoring import run_at, run_folders
 from mllm_msr.modeling.inputs import HistoryItem, User
-from mllm_msr.records.lock import write_lock
+from mllm_msr.processing.workers import open_workers
+from mllm_msr.records.lock import check_one_process, write_lock
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS
 from mllm_msr.records.storage import digest, file_digest, write_text
@@ -194,38 +196,49 @@ def print_best(run: RunFolder, user: RunUser, by: By, how: Ranking) -> None:
 
 def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: Ranking) -> None:
     """Write each user's best candidates (see ``schema.RANKINGS``), in files of 64 users; files that are there are left
-    as they are, and several processes share the rest.
+    as they are.
 
     Args:
         users: None is every user of the run; one that is named twice counts once.
     """
-    import torch
-
+    check_one_process("rank")
     by = way_of(run, how)
-    on_cpu = not torch.accelerator.is_available()  # torchrun does not say so, and each process would work alone
-    state = PartialState(cpu=on_cpu)
     everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
     users = list(everyone if users is None else dict.fromkeys(users))
     if unknown := [user for user in users if user not in everyone]:
         raise ValueError(f"{_listed(unknown)} no user of {run.path}; ids look like {next(iter(everyone))!r}")
-    catalogue = how.catalogue(run)
-    names = how.candidates(catalogue)
+    names = how.candidates(how.catalogue(run))
     new = file_digest(how.new.path) if how.new else None
-    if state.is_main_process:
-        model = run.key("train" if by == "answer" else "head")
-        claim(output, digest(by, model, users, how.top_k, how.rerank, names, new))
-    state.wait_for_everyone()
+    model = run.key("train" if by == "answer" else "head")
+    claim(output, digest(by, model, users, how.top_k, how.rerank, names, new))
     shards = [users[start : start + SHARD] for start in range(0, len(users), SHARD)]
     paths = [output / f"ranking-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    ranker = load_ranker(run, by, how)
-    for number in tqdm(missing[state.process_index :: state.num_processes], desc="ranking", unit="file"):
-        shown = read_users(run, shards[number], reads_words(run, by, how))
-        best = best_of(shown, ranker, names, catalogue, how.top_k)
-        RANKINGS.write(best, paths[number])
-    state.wait_for_everyone()
-    if state.is_main_process:
-        print(f"{len(users)} users x {len(names)} candidates: {output}")
+    with open_workers(run.cluster, partial(ranking_worker, run, by, how), run_folders(run)) as workers:
+        rankings = workers.map(Shard(number, shards[number]) for number in missing)
+        for shard, best in tqdm(rankings, total=len(missing), desc="ranking", unit="file"):
+            RANKINGS.write(best, paths[shard.number])
+    print(f"{len(users)} users x {len(names)} candidates: {output}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The users of one file, by its number."""
+
+    number: int
+    users: Sequence[str]
+
+
+def ranking_worker(run: RunFolder, by: By, how: Ranking, *paths: Path) -> Callable[[Shard], tuple[Shard, pl.DataFrame]]:
+    """What ranks the users of a file; ``paths``: see :func:`~mllm_msr.evaluation.spread_scoring.run_at`."""
+    run = run_at(run, *paths)
+    catalogue, ranker, in_words = how.catalogue(run), load_ranker(run, by, how), reads_words(run, by, how)
+    names = how.candidates(catalogue)
+
+    def rank(shard: Shard) -> tuple[Shard, pl.DataFrame]:
+        return shard, best_of(read_users(run, shard.users, in_words), ranker, names, catalogue, how.top_k)
+
+    return rank
 
 
 def claim(folder: Path, key: str) -> None:

@@ -3,7 +3,8 @@
 import json
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ import polars as pl
 from mllm_msr.data.sources.registry import read_source, source_fingerprint
 from mllm_msr.evaluation.variants import VARIANTS, Variant
 from mllm_msr.proof import prove
-from mllm_msr.records.lock import is_first_process
+from mllm_msr.records.lock import check_one_process, is_first_process, write_lock
 from mllm_msr.records.recipe import Recipe, backbone_path
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import (
@@ -67,12 +68,20 @@ def prepare(run: RunFolder) -> None:
     run.stage("prepare", work, writes=[run.data], facts=[facts, asdict(options)])
 
 
-def summary_tools(run: RunFolder, name: str, options: SummaryOptions) -> Any:
-    """Engine, store and options for the texts called ``name``."""
-    from mllm_msr.processing.engine_registry import build_engine
+@contextmanager
+def text_tools(run: RunFolder, name: str, options: SummaryOptions) -> Iterator[Any]:
+    """Engine, store, options and workers for the texts called ``name``; no other process writes to the store then."""
+    from mllm_msr.processing.engine_registry import build_engine, open_text_workers
     from mllm_msr.processing.text_store import TextStore
 
-    return build_engine(options, run.recipe.prompts, run.recipe.item_noun), TextStore(run.texts / name), options
+    folder, prompts, noun = run.texts / name, run.recipe.prompts, run.recipe.item_noun
+    engine = build_engine(options, prompts, noun)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        write_lock(folder, f"mllm-msr summarize, in {run.path}"),
+        open_text_workers(engine, options, prompts, noun, run.cluster) as workers,
+    ):
+        yield engine, TextStore(folder), options, workers
 
 
 def summarize_items(run: RunFolder) -> None:
@@ -80,10 +89,12 @@ def summarize_items(run: RunFolder) -> None:
     from mllm_msr.processing import summaries
     from mllm_msr.processing.text_report import text_report
 
+    check_one_process("summarize items")
     options = run.recipe.summaries
 
     def work(key: str) -> None:
-        frame = summaries.summarize_items(run.read(ITEMS), *summary_tools(run, "item_summary", options))
+        with text_tools(run, "item_summary", options) as tools:
+            frame = summaries.summarize_items(run.read(ITEMS), *tools)
         run.write(ITEM_SUMMARIES, frame)
         print(text_report(frame))
 
@@ -100,16 +111,15 @@ def summarize_users(run: RunFolder) -> None:
     from mllm_msr.processing.prompts import PROMPTS
     from mllm_msr.processing.text_report import text_report
 
+    check_one_process("summarize users")
     options = run.recipe.summaries.for_users()
 
     def work(key: str) -> None:
         items, tasks = run.read(ITEMS), run.tasks("train", "validation", "test")
-        frame = summaries.summarize_users(
-            before_targets(run.read(INTERACTIONS), tasks),
-            dict(items.select("item_id", "title").iter_rows()),
-            dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows()),
-            *summary_tools(run, "preference", options),
-        )
+        log, titles = before_targets(run.read(INTERACTIONS), tasks), dict(items.select("item_id", "title").iter_rows())
+        texts = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
+        with text_tools(run, "preference", options) as tools:
+            frame = summaries.summarize_users(log, titles, texts, *tools)
         run.write(PREFERENCES, frame)
         print(text_report(frame))
         prompt = {**PROMPTS, **run.recipe.prompts}["recommendation"]
@@ -152,8 +162,9 @@ def forget_failures(run: RunFolder, table: Table) -> None:
 def vectors(run: RunFolder) -> None:
     """What a language model makes of each item, for the sequence head: computed, or the user's own."""
     from mllm_msr.data.vector_files import own_vectors
-    from mllm_msr.processing.vectors import item_model, recipe_encoder, vector_table
+    from mllm_msr.processing.vectors import item_model, open_vector_workers, vector_table
 
+    check_one_process("vectors")
     recipe, writes = run.recipe, [run.file(ITEM_VECTORS)]
     if recipe.vectors.own:
         frame = own_vectors(recipe.source, recipe.vectors, run.read(ITEMS, ["item_id"]))
@@ -167,15 +178,9 @@ def vectors(run: RunFolder) -> None:
         summaries: dict[str, str] = {}
         if recipe.vectors_read_summaries:
             summaries = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
-        frame = vector_table(
-            run.read(ITEMS),
-            summaries,
-            lambda: recipe_encoder(recipe),
-            facts,
-            run.vectors,
-            recipe.vectors.batch_size,
-            recipe.vectors.images,
-        )
+        with open_vector_workers(recipe, run.cluster) as workers:
+            sizes = recipe.vectors.batch_size, recipe.vectors.images
+            frame = vector_table(run.read(ITEMS), summaries, workers, facts, run.vectors, *sizes)
         run.write(ITEM_VECTORS, frame)
 
     run.stage("vectors", work, writes=writes, facts=facts)

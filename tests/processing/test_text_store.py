@@ -1,10 +1,8 @@
-"""The store of texts under what happens to it: full disks, killed processes, many at once."""
+"""The store of texts under what happens to it: full disks, killed processes, damaged files."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import polars as pl
 
@@ -34,7 +32,7 @@ class Slow:  # each block takes a while, and is written down with who wrote it
 rows = [(f"u{n}", f"i{n} {k}", k) for n in range(12) for k in range(6)]
 log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
 same = {item: item for _, item, _ in rows}
-out = summarize_users(log, same, same, Slow(), TextStore(Path(sys.argv[1]) / "cache", lease=2.0))
+out = summarize_users(log, same, same, Slow(), TextStore(Path(sys.argv[1]) / "cache"))
 out.write_parquet(Path(sys.argv[1]) / f"{sys.argv[2]}.parquet")
 """
 
@@ -44,21 +42,20 @@ def start(folder, name: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", WORKER, folder, name], **pipes)
 
 
-def test_processes_share_the_work_and_one_that_is_killed_loses_nothing(tmp_path):
-    workers = [start(tmp_path, name) for name in ("a", "b", "c")]
-    workers[0].stdout.readline()
-    workers[0].stdout.readline()
-    workers[0].send_signal(signal.SIGKILL)
-    asked = [worker.communicate(timeout=60)[0].count("asked") for worker in workers]
+def test_a_process_that_is_killed_loses_one_batch_and_the_next_goes_on(tmp_path):
+    killed = start(tmp_path, "a")
+    for _ in range(5):
+        killed.stdout.readline()
+    killed.send_signal(signal.SIGKILL)
+    asked = 5 + killed.communicate(timeout=60)[0].count("asked")
+    asked += start(tmp_path, "b").communicate(timeout=60)[0].count("asked")
     alone = tmp_path / "alone"
     alone.mkdir()
-    start(alone, "d").communicate(timeout=60)
-    wanted = pl.read_parquet(alone / "d.parquet")
+    start(alone, "c").communicate(timeout=60)
+    wanted = pl.read_parquet(alone / "c.parquet")
     assert wanted.height == 24 and wanted["preference"][1] == "i0 0.i0 3."
     assert pl.read_parquet(tmp_path / "b.parquet").equals(wanted)
-    assert pl.read_parquet(tmp_path / "c.parquet").equals(wanted)
-    assert 24 - 2 <= sum(asked) <= 24 + 4  # nothing twice but, at most, the batch of the one that was killed
-    assert min(asked[1:]) > 0
+    assert 24 <= asked <= 24 + 2
 
 
 def test_a_full_disk_stops_with_its_reason_and_the_run_goes_on_when_there_is_room(tmp_path):
@@ -70,29 +67,6 @@ def test_a_full_disk_stops_with_its_reason_and_the_run_goes_on_when_there_is_roo
     assert pl.read_parquet(tmp_path / "b.parquet")["status"].unique().to_list() == ["ok"]
 
 
-def test_a_claim_is_for_one_and_outlives_its_holder_by_the_lease(tmp_path):
-    one, two = TextStore(tmp_path, lease=0.2), TextStore(tmp_path, lease=0.2)
-    with one.claim(["k"]) as mine, two.claim(["k"]) as theirs:
-        assert (mine, theirs) == (True, False)
-    (claim,) = [two.claims / name for name in [text_store.digest("k")]]
-    claim.write_text("elsewhere 1")  # of a machine that will never touch it again
-    with two.claim(["k"]) as theirs:
-        assert not theirs
-    time.sleep(0.3)
-    with two.claim(["k"]) as theirs:
-        assert theirs
-    assert not list(two.claims.iterdir())
-
-
-def test_a_claim_that_is_touched_is_respected(tmp_path):
-    one, two = TextStore(tmp_path, lease=0.4), TextStore(tmp_path, lease=0.4)
-    with one.claim(["k"]):
-        for _ in range(8):
-            with two.claim(["k"]) as theirs:
-                assert not theirs
-            time.sleep(0.1)
-
-
 def test_a_broken_file_is_left_out_and_said(tmp_path, caplog):
     store = TextStore(tmp_path)
     store.add(["a"], {"a": ("text", "ok")})
@@ -102,11 +76,8 @@ def test_a_broken_file_is_left_out_and_said(tmp_path, caplog):
     assert "generated again" in caplog.text
 
 
-def test_failures_are_forgotten_by_the_next_run_but_heard_from_others(tmp_path):
-    other = TextStore(tmp_path)
+def test_failures_are_forgotten_by_the_next_run(tmp_path):
     TextStore(tmp_path).add(["a", "b"], {"a": ("text", "ok"), "b": ("", "failed:no")})
-    other.refresh(["a", "b"])
-    assert other.rows == {"a": ("text", "ok"), "b": ("", "failed:no")}
     assert TextStore(tmp_path).rows == {"a": ("text", "ok")}
 
 
@@ -118,22 +89,3 @@ def test_many_small_files_become_one(tmp_path, monkeypatch):
     assert TextStore(tmp_path).rows == store.rows
     assert len(list(tmp_path.glob("*.parquet"))) == 1
     assert TextStore(tmp_path).rows == store.rows
-    assert os.listdir(tmp_path / "claims") == []
-
-
-def test_files_that_another_process_joins_meanwhile_are_read_where_they_now_are(tmp_path, monkeypatch):
-    store = TextStore(tmp_path)
-    for n in range(6):
-        store.add([str(n)], {str(n): (f"text {n}", "ok")})
-    real, listed = TextStore._read, []
-
-    def read(self, path, failures):
-        if not listed:  # it has listed the files, and not read one of them yet
-            listed.append(path)
-            monkeypatch.setattr(text_store, "MANY", 5)
-            TextStore(tmp_path)
-        return real(self, path, failures)
-
-    monkeypatch.setattr(TextStore, "_read", read)
-    assert TextStore(tmp_path).rows == store.rows
-    assert len(list(tmp_path.glob("*.parquet"))) == 1

@@ -10,7 +10,7 @@ Letters: T tasks, C candidates, U users, I items, N items that are ranked anew.
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -123,7 +123,8 @@ def answers_of(run: RunFolder, heads: Heads, task_ids: pl.Series, lists: AnswerL
     )
     contexts = run_contexts(run, "validation").drop("candidates", "labels")
     contexts = asked.join(contexts, on="task_id", how="left", maintain_order="left")
-    folder, model = run.answers / run.key("train"), cache(lambda: ModelScorer(ModelView(), run))
+    here = replace(run, cluster=None)  # so few tasks are scored in this process
+    folder, model = run.answers / run.key("train"), cache(lambda: ModelScorer(ModelView(), here))
 
     def answered(block: pl.DataFrame) -> pl.DataFrame:
         path = folder / f"{digest(block['task_id'].to_list(), block['candidates'].to_list())}.parquet"
@@ -149,7 +150,7 @@ class FusedScorer(Scorer):
 
     @cached_property
     def model(self) -> ModelScorer:
-        return ModelScorer(ModelView(), self.run)
+        return self.held.enter_context(ModelScorer(ModelView(), self.run))
 
     @cached_property
     def contexts(self) -> pl.DataFrame:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import polars as pl
@@ -119,6 +119,13 @@ class ScoredVariant:
         split = self.run.recipe.evaluation.split
         return run_contexts(self.run, split) if self.variant.needs_model else self.run.tasks(split)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if "scorer" in vars(self):
+            self.scorer.__exit__(*error)
+
     def scores(self) -> pl.DataFrame:
         def score() -> pl.DataFrame:
             return self.scorer.score(self.tasks).select(pl.lit(self.variant.name).alias("variant"), pl.all())
@@ -154,13 +161,13 @@ def score_and_measure(run: RunFolder, variants: Sequence[Variant], folders: Mapp
     options, scores, places, agreement = run.recipe.evaluation, {}, {}, None
     among_all, users = run.recipe.data.negatives == "all", users_among_all(run)
     for variant in variants:
-        scored = ScoredVariant(run, variant, folders[variant.stages])
-        scores[variant.name] = scored.scores()
-        is_ours = variant.name == OURS
-        if users and (among_all or is_ours or not variant.needs_model):
-            places[variant.name] = scored.places(users)
-        if options.agreement and is_ours:
-            agreement = measure_agreement(scored.in_all_ways(options.agreement))
+        with ScoredVariant(run, variant, folders[variant.stages]) as scored:
+            scores[variant.name] = scored.scores()
+            is_ours = variant.name == OURS
+            if users and (among_all or is_ours or not variant.needs_model):
+                places[variant.name] = scored.places(users)
+            if options.agreement and is_ours:
+                agreement = measure_agreement(scored.in_all_ways(options.agreement))
     run.write(SCORES, pl.concat(scores.values()))
     ranked = {name: frame for name, frame in places.items() if frame is not None}
     names = [name for name in options.metrics if name != "auc"]  # which places do not tell

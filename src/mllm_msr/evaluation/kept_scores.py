@@ -34,7 +34,8 @@ def answer_scores(run: RunFolder) -> pl.DataFrame:
     """The trained model's scores of the evaluated tasks: what the variant ``mllm_msr`` has, or will find."""
 
     def score() -> pl.DataFrame:
-        scores = ModelScorer(ModelView(), run).score(run_contexts(run, run.recipe.evaluation.split))
+        with ModelScorer(ModelView(), run) as scorer:
+            scores = scorer.score(run_contexts(run, run.recipe.evaluation.split))
         return scores.select(pl.lit(OURS).alias("variant"), pl.all())
 
     return kept(SCORES, scores_folder(run, MODEL_STAGES) / f"{OURS}.parquet", score)

@@ -2,8 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import polars as pl
@@ -17,16 +20,25 @@ from mllm_msr.evaluation.rankers import Ranker
 from mllm_msr.evaluation.scoring import as_it_is, own_context, pairs, score_with_model, score_with_values
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.examples import users_of
+from mllm_msr.processing.workers import open_workers
 from mllm_msr.records.run import RunFolder
 
 if TYPE_CHECKING:
+    from mllm_msr.evaluation.spread_scoring import Logits, Question
     from mllm_msr.modeling.ranking import Recommender
 
 PROGRESS = "    pairs"  # label of the progress bar
 
 
 class Scorer(ABC):
-    """What gives a value to every candidate of a task, and to every item of the catalogue."""
+    """What gives a value to every candidate of a task, and to every item of the catalogue.
+
+    ``held``: what it holds elsewhere, such as workers of a cluster; given back at the end of a `with` block.
+    """
+
+    @cached_property
+    def held(self) -> ExitStack:
+        return ExitStack()
 
     @abstractmethod
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
@@ -35,6 +47,12 @@ class Scorer(ABC):
     @abstractmethod
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
         """(U, I): the logit of every item for each task's user; ``items`` are all ids, sorted."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.held.close()
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,15 @@ class ModelScorer(Scorer):
 
     def __init__(self, view: ModelView, run: RunFolder) -> None:
         self.view, self.seed = view, run.recipe.evaluation.seed
-        self.recommender, self.catalogue = view.load(run), view.items(load_catalogue(run), self.seed)
+        self.catalogue = view.items(load_catalogue(run), self.seed)
+        if run.cluster is None:
+            self.recommender = view.load(run)
+            return
+        from mllm_msr.evaluation.spread_scoring import SpreadRecommender, run_folders
+
+        work = partial(_scoring_worker, view, run)
+        workers = self.held.enter_context(open_workers(run.cluster, work, run_folders(run)))
+        self.recommender = SpreadRecommender(workers)
 
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
         return score_with_model(self.recommender, self.view.users(tasks, self.seed), self.catalogue, PROGRESS)
@@ -59,6 +85,13 @@ class ModelScorer(Scorer):
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
         users = users_of(self.view.users(tasks, self.seed))
         return np.stack(self.recommender.score(users, [items] * len(users), self.catalogue, progress=PROGRESS))
+
+
+def _scoring_worker(view: ModelView, run: RunFolder, *paths: Path) -> "Callable[[Question], Logits]":
+    from mllm_msr.evaluation.spread_scoring import answer, run_at
+
+    run = run_at(run, *paths)
+    return answer(view.load(run), view.items(load_catalogue(run), run.recipe.evaluation.seed))
 
 
 class RankerScorer(Scorer):

@@ -22,6 +22,12 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def check_one_process(command: str) -> None:
+    """Raise ValueError within a distributed job: what ``command`` does is shared by workers, not by its processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"`mllm-msr {command}` is one process, with workers by --ray: start it without a launcher")
+
+
 @contextlib.contextmanager
 def write_lock(folder: Path, command: str) -> Iterator[None]:
     """Be the only writer of ``folder`` within the block.

@@ -20,6 +20,7 @@ from typing import Any
 import polars as pl
 import yaml
 
+from mllm_msr.records.cluster import Cluster
 from mllm_msr.records.lock import is_first_process, write_lock
 from mllm_msr.records.recipe import FORMAT, CheckFlags, Recipe, load_content, parse_recipe
 from mllm_msr.records.results import Results
@@ -32,10 +33,14 @@ LIBRARIES = ("mllm-msr", "torch", "transformers", "trl", "peft", "datasets", "hu
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and its recipe: the only place that knows where things lie in it."""
+    """A run's folder and its recipe: the only place that knows where things lie in it.
+
+    ``cluster``: who does the map-like work of its stages; None: this process.
+    """
 
     path: Path
     recipe: Recipe
+    cluster: Cluster | None = None
 
     # ---- opening ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,231 @@
+"""Workers on a Ray cluster: actors that hold what is expensive to make, fed by the process that asks.
+
+Ray's actors, and not a pipeline of Ray Data: the actors of a pipeline end with it, so that a model would be loaded anew
+for every wave of history blocks; and its results wait for a block of some size, and would be lost if this process is
+killed. Here a result is with whoever asked as soon as it is there.
+
+No worker gets more than :data:`AHEAD` pieces before it has answered. The pieces of a worker that is lost, with its
+process or its machine, go to others; in its place, and where the cluster grows, new ones are started.
+"""
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mllm_msr.processing.shipped_folders import copy_of, listing, read_part
+from mllm_msr.processing.workers import Folder, Piece, Result
+from mllm_msr.records.cluster import Cluster
+
+logger = logging.getLogger(__name__)
+AHEAD = 2  # pieces of a worker: one in work, one on its way
+LOOK = 5.0  # seconds after which the size of the cluster is looked at again
+LIVES = 4  # workers that may be lost over one piece
+STORE = 500_000_000  # bytes for pieces and results on a cluster of this machine alone; more of them go to its disk
+
+
+class Source:
+    """Reads, on the machine of the process that asks, the folders that workers on other machines need."""
+
+    def __init__(self, folders: Sequence[Folder]) -> None:
+        self.folders = folders
+
+    def listing(self, number: int) -> dict[str, tuple[int, int]]:
+        return listing(self.folders[number])
+
+    def read(self, number: int, name: str, start: int) -> bytes:
+        return read_part(self.folders[number], name, start)
+
+
+class Worker:
+    """Does pieces, one at a time."""
+
+    def __init__(self, make: Callable[..., Any], folders: Sequence[Folder], machine: str, source: Any) -> None:
+        self.make, self.folders, self.machine, self.source = make, folders, machine, source
+        self.work: Callable[[Any], Any] | None = None
+
+    def start(self) -> None:
+        """Make what does a piece; not where the actor is made, whose errors would come as text alone."""
+        if ray.get_runtime_context().get_node_id() == self.machine:
+            paths = [folder.path for folder in self.folders]
+        else:
+            paths = [self._copy(number) for number in range(len(self.folders))]
+        self.work = self.make(*paths)
+
+    def do(self, piece: Any) -> Any:
+        assert self.work is not None
+        return self.work(piece)
+
+    def _copy(self, number: int) -> Path:
+        files = ray.get(self.source.listing.remote(number))
+        return copy_of(files, lambda name, start: ray.get(self.source.read.remote(number, name, start)))
+
+
+@dataclass(eq=False)
+class _Hand:
+    """A worker as this process sees it: ``starting`` until it takes ``pieces``, of which so many are not answered."""
+
+    actor: Any
+    starting: Any
+    pieces: int = 0
+
+
+@dataclass(eq=False)
+class _Job(Generic[Piece]):
+    """A piece, and how many workers were lost over it."""
+
+    piece: Piece
+    lost: int = 0
+
+
+class RayWorkers(Generic[Piece, Result]):
+    """See :func:`~mllm_msr.processing.workers.open_workers`. Nothing is connected before the first piece is there."""
+
+    def __init__(
+        self, cluster: Cluster, make: Callable[..., Callable[[Piece], Result]], folders: Sequence[Folder]
+    ) -> None:
+        self.cluster, self.make, self.folders = cluster, make, folders
+        self.hands: list[_Hand] = []
+        self.connected = self.is_ours = False
+        self.looked = -LOOK  # at the size of the cluster, by the clock
+        self.failed_starts = 0  # in a row
+
+    def __enter__(self) -> "RayWorkers[Piece, Result]":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hand in self.hands:
+            ray.kill(hand.actor)
+        if self.connected:
+            ray.kill(self.source)
+        if self.is_ours:
+            ray.shutdown()
+        self.hands, self.connected = [], False
+
+    def map(self, pieces: Iterable[Piece]) -> Iterator[Result]:
+        """See :class:`~mllm_msr.processing.workers.Workers`.
+
+        Raises:
+            RuntimeError: workers were lost again and again over one piece, or none can be started.
+            Exception: whatever a worker raises, which stops the work.
+        """
+        jobs, returned = map(_Job, pieces), deque[_Job[Piece]]()
+        running: dict[Any, tuple[_Job[Piece], _Hand]] = {}
+        while True:
+            if not running and not returned:
+                if (first := next(jobs, None)) is None:
+                    return
+                returned.append(first)
+            self._grow()
+            while (hand := self._free()) and (job := returned.popleft() if returned else next(jobs, None)):
+                hand.pieces += 1
+                running[hand.actor.do.remote(job.piece)] = (job, hand)
+            starting = {hand.starting: hand for hand in self.hands if hand.starting is not None}
+            answers = ray.wait([*running, *starting], timeout=LOOK)[0]
+            if not answers and not running:
+                logger.warning("waiting for a worker: the cluster is full, or not there yet")
+            for answer in answers:
+                if answer in starting:
+                    self._started(starting[answer])
+                    continue
+                job, hand = running.pop(answer)
+                hand.pieces -= 1
+                try:
+                    result = ray.get(answer)
+                except (RayActorError, ObjectLostError, OutOfMemoryError) as error:
+                    self._lose(hand)
+                    job.lost += 1
+                    if job.lost >= LIVES:
+                        raise RuntimeError(
+                            f"{LIVES} workers were lost over one piece of work: {_reason(error)}"
+                        ) from error
+                    returned.append(job)
+                except RayTaskError as error:
+                    raise error.cause from None
+                else:
+                    yield result
+
+    def _free(self) -> _Hand | None:
+        """Who has least to do, if that is little."""
+        ready = [hand for hand in self.hands if hand.starting is None and hand.pieces < AHEAD]
+        return min(ready, key=lambda hand: hand.pieces, default=None)
+
+    def _started(self, hand: _Hand) -> None:
+        try:
+            ray.get(hand.starting)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            self._lose(hand)
+            self.failed_starts += 1
+            if self.failed_starts > LIVES + len(self.hands):
+                raise RuntimeError(
+                    f"no worker can be started: {_reason(error)}; every machine of the cluster needs the same packages"
+                ) from error
+        else:
+            hand.starting, self.failed_starts = None, 0
+
+    def _lose(self, hand: _Hand) -> None:
+        if hand in self.hands:
+            self.hands.remove(hand)
+            ray.kill(hand.actor)
+            logger.warning("a worker was lost: its work goes to others")
+            self.looked = -LOOK
+
+    def _grow(self) -> None:
+        """Start workers, now and then, until there are as many as the cluster has room for."""
+        if time.monotonic() - self.looked < LOOK:
+            return
+        self.looked = time.monotonic()
+        self._connect()
+        count, resources = self._share()
+        while len(self.hands) < count:
+            kind = ray.remote(Worker).options(scheduling_strategy="SPREAD", **resources)
+            actor = kind.remote(self.make, self.folders, self.machine, self.source)
+            self.hands.append(_Hand(actor, actor.start.remote()))
+
+    def _share(self) -> tuple[int, dict[str, Any]]:
+        """How many workers there may be, and what each takes."""
+        there = ray.cluster_resources()
+        cards, cores = int(there.get("GPU", 0)), max(1, int(there.get("CPU", 1)))
+        if not cards:
+            count = min(self.cluster.workers or cores, cores)
+            return count, {"num_cpus": cores // count}
+        count = self.cluster.workers or cards
+        share = cards / count
+        return count, {"num_cpus": min(1, cores / count), "num_gpus": share if share < 1 else math.floor(share)}
+
+    def _connect(self) -> None:
+        if self.connected:
+            return
+        if not ray.is_initialized():
+            connect(self.cluster.address)
+            self.is_ours = True
+        self.machine = ray.get_runtime_context().get_node_id()
+        place = NodeAffinitySchedulingStrategy(self.machine, soft=False)
+        self.source = ray.remote(Source).options(num_cpus=0, scheduling_strategy=place).remote(self.folders)
+        self.connected = True
+
+
+def connect(address: str) -> None:
+    """Join a cluster, or for ``local`` make one; ValueError if none answers."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    how: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE} if address == "local" else {}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
+    except (ConnectionError, GetTimeoutError, ValueError, RuntimeError) as error:
+        remedy = "start one by `ray start --head`, give its HOST:PORT, or use --ray local"
+        raise ValueError(f"--ray {address}: no cluster answers there ({type(error).__name__}): {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
