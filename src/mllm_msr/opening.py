@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from mllm_msr.data.remote_files import is_remote
 from mllm_msr.data.sources.registry import check_source, effective_source, source_options
 from mllm_msr.evaluation.variants import check_evaluation
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS
@@ -166,5 +167,5 @@ def parse_setting(key: str, text: str) -> Any:
 
 
 def absolute(place: str) -> str:
-    """A local path as seen from anywhere; Hub addresses stay."""
-    return place if place.startswith("hf:") else str(Path(place).resolve())
+    """A local path as seen from anywhere; addresses stay."""
+    return place if place.startswith("hf:") or is_remote(place) else str(Path(place).resolve())

@@ -46,8 +46,20 @@ def table_parts(path: Path) -> tuple[str, list[Part]]:
 
 
 def is_parts(path: Path) -> bool:
-    """Whether a folder is one table in parts, and not a data set of several."""
-    return path.is_dir() and (table_format(path.name) is not None or (path / "_SUCCESS").exists())
+    """Whether a folder is one table in parts, and not a data set of several.
+
+    It is if its name ends as a table's (Dask); if it has Spark's ``_SUCCESS``, or folders named by a column;
+    or if the names of all its files begin with a number or `part`, as Ray and others write them.
+    """
+    if not path.is_dir():
+        return False
+    names = [each.name for each in path.iterdir()]
+    if table_format(path.name) is not None or "_SUCCESS" in names:
+        return True
+    names = [name for name in names if not name.startswith((".", "_"))]
+    if any("=" in name and (path / name).is_dir() for name in names):
+        return True
+    return bool(names) and all(table_format(name) and re.match(r"part|\d", name) for name in names)
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Part]:

@@ -19,6 +19,7 @@ from mllm_msr.data.delimited import csv_blocks
 from mllm_msr.data.json_lines import json_blocks
 from mllm_msr.data.parts import SUFFIXES, Part, is_parts, table_format, table_parts
 from mllm_msr.data.raw import ROW, BadRows, need_columns, short
+from mllm_msr.data.remote_files import fetch, is_remote, without_user
 from mllm_msr.data.spool import spool, spool_folder
 from mllm_msr.data.text_files import reading, text_blocks
 
@@ -70,12 +71,19 @@ class TableFile:
 
     @classmethod
     def find(cls, place: str, folder: Path) -> "TableFile":
-        """The table that a recipe calls ``place``: relative to ``folder``, or an address on the Hub.
+        """The table that a recipe calls ``place``: relative to ``folder``, or an address on the Hub or of fsspec.
 
         Raises:
             FileNotFoundError, OSError: it is not there, or cannot be fetched.
             ValueError: it is of no kind that can be read.
         """
+        if is_remote(place):
+            copy, place = fetch(place), without_user(place)
+            kind, parts = (table_format(place), [Part(copy)]) if copy.is_file() else table_parts(copy)
+            if kind is None:
+                raise ValueError(f"{place}: no file of a kind that can be read ({', '.join(SUFFIXES)})")
+            root = copy.parent if copy.is_file() else copy
+            return cls(place, kind, parts, root=root, inside=root)
         hub = re.match(ADDRESS, place)
         inside = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=hub[1], repo_type="dataset") if hub else None
         kind = table_format(place)

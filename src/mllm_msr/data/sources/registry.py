@@ -5,6 +5,7 @@ from typing import Any
 
 from mllm_msr.data.image_places import image_suffixes
 from mllm_msr.data.raw import RawData
+from mllm_msr.data.remote_files import is_remote, remote_fact
 from mllm_msr.data.sources.amazon import AmazonSource
 from mllm_msr.data.sources.demo import DemoSource
 from mllm_msr.data.sources.interface import SourceOptions
@@ -65,15 +66,15 @@ def check_source(source: Source) -> None:
 def source_fingerprint(source: Source) -> list[Any]:
     """The source's options and its files: ``[name, hash of the content]`` a table, and one entry for all images.
 
-    What is on the Hub counts by its address, which may have a revision.
+    What is on the Hub counts by its address, which may have a revision; files of fsspec by size, time or checksum.
     """
     check_source(source)
     options = source_options(source)
     facts: list[Any] = [{name: value for name, value in vars(options).items() if name not in options.places and value}]
     images = set(options.named_images())
     for root in options.roots():
-        if isinstance(root, str):  # on the Hub
-            facts.append(root)
+        if isinstance(root, str):
+            facts.append(remote_fact(root) if is_remote(root) else root)
             continue
         for path in [root] if root.is_file() else sorted(path for path in root.rglob("[!.]*") if path.is_file()):
             if path.suffix.lower() in image_suffixes():
