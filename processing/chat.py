@@ -1,6 +1,8 @@
 """A prompt template as the content of a chat message, for servers and for training with other tools."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Any
 
@@ -8,6 +10,9 @@ from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mllm_msr.processing.safe_text import Field, mark, split
+
+# Names of control tokens, which a server may take for such within a text: <|im_end|>, </s>, <image>, [INST]
+_CONTROL = re.compile(r"<(?=\|?/?[A-Za-z_][\w-]*\|?>)|\[(?=/?[A-Z_]+\])")
 
 
 @cache
@@ -34,3 +39,14 @@ def chat_parts(template: str, values: Mapping[str, Any], noun: str) -> list[Any]
         else:
             parts.append(text)
     return parts
+
+
+def harmless(value: Any) -> Any:
+    """The variables of a prompt, with a space inside every name of a control token in their texts."""
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: harmless(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [harmless(part) for part in value]
+    return _CONTROL.sub(lambda match: f"{match[0]} ", value) if isinstance(value, str) else value

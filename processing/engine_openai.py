@@ -16,9 +16,10 @@ import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from itertools import cycle
 from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
 
@@ -27,7 +28,7 @@ from PIL import Image
 from yarl import URL
 
 from mllm_msr.modeling.generated_text import tidy
-from mllm_msr.processing.chat import chat_parts
+from mllm_msr.processing.chat import chat_parts, harmless
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Failure, Text, prompt_digest
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, Task
 
@@ -48,8 +49,6 @@ LONGEST_PAUSE = 60.0  # seconds
 MOST_BYTES = 2**22  # of an answer, which is a text of some hundred tokens
 OPTIONAL = ("temperature", "top_p", "seed")  # parameters that some models do not take
 _UNKNOWN = re.compile(r"unsupported|not (supported|permitted|allowed)|un(recogni[sz]ed|known|expected)", re.IGNORECASE)
-# Names of control tokens, which a server may take for such within a text: <|im_end|>, </s>, <image>, [INST]
-_CONTROL = re.compile(r"<(?=\|?/?[A-Za-z_][\w-]*\|?>)|\[(?=/?[A-Z_]+\])")
 
 
 class OpenAIEngine:
@@ -65,7 +64,8 @@ class OpenAIEngine:
         model: the name the server knows it by.
         prompts: templates by task.
         noun: what an item is called in the prompts.
-        base_url: up to and with ``/v1``; by default ``OPENAI_BASE_URL``.
+        base_url: up to and with ``/v1``; by default ``OPENAI_BASE_URL``. Several have the same model: each request and
+            each further try of one goes to the next.
         revision: what it has loaded, which no server tells: another name makes all texts anew.
         requests_per_minute: begin no more than so many.
         timeout: seconds after which a request has failed, however much of its answer has come.
@@ -82,7 +82,7 @@ class OpenAIEngine:
         prompts: Mapping[str, str],
         noun: str = "item",
         *,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         revision: str | None = None,
         max_new_tokens: Mapping[str, int] | None = None,
         temperature: float = 0.0,
@@ -94,8 +94,11 @@ class OpenAIEngine:
         batch_size: int = 64,
         pause: float = 1.0,
     ) -> None:
-        self._url = _endpoint(base_url or os.environ.get("OPENAI_BASE_URL", ""))
-        self._headers = {"Content-Type": "application/json"} | ({} if self._url.user else authorization())
+        given = base_url or os.environ.get("OPENAI_BASE_URL", "")
+        urls = [_endpoint(url) for url in ([given] if isinstance(given, str) else given)]
+        self._urls = cycle(urls)
+        named = any(url.user for url in urls)
+        self._headers = {"Content-Type": "application/json"} | ({} if named else authorization())
         self.generator, self.revision, self.prompts, self.noun = model, revision or "", prompts, noun
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
         self.temperature, self.top_p = temperature, top_p
@@ -136,7 +139,7 @@ class OpenAIEngine:
         return run_to_end(answers())
 
     def _request(self, task: Task, given: Any, seed: int, again: bool) -> dict[str, Any]:
-        content = [_part(part) for part in chat_parts(self.prompts[task], _harmless(given), self.noun)]
+        content = [_part(part) for part in chat_parts(self.prompts[task], harmless(given), self.noun)]
         plain = "".join(part["text"] for part in content if part["type"] == "text")
         return {
             "model": self.generator,
@@ -150,27 +153,28 @@ class OpenAIEngine:
     async def _exchange(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> "Text | _Trouble":
         """One answer; if the server objects to a parameter, in the terms it asks for, which are kept if they help."""
         terms = self._terms
-        outcome = await self._post(session, _in_terms(request, terms))
+        url = next(self._urls)
+        outcome = await self._post(session, url, _in_terms(request, terms))
         while isinstance(outcome, _Trouble) and outcome.status in (400, 422):
             objection = _objection(outcome.body, terms)
             if objection is None:
                 break
             terms = {**terms, **objection}
-            outcome = await self._post(session, _in_terms(request, terms))
+            outcome = await self._post(session, url, _in_terms(request, terms))
         if isinstance(outcome, Text) and terms != self._terms:
             self._terms = terms
             if left_out := [name for name, other in terms.items() if other is None]:
                 logger.warning("the server does not take %s: its own values hold", " and ".join(left_out))
         return outcome
 
-    async def _post(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> "Text | _Trouble":
+    async def _post(self, session: aiohttp.ClientSession, url: URL, request: Mapping[str, Any]) -> "Text | _Trouble":
         now = time.monotonic()
         start = max(now, self._next_start)
         self._next_start = start + self.interval
         await asyncio.sleep(start - now)
         try:
             async with session.post(
-                self._url, data=json.dumps(request).encode(), allow_redirects=False, proxy=proxy_of(self._url)
+                url, data=json.dumps(request).encode(), allow_redirects=False, proxy=proxy_of(url)
             ) as response:
                 content = bytearray()
                 async for chunk in response.content.iter_chunked(2**16):
@@ -370,14 +374,3 @@ def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _harmless(value: Any) -> Any:
-    """The variables of a prompt, with a space inside every name of a control token in their texts."""
-    if is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {key: _harmless(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_harmless(part) for part in value]
-    return _CONTROL.sub(lambda match: f"{match[0]} ", value) if isinstance(value, str) else value

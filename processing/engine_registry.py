@@ -103,8 +103,36 @@ def _transformers(options: SummaryOptions, prompts: Mapping[str, str], noun: str
     )
 
 
+def _vllm(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:
+    from mllm_msr.processing.engine_vllm import VllmEngine
+
+    if options.quantization_config:
+        raise ValueError("summaries.quantization_config: vLLM takes a quantised model as it was saved")
+    return VllmEngine(
+        backbone_path(options.model),
+        prompts,
+        noun,
+        label=Path(options.model).name if Path(options.model).is_dir() else options.model,
+        revision=options.revision,
+        max_new_tokens=MAX_NEW_TOKENS | options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        dtype=options.dtype,
+        max_length=options.max_length,
+        gpus=_visible_gpus() if options.device_map == "auto" else 1,
+        batch_size=max(options.batch_size, 256),
+    )
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return max(1, torch.accelerator.device_count())
+
+
 ENGINES: dict[str, Build] = {
     "transformers": _transformers,
+    "vllm": _vllm,
     "openai": _openai,
     "extractive": _extractive,
     "titles": _titles,

@@ -9,7 +9,6 @@ process or its machine, go to others; in its place, and where the cluster grows,
 """
 
 import logging
-import math
 import os
 import time
 from collections import deque
@@ -195,14 +194,17 @@ class RayWorkers(Generic[Piece, Result]):
 
     def _share(self) -> tuple[int, dict[str, Any]]:
         """How many workers there may be, and what each takes."""
-        there = ray.cluster_resources()
-        cards, cores = int(there.get("GPU", 0)), max(1, int(there.get("CPU", 1)))
-        if not cards:
-            count = min(self.cluster.workers or cores, cores)
-            return count, {"num_cpus": cores // count}
-        count = self.cluster.workers or cards
-        share = cards / count
-        return count, {"num_cpus": min(1, cores / count), "num_gpus": share if share < 1 else math.floor(share)}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cards = [int(machine.get("GPU", 0)) for machine in machines]
+        cores = [int(machine.get("CPU", 0)) for machine in machines]
+        if not sum(cards):
+            count = min(self.cluster.workers or sum(cores), max(1, sum(cores)))
+            return count, {"num_cpus": share_of(cores, count)}
+        count = self.cluster.workers or sum(cards)
+        return count, {
+            "num_cpus": min(1, sum(cores) / count),
+            "num_gpus": share_of(cards, count) if count <= sum(cards) else sum(cards) / count,
+        }
 
     def _connect(self) -> None:
         if self.connected:
@@ -214,6 +216,16 @@ class RayWorkers(Generic[Piece, Result]):
         place = NodeAffinitySchedulingStrategy(self.machine, soft=False)
         self.source = ray.remote(Source).options(num_cpus=0, scheduling_strategy=place).remote(self.folders)
         self.connected = True
+
+
+def share_of(sizes: Sequence[int], count: int) -> int:
+    """The largest whole share of machines of these sizes of which there is room for ``count``.
+
+    >>> share_of([8, 8], 2), share_of([8, 8], 3), share_of([1, 1], 1)
+    (8, 4, 1)
+    """
+    largest = max(1, min(sum(sizes) // count, max(sizes)))
+    return next((size for size in range(largest, 1, -1) if sum(have // size for have in sizes) >= count), 1)
 
 
 def connect(address: str) -> None:

@@ -36,7 +36,7 @@ ASK = {"preference": "{{ previous }}>{{ items[0].summary }}", "item_summary": "{
 IMAGE = Image.new("RGB", (3, 2), (10, 200, 30))
 
 
-def engine(url: str, **options) -> OpenAIEngine:
+def engine(url: str | list[str], **options) -> OpenAIEngine:
     return OpenAIEngine("tiny", ASK, base_url=url, **{"pause": 0.01, "tries": 3, "timeout": 60, **options})
 
 
@@ -62,6 +62,20 @@ def test_a_request_says_all_and_the_answer_keeps_its_place():
         "seed": 0,
     }
     assert {request.path for request in requests} == {"/v1/chat/completions"}
+
+
+def test_replicas_share_the_requests_and_one_that_is_gone_costs_a_second_try():
+    read = [Text(f"read >{letter}", True) for letter in "abcdefgh"]
+    with chat_server(echo) as (one, first), chat_server(echo) as (two, second):
+        made = engine([one, two], concurrency=4)
+        assert made.generate("preference", blocks(*"abcdefgh")) == read
+        assert len(first) == len(second) == 4
+    with chat_server(echo) as (one, first):
+        made = engine([one, two, one])  # no one listens at the second any more
+        assert made.generate("preference", blocks(*"abcdefgh")) == read
+        assert len(first) == 8
+    options = SummaryOptions("openai", "tiny", base_url=[one, two])
+    assert options.facts() == SummaryOptions("openai", "tiny", base_url=one).facts()
 
 
 def test_an_image_goes_as_a_lossless_data_url_where_the_prompt_puts_it():

@@ -1,12 +1,14 @@
 """Engines: the demo's real base model in batches, and those without a model."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import save_language_model
 
 from mllm_msr.data.sources import world
 from mllm_msr.demo.pretraining import PROMPTS
@@ -166,6 +168,21 @@ def test_a_wrong_option_is_named(section, message):
 
 def test_every_engine_that_a_recipe_may_name_can_be_built():
     assert ENGINES.keys() == set(get_args(get_type_hints(SummaryOptions)["engine"]))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_an_engine_that_is_not_installed_says_how_to_get_it():
+    with pytest.raises(ValueError, match="vLLM is not installed: `pip install vllm`"):
+        build_engine(SummaryOptions("vllm", "some/model"))
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")
+def test_vllm_writes_what_transformers_does(tmp_path):
+    folder = str(save_language_model(tmp_path / "model"))
+    blocks = [HistoryBlock([HistoryItem("Mug", f"a red mug number {n}")], None) for n in range(3)]
+    options = {"model": folder, "dtype": "float32", "max_length": 256, "max_new_tokens": {"preference": 8}}
+    ours, theirs = (build_engine(SummaryOptions(name, **options)) for name in ("transformers", "vllm"))
+    assert theirs.generate("preference", blocks) == ours.generate("preference", blocks)
 
 
 def test_titles_alone_are_titles_and_nothing_else():

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import ray
 from ray.cluster_utils import Cluster as Nodes
+from ray_nodes import SMALL, ray_nodes
 from slow_texts import condense, doubling, dying, failing, writers
 
 from mllm_msr.processing.engines import EngineUnavailable
@@ -21,32 +21,11 @@ from mllm_msr.processing.text_store import TextStore
 from mllm_msr.processing.workers import Folder, open_workers
 from mllm_msr.records.cluster import Cluster
 
-SUPPORT = Path(__file__).parent.parent / "support"  # has what workers run here
-SMALL = {"num_cpus": 1, "object_store_memory": 80_000_000}
-
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", str(SUPPORT))
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("copies")))
-    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    head = {
-        **SMALL,
-        "num_cpus": 0,
-        "include_dashboard": False,
-        "_system_config": {"health_check_period_ms": 300, "health_check_initial_delay_ms": 300},
-    }
-    cluster = Nodes(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(2):
-            cluster.add_node(**SMALL)
-        ray.init(cluster.address, log_to_driver=False)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        patch.undo()
+    with ray_nodes(2, tmp_path_factory.mktemp("copies")) as nodes:
+        yield nodes
 
 
 def test_pieces_are_done_by_workers_of_all_nodes_that_read_copies_of_a_folder(nodes: Nodes, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ MEANS |= {"base_url", "concurrency", "requests_per_minute", "timeout", "tries"}
 class SummaryOptions:
     """Section ``summaries``: who writes item summaries and preferences, and how."""
 
-    engine: Literal["transformers", "openai", "extractive", "titles"] = "transformers"
+    engine: Literal["transformers", "vllm", "openai", "extractive", "titles"] = "transformers"
     model: str = ""  # Hub id or folder; for a server, the name it goes by there
     revision: str | None = None  # of a Hub model; for a server, any name: texts of another are made anew
     user_model: str | None = None  # writes preferences, if that is another model
@@ -107,7 +107,7 @@ class SummaryOptions:
     token_budget: int | None = None  # tokens of a batch, padding and answers included: larger ones are divided
     device_map: Any = None
     attn_implementation: str | None = None
-    base_url: str | None = None  # of an OpenAI-compatible server; the key is in the environment, OPENAI_API_KEY
+    base_url: str | list[str] | None = None  # OpenAI-compatible servers of one model; the key: OPENAI_API_KEY
     concurrency: int = 8  # requests in flight
     requests_per_minute: float | None = None
     timeout: float = 120.0  # seconds
