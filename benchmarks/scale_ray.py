@@ -1,6 +1,6 @@
 """What sharing work among workers on Ray costs and gains on one machine, in one run:
 
-    python benchmarks/scale_ray.py share      5,000 items of the demo, by its model: one process, one worker, two workers
+    python benchmarks/scale_ray.py share      5,000 items of the demo, by its model: one process, one worker, two
     python benchmarks/scale_ray.py flat       100,000 items and 50,000 users without a model: memory and texts a second
 
 `share` runs the command line, each time anew and on a run of its own, and compares the tables byte for byte. Wall-clock

@@ -10,6 +10,7 @@ process or its machine, go to others; in its place, and where the cluster grows,
 
 import logging
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from mllm_msr.records.cluster import Cluster
 logger = logging.getLogger(__name__)
 AHEAD = 2  # pieces of a worker: one in work, one on its way
 LOOK = 5.0  # seconds after which the size of the cluster is looked at again
+PATIENCE = 120.0  # seconds until it is said that there is still no worker
 LIVES = 4  # workers that may be lost over one piece
 STORE = 500_000_000  # bytes for pieces and results on a cluster of this machine alone; more of them go to its disk
 
@@ -97,6 +99,7 @@ class RayWorkers(Generic[Piece, Result]):
         self.connected = self.is_ours = False
         self.looked = -LOOK  # at the size of the cluster, by the clock
         self.failed_starts = 0  # in a row
+        self.asked = float("inf")  # when the first worker was, by the clock
 
     def __enter__(self) -> "RayWorkers[Piece, Result]":
         return self
@@ -130,8 +133,9 @@ class RayWorkers(Generic[Piece, Result]):
                 running[hand.actor.do.remote(job.piece)] = (job, hand)
             starting = {hand.starting: hand for hand in self.hands if hand.starting is not None}
             answers = ray.wait([*running, *starting], timeout=LOOK)[0]
-            if not answers and not running:
-                logger.warning("waiting for a worker: the cluster is full, or not there yet")
+            if not answers and not running and time.monotonic() - self.asked > PATIENCE:
+                logger.warning("still waiting for a worker: is there room on the cluster?")
+                self.asked = float("inf")  # said once
             for answer in answers:
                 if answer in starting:
                     self._started(starting[answer])
@@ -215,7 +219,7 @@ class RayWorkers(Generic[Piece, Result]):
         self.machine = ray.get_runtime_context().get_node_id()
         place = NodeAffinitySchedulingStrategy(self.machine, soft=False)
         self.source = ray.remote(Source).options(num_cpus=0, scheduling_strategy=place).remote(self.folders)
-        self.connected = True
+        self.connected, self.asked = True, time.monotonic()
 
 
 def share_of(sizes: Sequence[int], count: int) -> int:
@@ -232,9 +236,12 @@ def connect(address: str) -> None:
     """Join a cluster, or for ``local`` make one; ValueError if none answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     how: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE} if address == "local" else {}
+    host, _, port = address.rpartition(":")
     try:
+        if host and "/" not in host:
+            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would wait for a minute
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
-    except (ConnectionError, GetTimeoutError, ValueError, RuntimeError) as error:
+    except (OSError, GetTimeoutError, ValueError, RuntimeError) as error:
         remedy = "start one by `ray start --head`, give its HOST:PORT, or use --ray local"
         raise ValueError(f"--ray {address}: no cluster answers there ({type(error).__name__}): {remedy}") from error
 
