@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from mllm_msr.processing.engines import Engine
+from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, PROMPTS
 from mllm_msr.processing.text_requests import TextRequest, WrittenTexts, write_texts
-from mllm_msr.processing.workers import Folder, InProcess, Workers, open_workers
+from mllm_msr.processing.workers import Folder, InProcess, Workers
 from mllm_msr.records.cluster import Cluster
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.sections import SummaryOptions

@@ -89,7 +89,7 @@ class _Job(Generic[Piece]):
 
 
 class RayWorkers(Generic[Piece, Result]):
-    """See :func:`~mllm_msr.processing.workers.open_workers`. Nothing is connected before the first piece is there."""
+    """See :mod:`mllm_msr.processing.open_workers`. Nothing is connected before the first piece is there."""
 
     def __init__(
         self, cluster: Cluster, make: Callable[..., Callable[[Piece], Result]], folders: Sequence[Folder]

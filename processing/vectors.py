@@ -18,7 +18,8 @@ from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.modeling.item_vectors import BUDGET, PlainInputs, encode_items, load_item_model, to_half
 from mllm_msr.processing.auto import MllmMsrProcessor
 from mllm_msr.processing.encoded_items import EncodedItem
-from mllm_msr.processing.workers import Folder, Workers, open_workers
+from mllm_msr.processing.open_workers import open_workers
+from mllm_msr.processing.workers import Folder, Workers
 from mllm_msr.records.cluster import Cluster
 from mllm_msr.records.recipe import Recipe, backbone_path
 from mllm_msr.records.schema import ITEM_VECTORS

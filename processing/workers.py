@@ -4,14 +4,11 @@ Without a cluster the worker is this process. With one, workers are actors on Ra
 whoever asks alone writes what comes back.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
-
-from mllm_msr.records.cluster import Cluster
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -57,27 +54,3 @@ class InProcess(Generic[Piece, Result]):
     def map(self, pieces: Iterable[Piece]) -> Iterator[Result]:
         for piece in pieces:
             yield self.work(piece)
-
-
-def open_workers(
-    cluster: Cluster | None,
-    make: Callable[..., Callable[[Piece], Result]],
-    folders: Sequence[Folder] = (),
-) -> AbstractContextManager[Workers[Piece, Result]]:
-    """Workers for the block, on ``cluster`` or in this process.
-
-    Args:
-        make: makes what does a piece, from the paths of ``folders``; it and all pieces and results are pickled.
-
-    Raises:
-        ValueError: Ray is not installed, or no cluster answers at its address.
-    """
-    if cluster is None:
-        return nullcontext(InProcess(lambda: make(*(folder.path for folder in folders))))
-    try:
-        from mllm_msr.processing.ray_workers import RayWorkers
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise ValueError("--ray: Ray is not installed: `pip install 'mllm-msr[ray]'`") from error
-    return RayWorkers(cluster, make, folders)

@@ -16,7 +16,7 @@ from mllm_msr.data.new_items import NewItems, read_new_items
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
 from mllm_msr.evaluation.spread_scoring import run_at, run_folders
 from mllm_msr.modeling.inputs import HistoryItem, User
-from mllm_msr.processing.workers import open_workers
+from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.records.lock import check_one_process, write_lock
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS

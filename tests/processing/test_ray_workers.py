@@ -16,9 +16,10 @@ from ray_nodes import SMALL, ray_nodes
 from slow_texts import condense, doubling, dying, failing, writers
 
 from mllm_msr.processing.engines import EngineUnavailable
+from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.processing.ray_workers import LIVES
 from mllm_msr.processing.text_store import TextStore
-from mllm_msr.processing.workers import Folder, open_workers
+from mllm_msr.processing.workers import Folder
 from mllm_msr.records.cluster import Cluster
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import polars as pl
 
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text
+from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.processing.summaries import summarize_users
 from mllm_msr.processing.text_requests import TextRequest, WrittenTexts, write_texts
 from mllm_msr.processing.text_store import TextStore
-from mllm_msr.processing.workers import open_workers
 from mllm_msr.records.cluster import Cluster
 
 

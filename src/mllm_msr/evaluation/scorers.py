@@ -20,7 +20,7 @@ from mllm_msr.evaluation.rankers import Ranker
 from mllm_msr.evaluation.scoring import as_it_is, own_context, pairs, score_with_model, score_with_values
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.examples import users_of
-from mllm_msr.processing.workers import open_workers
+from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.records.run import RunFolder
 
 if TYPE_CHECKING:
