@@ -29,7 +29,8 @@ NOT_HERE = (
     "--fine-tune",
     "--agreement",
     "--collection",
-)  # tests of transfer, ways of computing and releases have these
+    "--ray",
+)  # tests of transfer, ways of computing, releases and clusters have these
 IN_MINUTES = ("README.md", "docs/evaluation.md", "docs/summaries.md", "docs/model.md", "docs/index.md")
 RUNS = ("demo_output", "RUN", "runs/movielens_100k")
 IDS = {"42": "u0003", "50,172": "i0001,i0002"}  # of MovieLens
@@ -142,6 +143,13 @@ def hub_client(words: list[str]) -> None:
     assert shown.exit_code == 0, shown.output
 
 
+def ray_client(words: list[str]) -> None:
+    from ray.scripts.scripts import cli as ray
+
+    shown = CliRunner().invoke(ray, [*words, "--help"])
+    assert shown.exit_code == 0, shown.output
+
+
 def container(words: list[str]) -> None:
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     if words[0] == "build":
@@ -166,6 +174,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "make": made,
     "pip": installed,
     "hf": hub_client,
+    "ray": ray_client,
     "docker": container,
     "curl": request,
     "git": lambda words: None if words[0] == "clone" else pytest.fail("only a clone"),

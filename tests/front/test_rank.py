@@ -1,9 +1,6 @@
 """`mllm-msr rank` and `index`: for one user, for many into files by workers, and what is never offered."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,6 @@ from mllm_msr.rank import AnswerRanker, FusedRanker, HeadRanker, Ranking, RunUse
 from mllm_msr.records.recipe import demo_recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, PREFERENCES, RANKINGS
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
