@@ -49,7 +49,7 @@ def test_an_item_that_one_server_has_taken_is_known_to_the_other(late_run: RunFo
     scores = [server.ask("POST", "/v1/score", json=body)["results"][0]["logit"] for server in both]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     second.ask("DELETE", "/v1/items/new")
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while first.post("/v1/score", json=body).status_code != 422 and time.monotonic() < until:
         time.sleep(0.1)
     first.ask("POST", "/v1/score", 422, json=body)
@@ -74,6 +74,7 @@ def test_a_server_that_is_killed_has_lost_nothing_that_it_acknowledged(
     sender = threading.Thread(target=send)
     sender.start()
     while len(acknowledged) < 40:
+        assert sender.is_alive()
         time.sleep(0.005)
     first.kill()  # while events are under way and history blocks are being condensed
     sender.join()
@@ -85,7 +86,7 @@ def test_a_server_that_is_killed_has_lost_nothing_that_it_acknowledged(
     second.ask("POST", "/v1/users/u/events", json={"events": again})  # a client that does not know what has arrived
     assert second.ask("GET", "/v1/users/u")["history"] == [ids[n % len(ids)] for n in range(len(again))]
 
-    until = time.monotonic() + 40
+    until = time.monotonic() + 120
     while second.ask("GET", "/v1/users/u")["blocks_due"] and time.monotonic() < until:
         time.sleep(0.1)
     shown = second.ask("GET", "/v1/users/u")
@@ -98,8 +99,8 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has_begun(both: tuple[Li
     body = {"query": "red", "documents": [f"ship {number}" for number in range(300)]}
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(second.post, "/v1/rerank", json=body) for _ in range(6)]
-        while second.ask("GET", "/ready")["waiting"] < 6 and not any(future.done() for future in asked):
+        while second.ask("GET", "/ready")["waiting"] + sum(future.done() for future in asked) < 6:
             time.sleep(0.005)
         second.process.terminate()
         assert [len(future.result().json()["results"]) for future in asked] == [300] * 6
-    assert second.process.wait(20) in (0, -15)
+    assert second.process.wait(120) in (0, -15)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 NUMBERS = count()
 
@@ -43,9 +43,7 @@ def server(folder: Path) -> Iterator[str]:
         folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
         shutil.chown(folder, "postgres")
         user = ["runuser", "-u", "postgres", "--"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     data = str(folder / "data")
     fast = f"-p {port} -k {folder} -h 127.0.0.1 -c fsync=off -c shared_buffers=8MB"
     control = [*user, str(programs / "pg_ctl"), "-D", data, "-l", str(folder / "log")]
