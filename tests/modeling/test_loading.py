@@ -12,7 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tiny_models import FAMILIES, WITHOUT_PACKAGE, draw_image, randomise
-from transformers import AutoModel, AutoModelForImageTextToText, BatchFeature, TorchAoConfig, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    BatchFeature,
+    TorchAoConfig,
+    pipeline,
+)
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.modeling.lora import language_model_lora_targets, without_adapter
@@ -111,7 +118,7 @@ def test_every_kind_of_repository_scores_the_same(backbone, name: str, tmp_path:
     loaded = AutoModel.from_pretrained(tmp_path / "adapter")
     check(loaded)
     loaded.save_pretrained(tmp_path / "again")
-    check(AutoModel.from_pretrained(tmp_path / "again"))
+    check(AutoModelForMultimodalLM.from_pretrained(tmp_path / "again"))
     loaded.merge()
     check(loaded)
     loaded.save_pretrained(tmp_path / "merged")
