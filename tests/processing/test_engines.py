@@ -154,7 +154,10 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"engine": "magic", "model": "x"}, "'magic': must be one of 'transformers', 'openai', 'extractive', 'titles'"),
+        (
+            {"engine": "magic", "model": "x"},
+            "'magic': must be one of 'transformers', 'vllm', 'openai', 'extractive', 'titles'",
+        ),
         ({"model": "x", "blocks": 3}, "unknown key 'blocks'; did you mean 'block_size'"),
         ({}, "name the model of the transformers engine"),
         ({"model": "x", "max_new_tokens": {"fusion": 0}}, "summaries.max_new_tokens: fusion=0 must be at least 1"),
