@@ -109,13 +109,41 @@ class Bench:
             return frame, clock() - start, len(texts.rows) - known
 
 
+@contextmanager
+def split(model: Any) -> Iterator[dict[str, list[float]]]:
+    """Seconds and tokens of the model's forwards, those that read prompts apart from those that write."""
+    spent = {"reading prompts": [0.0, 0.0], "writing": [0.0, 0.0]}
+    starts: list[float] = []
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return clock()
+
+    def after(module: Any, given: Any, named: dict[str, Any], output: Any) -> None:
+        rows, tokens = named["input_ids"].shape
+        row = spent["reading prompts" if tokens > 1 else "writing"]
+        row[0] += now() - starts.pop()
+        row[1] += rows * tokens
+
+    hooks = [
+        model.register_forward_pre_hook(lambda module, given: starts.append(now())),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    yield spent
+    for hook in hooks:
+        hook.remove()
+
+
 def preferences(bench: Bench) -> None:
     """Batched against one user at a time: the same users and model, greedy, the same texts."""
     log = bench.log(bench.users, 2 * BLOCK)
     bench.preferences(bench.log(2, BLOCK), bench.engine())  # warm up
     for name, ends in (("texts of very unequal lengths", UNEQUAL), ("texts of one length", ALIKE)):
-        frame, batched, _ = bench.preferences(log, bench.engine(ends=ends))
-        alone, single, _ = bench.preferences(log, bench.engine(1, ends))
+        with split(bench.loaded) as together:
+            frame, batched, _ = bench.preferences(log, bench.engine(ends=ends))
+        with split(bench.loaded) as apart:
+            alone, single, _ = bench.preferences(log, bench.engine(1, ends))
         same = (alone["preference"] == frame["preference"]).sum()
         words = bench.engine().processor.tokenizer(frame["preference"].to_list())["input_ids"]
         lengths = np.array([len(one) for one in words])
@@ -127,6 +155,12 @@ def preferences(bench: Bench) -> None:
               f"{single / batched:.1f}"]],
         )  # fmt: skip
         print(f"identical texts: {same} of {alone.height}")
+        rows = [
+            [what, name, f"{seconds:.1f}", f"{tokens:.0f}", f"{tokens / seconds:.0f}"]
+            for what, spent in (("one user at a time", apart), (f"batches of {bench.batch_size}", together))
+            for name, (seconds, tokens) in spent.items()
+        ]
+        table("the model's forwards, padding included", ["way", "what", "seconds", "tokens", "tokens/s"], rows)
 
 
 def growth(bench: Bench) -> None:
