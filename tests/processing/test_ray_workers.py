@@ -32,9 +32,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 def test_pieces_are_done_by_workers_of_all_nodes_that_read_copies_of_a_folder(nodes: Nodes, tmp_path: Path) -> None:
     (tmp_path / "word").write_text("said")
     (tmp_path / "other").write_text("not needed")
+    (marks := tmp_path / "marks").mkdir()
     asked: list[int] = []
     pieces = (asked.append(number) or number for number in range(50))
-    with open_workers(Cluster("auto"), partial(doubling, 0.0), [Folder(tmp_path, ("word", "none"))]) as workers:
+    with open_workers(Cluster("auto"), partial(doubling, marks, 2), [Folder(tmp_path, ("word", "none"))]) as workers:
         first = next(results := workers.map(pieces))
         assert len(asked) <= 5, "pieces are taken before there is anyone to do them"
         done = [first, *results]
@@ -64,6 +65,14 @@ def test_a_piece_that_kills_its_workers_and_a_worker_that_cannot_start_stop_the_
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
     return condense(tmp_path_factory.mktemp("alone"))
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def written(frame: pl.DataFrame, folder: Path) -> bytes:
@@ -101,7 +110,7 @@ def test_texts_are_the_same_when_a_worker_and_a_node_are_killed(
     assert killed and not any(plan.gi_frame for plan in plans), "nobody was killed"
     assert written(frame, tmp_path) == written(alone, tmp_path)
     begun = writers(tmp_path)
-    assert len(begun) >= 3 and 36 <= sum(begun.values()) <= 36 + 2 + 2 * 2
+    assert len(begun) >= 2 and 36 <= sum(begun.values()) <= 36 + 2 + 2 * 2
     assert written(condense(tmp_path, Cluster("auto")), tmp_path) == written(alone, tmp_path)
     assert writers(tmp_path) == begun, "a second run wrote what was there"
 
@@ -113,13 +122,10 @@ def test_what_was_written_until_the_engine_gave_up_or_the_driver_was_killed_is_k
         condense(tmp_path, Cluster("auto"), refuses="i3 3")
     kept = len(TextStore(tmp_path / "texts").rows)
     assert kept >= 24
-    code = f"from slow_texts import *; condense(Path({str(tmp_path)!r}), Cluster({nodes.address!r}))"
-    before = sum(writers(tmp_path).values())
-    with subprocess.Popen([sys.executable, "-c", code]) as driver:
-        while sum(writers(tmp_path).values()) < before + 6:
-            assert driver.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        driver.kill()
+    code = f"from slow_texts import *; killed_after(3); condense(Path({str(tmp_path)!r}), Cluster({nodes.address!r}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    while any(is_there(pid) for pid in writers(tmp_path)):  # its workers end a little later
+        time.sleep(0.05)
     kept = len(TextStore(tmp_path / "texts").rows)
     assert 24 < kept < 72
     before = sum(writers(tmp_path).values())

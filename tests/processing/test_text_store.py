@@ -47,11 +47,11 @@ def test_a_process_that_is_killed_loses_one_batch_and_the_next_goes_on(tmp_path)
     for _ in range(5):
         killed.stdout.readline()
     killed.send_signal(signal.SIGKILL)
-    asked = 5 + killed.communicate(timeout=60)[0].count("asked")
-    asked += start(tmp_path, "b").communicate(timeout=60)[0].count("asked")
+    asked = 5 + killed.communicate(timeout=300)[0].count("asked")
+    asked += start(tmp_path, "b").communicate(timeout=300)[0].count("asked")
     alone = tmp_path / "alone"
     alone.mkdir()
-    start(alone, "c").communicate(timeout=60)
+    start(alone, "c").communicate(timeout=300)
     wanted = pl.read_parquet(alone / "c.parquet")
     assert wanted.height == 24 and wanted["preference"][1] == "i0 0.i0 3."
     assert pl.read_parquet(tmp_path / "b.parquet").equals(wanted)
@@ -60,9 +60,9 @@ def test_a_process_that_is_killed_loses_one_batch_and_the_next_goes_on(tmp_path)
 
 def test_a_full_disk_stops_with_its_reason_and_the_run_goes_on_when_there_is_room(tmp_path):
     full = start(tmp_path, "full")
-    _, said = full.communicate(timeout=60)
+    _, said = full.communicate(timeout=300)
     assert full.returncode != 0 and "OSError" in said
-    done = start(tmp_path, "b").communicate(timeout=60)[0].count("asked")
+    done = start(tmp_path, "b").communicate(timeout=300)[0].count("asked")
     assert done == 12  # the second wave only
     assert pl.read_parquet(tmp_path / "b.parquet")["status"].unique().to_list() == ["ok"]
 
