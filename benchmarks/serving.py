@@ -7,7 +7,7 @@ the same code with batching off and beside a naive server (``server_processes.py
 again; the whole of a catalogue of 100,000 items by the heads, with the best 100 reranked by the answer; how soon an
 event shows in the recommendations while 50 others come in a second; and the server's memory with the state of 100,000
 users. `cpu_ms` is what the server computes for a request, whatever else the machine does. `--soak MINUTES` does
-``serving_soak.py`` in place of all that.
+``serving_soak.py`` in place of all that, and `--flood` sends more requests at once than a server takes.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ CANDIDATES = 100
 WARM = 10  # users of the large catalogue who are asked about after each of their events
 AGAIN = 32  # users who are asked about again and again
 EVENTS_PER_SECOND = 50
+FLOOD = 1000  # requests, of which 512 may be in flight
 
 
 class Log:
@@ -86,6 +88,33 @@ def candidates(run: RunFolder, log: Log, folder: Path, options: argparse.Namespa
             }
             found[f"{ours} / {kind}, {most} clients"] = tell(f"{ours} / {kind}, {most}", row)
     return found
+
+
+def flood(running: Server, log: Log) -> dict[str, Any]:
+    """More requests at once than may be in flight: how many are answered, how many are told to come again and when,
+    and how soon a request is answered once it is over."""
+    counts, waits, requests = Counter[int](), set[str](), log.scores()
+
+    async def ask(session: aiohttp.ClientSession) -> None:
+        path, body = next(requests)
+        async with session.post(path, json=body, headers={"X-Deadline-Seconds": "20"}) as response:
+            await response.read()
+            counts[response.status] += 1
+            if response.status == 429:
+                waits.add(response.headers["Retry-After"])
+
+    async def everyone() -> float:
+        options: Any = {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout(total=600)}
+        async with aiohttp.ClientSession(base_url=running.url, **options) as session:
+            await asyncio.gather(*(ask(session) for _ in range(FLOOD)))
+            start = time.perf_counter()
+            await ask(session)
+            return time.perf_counter() - start
+
+    after = asyncio.run(everyone())
+    by_status = {str(status): count for status, count in sorted(counts.items())}
+    figures = {"requests": FLOOD + 1, **by_status, "retry_after": sorted(waits), "then_ms": round(1e3 * after, 1)}
+    return tell(f"a flood of {FLOOD} requests at once", figures)
 
 
 def put_items(run: RunFolder, state: str, count: int) -> None:
@@ -247,6 +276,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100_000, help="of the large catalogue (100,000)")
     parser.add_argument("--users", type=int, default=100_000, help="of the large state (100,000)")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="in place of all measurements")
+    parser.add_argument("--flood", action="store_true", help="in place of all measurements")
     parser.add_argument("--state", help="database URL for --soak (default: an SQLite file)")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
@@ -258,6 +288,9 @@ def main() -> None:
         folder = Path(name)
         if options.soak:
             results["soak"] = tell("soak", soak(run, log.items, options.state or folder / "soak.sqlite", options.soak))
+        elif options.flood:
+            with server(OURS, run.path, folder / "flood.sqlite") as running:
+                results["flood"] = flood(running, log)
         else:
             results["candidates"] = candidates(run, log, folder, options)
             state = str(folder / "items.sqlite")

@@ -96,7 +96,7 @@ def _code(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
         for content in settings.values()
         for reference in _references(content)
     }
-    own = _shipped()
+    own = {file.name for file in shipped_code()}
     for module in sorted(modules):
         entry = folder / f"{module}.py"
         if not entry.is_file():
@@ -121,10 +121,10 @@ def _references(content: Any) -> Iterator[str]:
         yield task["impl"]
 
 
-def _shipped() -> set[str]:
-    """The names of all files of this package that travel with a model."""
+def shipped_code() -> set[Path]:
+    """All files of this package that travel with a model."""
     entries = [str(files(f"mllm_msr.{room}") / name) for room, name in SHIPPED]
-    return {Path(file).name for entry in entries for file in (entry, *get_relative_import_files(entry))}
+    return {Path(file) for entry in entries for file in (entry, *get_relative_import_files(entry))}
 
 
 def without_paths(text: str) -> str:

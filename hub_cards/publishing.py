@@ -21,7 +21,7 @@ from mllm_msr.hub_cards.cards import dataset_card, model_card
 from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.hub_cards.eval_results import write_eval_results, write_eval_yaml
 from mllm_msr.hub_cards.facts import Release, has_vectors
-from mllm_msr.hub_cards.model_files import model_files, without_paths
+from mllm_msr.hub_cards.model_files import model_files, shipped_code, without_paths
 from mllm_msr.hub_cards.model_head import add_head
 from mllm_msr.hub_cards.reader_files import write_reader_files
 from mllm_msr.hub_cards.shards import PublishedTable, published, shard
@@ -107,12 +107,16 @@ def fill_model(run: RunFolder, folder: Path, release: Release | None) -> None:
     """The model: its checked files, without places of this machine; what ranks by item vectors; what lets other tools
     read it; its card; and the recipe of its data."""
     for name in model_files(run.model):
+        if name.endswith(".py"):
+            continue
         path, target = run.model / name, folder / name
         target.parent.mkdir(exist_ok=True)
         if name.endswith("config.json"):
             target.write_text(without_paths(path.read_text(encoding="utf-8")), encoding="utf-8")
         else:
             link_file(path.resolve(), target)
+    for file in shipped_code():  # as it is now: a model that an earlier version has saved may lack what the Space calls
+        shutil.copyfile(file, folder / file.name)
     add_head(run, folder)
     write_reader_files(folder)
     if release and run.metrics.is_file():

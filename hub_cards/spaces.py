@@ -15,6 +15,7 @@ ROOM = Path(__file__).parent
 SPACE_SDKS = {"metric": "static", "space": "gradio"}
 GRADIO = "6.31.0"  # with which the app is tested; it need not be installed where a release is made
 METRIC = "ranking_metrics"  # `evaluate` wants the script to be called as its repository or folder
+VIEW = "mllm_msr.hub_cards.space_view"
 METRICS_IMPORT = "from mllm_msr.evaluation.metrics import ranking_metrics\n"
 
 
@@ -45,7 +46,9 @@ def fill_metric(folder: Path, release: Release | None = None) -> None:
 def fill_space(run: RunFolder, folder: Path, release: Release) -> None:
     """The app, what it shows, and what it needs."""
     recipe = run.recipe
-    (folder / "app.py").write_bytes((ROOM / "space_app.py").read_bytes())
+    app = (ROOM / "space_app.py").read_text(encoding="utf-8").replace(f"from {VIEW} import", "from space_view import")
+    (folder / "app.py").write_text(app, encoding="utf-8")
+    (folder / "space_view.py").write_bytes((ROOM / "space_view.py").read_bytes())
     settings = {
         "model": release.model,
         "dataset": release.dataset,

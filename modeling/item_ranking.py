@@ -230,7 +230,7 @@ class ItemRanker(nn.Module):
             raise ValueError(f"by={by!r} is not known; there are {', '.join([FUSED, *self.members])}")
         if not histories.shape[1]:  # all are empty
             histories = F.pad(histories, (0, 1), value=PADDING)
-        buckets = self._buckets(items)
+        buckets = self.buckets(items)
         step = max(1, PAIRS // max(1, len(buckets)))
         parts = [buckets.new_zeros(0, len(buckets), dtype=torch.float32)]
         for part in histories.split(step) if len(histories) else ():
@@ -253,12 +253,13 @@ class ItemRanker(nn.Module):
         """(B, N) of each member of the fusion, weight times standardised score, and "bias": their sum is the fused
         score. Arguments as for :meth:`score`."""
         codes, items = self.read(histories)[0], None if item_ids is None else self.codes_of(item_ids)
-        buckets = self._buckets(items)
+        buckets = self.buckets(items)
         shares = self.fusion.shares(self._scores(codes, items), buckets)
         bias = self.fusion.bias.to(buckets.device)[buckets].expand(len(codes), -1)
         return {**dict(zip(self.fusion.members, shares.unbind(dim=-1), strict=True)), "bias": bias}
 
-    def _buckets(self, items: Tensor | None) -> Tensor:
+    def buckets(self, items: Tensor | None = None) -> Tensor:
+        """(N,) buckets of training frequency, by (N,) codes; of all items without."""
         return frequency_buckets(self.counts if items is None else self.counts[items])
 
     def _scores(self, histories: Tensor, items: Tensor | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from .inputs import Candidate, HistoryItem, User, as_candidates
 from .lora import without_adapter
 from .preference import PreferenceStep, preference_waves, split_history
 from .ranking import Recommender, in_order
+from .recommending import Recommendation, Wanted, recommend
 
 TASK = "sequential-recommendation"
 CUSTOM_PIPELINES = {
@@ -128,6 +130,37 @@ class SequentialRecommendationPipeline(Pipeline):
         for wave in self._waves(self._described([_chosen(history)], options), options):
             yield wave[0][1]
 
+    @cached_property
+    def recommender(self) -> Recommender:
+        """The model, ready to rank, which keeps what it has computed of images that came prepared."""
+        return Recommender(self.model, self.processor)
+
+    def recommend(
+        self, history: Sequence[str], catalogue: Mapping[str, Any], user: Any = None, **wanted: Any
+    ) -> list[Recommendation]:
+        """The best items of a whole catalogue that a user has not chosen yet, best first.
+
+        The heads of the checkpoint rank all of it by the history, and the answer the best of it by the user in words;
+        the fused score orders them. Without heads or a history the answer ranks all of it.
+
+        Args:
+            history: ids of all items chosen so far, oldest first.
+            catalogue: items as candidates of a request are, by id; each is looked up if the answer is asked of it.
+            user: in words: a `preference`, and the `recent` items if there are any.
+            wanted: fields of :class:`Wanted`: `n`, `by`, `rerank`, `exclude`, `only`, `allowed`, `explain`.
+
+        Raises:
+            Refused: see :func:`~recommending.recommend`.
+        """
+        options = Wanted(**wanted)
+        options = replace(options, only=list(catalogue)) if options.only is None else options
+        words, ranker = User.of(user or {"preference": ""}), self.model.item_ranker
+
+        def answer(ids: list[str]) -> Any:
+            return self.recommender.score([words], [ids], catalogue)[0]
+
+        return recommend(ranker, history, catalogue, options, answer)[1]
+
     def _sanitize_parameters(self, **given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, given, {}  # all are of the forward step, which knows their defaults
 
@@ -160,7 +193,7 @@ class SequentialRecommendationPipeline(Pipeline):
             for row, request in zip(names, requests, strict=True)
             for name, candidate in zip(row, request.candidates, strict=True)
         }
-        logits = Recommender(self.model, self.processor).score(users, names, catalogue)
+        logits = self.recommender.score(users, names, catalogue)
         return [
             [
                 {**vars(ranked.candidate), "index": ranked.index, "logit": ranked.logit, "score": ranked.score}

@@ -54,11 +54,15 @@ class ScoreFusion:
         mean, deviation, weights = (part.to(scores.device) for part in (self.mean, self.deviation, self.weights))
         return (scores - mean) / deviation * weights[buckets]
 
+    def join(self, answers: Tensor, others: Tensor, buckets: Tensor) -> Tensor:
+        """(N,): the fused scores of items in (N,) buckets by their answers and by what else ranks them, each (N,)."""
+        return self(torch.stack([answers, others], dim=-1), buckets)
+
     def rerank(
         self,
         scores: Tensor,
         buckets: Tensor,
-        left_out: Tensor,
+        left_out: Tensor | None,
         depth: int,
         answer: Callable[[Tensor], Tensor],
     ) -> Tensor:
@@ -70,14 +74,15 @@ class ScoreFusion:
         Args:
             scores: (U, I), of every item by the second member.
             buckets: (I,), of the items.
-            left_out: (U, I), true for items that need not be ranked anew, such as chosen ones.
+            left_out: (U, I), true for items that need not be ranked anew, such as chosen ones; None: no item is.
             depth: N, how many items of each user are ranked anew.
             answer: gives (U, N) items of the U users their scores by the first member.
         """
-        best = scores.masked_fill(left_out, -torch.inf).topk(min(depth, scores.shape[1])).indices
+        open_to = scores if left_out is None else scores.masked_fill(left_out, -torch.inf)
+        best = open_to.topk(min(depth, scores.shape[1])).indices
         if not best.numel():
             return scores
-        values = self(torch.stack([answer(best), scores.gather(1, best)], dim=-1), buckets[best])
+        values = self.join(answer(best), scores.gather(1, best), buckets[best])
         highest = scores.scatter(1, best, -torch.inf).max(dim=1, keepdim=True).values  # of the others
         behind = values.min(dim=1, keepdim=True).values - 1.0 - highest
         return (scores + behind).scatter(1, best, values)

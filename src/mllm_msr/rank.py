@@ -124,14 +124,12 @@ class FusedRanker:
     def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
         import torch
 
-        from mllm_msr.modeling.score_fusion import frequency_buckets
-
         def answer(best: torch.Tensor) -> torch.Tensor:
             words, asked = [user.words for user in users], [[names[place] for place in row] for row in best.tolist()]
             logits = self.answers.recommender.score(words, asked, catalogue, progress="pairs")
             return torch.from_numpy(np.stack(logits))
 
-        fusion, buckets = self.others.answer_fusion, frequency_buckets(self.others.counts[self.others.codes_of(names)])
+        fusion, buckets = self.others.answer_fusion, self.others.buckets(self.others.codes_of(names))
         assert fusion is not None  # the stage `head` of this recipe has fitted it
         chosen = torch.tensor([[item in user.chosen for item in names] for user in users])
         scores = self.others.score([user.history for user in users], names)

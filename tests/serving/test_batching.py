@@ -108,6 +108,28 @@ def test_more_than_may_wait_is_refused_with_the_time_to_wait(model: Slow, queue:
     assert len(ask(queue, 1900).result(60)) == 1900  # there is room again
 
 
+def test_what_could_not_be_done_in_its_time_is_refused_at_once(model: Slow, queue: ModelQueue) -> None:
+    model.gate.clear()
+    ask(queue, 1)
+    time.sleep(0.05)  # it is under way
+    queue.tokens_per_second = 100.0
+    waiting = [ask(queue, 1900), ask(queue, 50, seconds=1)]  # of the large one no more comes first than of itself
+    with pytest.raises(QueueFull):
+        ask(queue, 400, seconds=1)
+    model.gate.set()
+    assert not wait_for(waiting[:1], 10).not_done
+
+
+def test_small_requests_are_done_one_after_another_not_all_by_halves(model: Slow, queue: ModelQueue) -> None:
+    model.gate.clear()
+    ask(queue, 1)
+    time.sleep(0.05)
+    waiting = [ask(queue, 20, str(number)) for number in range(12)]
+    model.gate.set()
+    assert not wait_for(waiting, 10).not_done
+    assert model.forwards[1][:4] == [20, 20, 20, 20] and sum(map(len, model.forwards)) <= 1 + 12 + 3
+
+
 def test_what_is_too_late_or_given_up_is_dropped(model: Slow, queue: ModelQueue) -> None:
     model.gate.clear()
     first = ask(queue, 1)

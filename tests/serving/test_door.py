@@ -16,7 +16,7 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
         return {}
 
     async def read() -> None:
-        await door._limited(never, asyncio.get_running_loop().time() + 0.1)()
+        await door._limited(never, asyncio.get_running_loop().time() + 0.1, lambda: None)()
 
     with pytest.raises(HTTPException) as refused:
         asyncio.run(read())

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import polars as pl
 import pytest
 import torch
 from PIL import Image
-from served_runs import Live, live
+from served_runs import READ, WRITE, Live
 
+from mllm_msr.cli import main
 from mllm_msr.evaluation.loading import load_catalogue, load_recommender
 from mllm_msr.modeling.inputs import Candidate, User
 from mllm_msr.modeling.item_ranking import ItemRanker
@@ -28,19 +28,7 @@ from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEM_VECTORS, ITEMS
 from mllm_msr.stages import summary_tools
 
-READ, WRITE = "r" * 20, "w" * 20
 STRANGER = "/v1/users/a%2Fstranger%20%C3%BC"
-
-
-@pytest.fixture(scope="module")
-def served(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = tmp_path_factory.mktemp("server")
-    keys, columns = folder / "keys", folder / "columns.csv"
-    keys.write_text(f"# of the tests\nread {READ}\nwrite {WRITE}\n", encoding="utf-8")
-    pl.DataFrame({"item_id": ["i0001", "i0002", "i0003"], "year": [1999, 1999, 2001]}).write_csv(columns)
-    options = ["--state", str(folder / "state.sqlite"), "--keys", str(keys), "--item-columns", str(columns)]
-    with live(run.path, *options, "--max-body-mb", "1", key=WRITE) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +165,13 @@ def test_recommendations_are_filtered_and_explained(run: RunFolder, served: Live
     assert [each["item_id"] for each in only["results"]] == ["i0004"]
     wrong = served.ask("POST", "/v1/recommendations", 422, json={"history": ["i0010"], "where": {"yeer": [1]}})
     assert wrong["errors"][0] == {"field": "where.yeer", "message": "no item has a column 'yeer'"}
+
+
+def test_without_the_answer_a_history_is_ranked_as_on_the_command_line(run: RunFolder, served: Live, capsys) -> None:
+    main(["rank", str(run.path), "--history", "i0010,i0011", "--top-k", "5"])
+    printed = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    reply = served.ask("POST", "/v1/recommendations", json={"history": ["i0010", "i0011"], "n": 5, "rerank": 0})
+    assert [each["item_id"] for each in reply["results"]] == printed and len(printed) == 5
 
 
 def test_a_preference_in_words_is_answered_by_the_model_alone(run: RunFolder, served: Live, recommender) -> None:
@@ -333,10 +328,14 @@ def test_the_page_of_endpoints_says_what_to_do_without_its_script(served: Live) 
 def test_metrics_count_routes_and_never_ids(served: Live) -> None:
     served.ask("GET", "/v1/users/u0001")
     served.request("INVENTED", "/v1/users/u0001")
-    assert "INVENTED" not in served.get("/metrics").text
     text = served.get("/metrics").text
     assert 'mllm_msr_requests_total{method="GET",route="/v1/users/{user_id}",status="200"}' in text
-    assert "u0001" not in text and "mllm_msr_scored_pairs" in text and "mllm_msr_users_due" in text
+    assert (
+        "u0001" not in text
+        and "INVENTED" not in text
+        and "mllm_msr_scored_pairs" in text
+        and "mllm_msr_users_due" in text
+    )
 
 
 def test_the_description_names_every_endpoint(served: Live) -> None:

@@ -20,6 +20,7 @@ LATE = {
     "prompts.late_user": "{{ preference }}{% for item in recent %} {{ item.summary }}{% endfor %}",
     "prompts.late_item": "{{ title }} {{ image }}",
 }
+READ, WRITE = "r" * 20, "w" * 20  # keys of a server
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

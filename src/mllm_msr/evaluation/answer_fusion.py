@@ -26,7 +26,7 @@ from mllm_msr.evaluation.heads import Heads, load_heads
 from mllm_msr.evaluation.kept_scores import answer_scores, kept
 from mllm_msr.evaluation.scorers import PROGRESS, ModelScorer, ModelView, Scorer
 from mllm_msr.evaluation.scoring import pairs, score_with_values
-from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_buckets
+from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion
 from mllm_msr.processing.examples import run_contexts, users_of
 from mllm_msr.records.results import FusionWeights
 from mllm_msr.records.run import RunFolder
@@ -63,7 +63,7 @@ def fit_answer(run: RunFolder, heads: Heads, folder: Path) -> None:
     if len(coded):
         lists = answer_lists(heads, coded, run.recipe.head.answer_tasks, run.recipe.head.seed)
         answers = answers_of(run, heads, tasks["task_id"], lists)
-        scores, buckets = torch.stack([answers, lists.scores], dim=-1), frequency_buckets(heads.item_ranker.counts)
+        scores, buckets = torch.stack([answers, lists.scores], dim=-1), heads.item_ranker.buckets()
         fusion = fit_fusion(FusionTasks(scores, buckets[lists.codes], lists.log_q), MEMBERS, by_likelihood=True)
     else:  # nothing to fit by: the others alone
         weights = torch.tensor([[0.0, 1.0]]).expand(len(BUCKETS), -1)
@@ -146,7 +146,7 @@ class FusedScorer(Scorer):
         if heads.item_ranker.answer_fusion is None:
             raise ValueError(f"{run.head} has no weight of the answer: remove it and run `{run.command('head')}` again")
         self.ranker, self.fusion = heads.ranker("fused"), heads.item_ranker.answer_fusion
-        self.buckets, self.depth = frequency_buckets(heads.item_ranker.counts), rerank_depth(run)
+        self.buckets, self.depth = heads.item_ranker.buckets(), rerank_depth(run)
 
     @cached_property
     def model(self) -> ModelScorer:
@@ -163,8 +163,8 @@ class FusedScorer(Scorer):
                 f"the answers were scored on other candidates: remove {self.run.scores} and evaluate again"
             )
         others = self.ranker.score(coded.histories, coded.candidates)
-        scores = np.stack([answers["logit"].to_numpy(), others], axis=-1)
-        values = self.fusion(torch.from_numpy(scores), self.buckets[coded.candidates.codes])
+        logits, buckets = torch.tensor(answers["logit"].to_numpy()), self.buckets[coded.candidates.codes]
+        values = self.fusion.join(logits, torch.from_numpy(others), buckets)
         return score_with_values(tasks, values.numpy())
 
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:

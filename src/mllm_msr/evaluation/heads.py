@@ -20,7 +20,7 @@ from mllm_msr.evaluation.likeness import LikenessRanker, likeness
 from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_log
 from mllm_msr.evaluation.sequential_baselines import SequenceRanker, train_ranker
 from mllm_msr.modeling.item_ranking import LIKENESS, ItemRanker
-from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion, frequency_buckets
+from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
 from mllm_msr.records.sections import HeadOptions
@@ -61,7 +61,7 @@ class FusedRanker(Ranker):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads.items)
-        self.item_ranker, self.buckets = heads.item_ranker, frequency_buckets(heads.item_ranker.counts)
+        self.item_ranker, self.buckets = heads.item_ranker, heads.item_ranker.buckets()
         self.members = [heads.ranker(name) for name in heads.item_ranker.fusion.members]
 
     def score(self, histories: CodedLists, candidates: CodedLists) -> Array:

@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from mllm_msr.data.images import encode
 from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.modeling.recommending import Recommendation, Refused, Wanted
 from mllm_msr.serving import schemas
 from mllm_msr.serving.auth import Keys
 from mllm_msr.serving.batching import QueueClosed, QueueFull
@@ -27,8 +28,7 @@ from mllm_msr.serving.images import ImageReader, ImageRefused
 from mllm_msr.serving.items import NewItem
 from mllm_msr.serving.metrics import Metrics
 from mllm_msr.serving.problems import add_error_handlers
-from mllm_msr.serving.recommending import Recommendation, Wanted
-from mllm_msr.serving.service import Asker, Refused, Service
+from mllm_msr.serving.service import Asker, Service
 from mllm_msr.serving.store import Event, StoreUnavailable
 
 EMPTY_DOCS = '<div id="swagger-ui">'
@@ -147,8 +147,9 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
 
     def recommended(user: Asker, body: schemas.Filters, until: float) -> schemas.RecommendReply:
         where = {name: value if isinstance(value, list) else [value] for name, value in body.where.items()}
-        wanted = Wanted(body.n, body.by, body.rerank, body.exclude, body.only, where, body.explain)
-        by, found = service.recommend(user, wanted, until)
+        explain = body.n if body.explain else 0
+        wanted = Wanted(body.n, body.by, body.rerank, body.exclude, body.only, explain=explain)
+        by, found = service.recommend(user, wanted, where, until)
         results = [result_of(service, place, each, body.explain) for place, each in enumerate(found, 1)]
         said: dict[str, Any] = {"preference": user.words.preference, "recent": list(user.recent)}
         return schemas.RecommendReply(by=by, results=results, **(said if body.explain else {}), **told)

@@ -1,7 +1,8 @@
 """One queue in front of the model, for the requests of all clients.
 
-A thread of its own takes what waits, some of each request in turn, as much as a token budget allows, and has it scored
-in one go. So requests share forwards, and a large one is done in pieces between which small ones get their answers.
+A thread of its own takes what waits, in order, as much as a token budget allows, and has it scored in one go. So
+requests share forwards. A large one gets a share of the budget at a time and then waits behind the others, so that
+small ones get their answers in between; small ones are done whole, as nobody gains by all being half done.
 Whatever else touches the model or the items runs on the same thread, by :meth:`ModelQueue.call`.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from mllm_msr.modeling.inputs import Candidate, User
 
+SHARES = 4  # of the budget; a request gets one at a time while others wait
 Result = TypeVar("Result")
 # users, for each the names of candidates, and these by name; logits for each user
 ScorePairs = Callable[[Sequence[User], Sequence[Sequence[str]], Mapping[str, Candidate]], Sequence[np.ndarray]]
@@ -43,6 +45,7 @@ class Scoring:
         user_cost: tokens of the user, about.
         deadline: on the monotonic clock; what is not done by then is dropped.
         done: how many have been scored.
+        cost: tokens that are left.
     """
 
     user: User
@@ -54,11 +57,10 @@ class Scoring:
     future: Future = field(default_factory=Future)
     parts: list[np.ndarray] = field(default_factory=list)
     done: int = 0
+    cost: int = field(init=False)
 
-    @property
-    def cost(self) -> int:
-        """Tokens that are left."""
-        return self.user_cost + sum(self.costs[self.done :])
+    def __post_init__(self) -> None:
+        self.cost = self.user_cost + sum(self.costs)
 
 
 @dataclass(eq=False)
@@ -78,7 +80,8 @@ class ModelQueue:
         score: of the model.
         token_budget: tokens that are scored in one go, about.
         wait: seconds that the first request waits for others when nothing else is under way.
-        max_jobs, max_tokens: what may wait; a request beyond that is refused, unless nothing waits at all.
+        max_jobs, max_tokens: what may wait; a request beyond that is refused, unless nothing waits at all, and so is
+            one whose turn would come after its deadline.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class ModelQueue:
         self.score, self.token_budget, self.wait = score, token_budget, wait
         self.max_jobs, self.max_tokens = max_jobs, max_tokens
         self.tokens_per_second = 20_000.0  # as measured lately
-        self.batches = self.scored_pairs = 0
+        self.batches = self.scored_pairs = self.dropped = 0
         self._jobs: deque[Scoring | Call] = deque()
         self._tokens = 0  # of what waits or is under way
         self._closed = False
@@ -145,12 +148,18 @@ class ModelQueue:
         with self._changed:
             if self._closed:
                 raise QueueClosed("the server is shutting down")
-            if self._jobs and (len(self._jobs) >= self.max_jobs or self._tokens + job.cost > self.max_tokens):
+            crowded = len(self._jobs) >= self.max_jobs or self._tokens + job.cost > self.max_tokens
+            if self._jobs and (crowded or self._seconds_before(job) > max(0.0, job.deadline - time.monotonic())):
                 raise QueueFull(max(1, min(60, round(self._tokens / self.tokens_per_second))))
             self._tokens += job.cost
             self._jobs.append(job)
             self._changed.notify_all()
         return job.future
+
+    def _seconds_before(self, job: Scoring | Call) -> float:
+        """About how long a job waits for those before it: all of small ones, and as much of large ones as of itself."""
+        most = max(job.cost, self.token_budget // SHARES)
+        return sum(min(each.cost, most) for each in self._jobs) / self.tokens_per_second
 
     def _run(self) -> None:
         while True:
@@ -173,15 +182,17 @@ class ModelQueue:
                 self.tokens_per_second += 0.2 * (rate - self.tokens_per_second)
 
     def _take(self) -> tuple[Call | None, list[tuple[Scoring, int]]]:
-        """What is done next: a call, or some candidates of each request up to the budget, with where they end.
+        """What is done next: a call, or candidates of some requests up to the budget, with where they end.
 
-        A request that is not finished thereby goes to the end of the queue.
+        A request that has had its share and is not finished goes to the end of the queue; one for which there was no
+        room stays where it is.
         """
         now, alive = time.monotonic(), list[Scoring]()
         for job in list(self._jobs):
             if job.future.cancelled() or now > job.deadline:
                 self._jobs.remove(job)
                 self._tokens -= job.cost
+                self.dropped += 1
                 if job.future.set_running_or_notify_cancel():  # whoever waits may cancel at this very moment
                     job.future.set_exception(TimeoutError("the request was not done in time"))
             elif isinstance(job, Scoring):
@@ -191,12 +202,15 @@ class ModelQueue:
             self._jobs.popleft()
             return first, []
         ends = {id(job): job.done for job in alive}
-        budget, growing = self.token_budget, list(alive)
+        budget, growing, cut = self.token_budget, list(alive), None
         while growing and budget > 0:
-            share = max(1, budget // len(growing))
+            share = max(1, budget // min(SHARES, len(growing)))
             for job in growing:
                 end, room = ends[id(job)], min(share, budget)
-                room -= job.user_cost if end == job.done else 0
+                cut = job if budget < share else None
+                if end == job.done:
+                    room -= job.user_cost
+                    budget -= job.user_cost
                 while end < len(job.names) and (room > 0 or end == ends[id(job)]):
                     room -= job.costs[end]
                     budget -= job.costs[end]
@@ -206,9 +220,10 @@ class ModelQueue:
                     break
             growing = [job for job in growing if ends[id(job)] < len(job.names)]
         batch = [(job, ends[id(job)]) for job in alive if ends[id(job)] > job.done]
-        for job, _ in batch:
-            self._jobs.remove(job)
-        self._jobs.extend(job for job, end in batch if end < len(job.names))
+        for job, end in batch:
+            if job is not cut or end == len(job.names):
+                self._jobs.remove(job)
+        self._jobs.extend(job for job, end in batch if end < len(job.names) and job is not cut)
         return None, batch
 
     def _call(self, call: Call) -> None:
@@ -236,7 +251,9 @@ class ModelQueue:
         for (job, end), part in zip(batch, logits, strict=True):
             job.parts.append(part)
             with self._changed:
-                self._tokens -= sum(job.costs[job.done : end]) + (job.user_cost if end == len(job.names) else 0)
+                spent = job.cost if end == len(job.names) else sum(job.costs[job.done : end])
+                self._tokens -= spent
+                job.cost -= spent
                 job.done = end
             if end == len(job.names) and job.future.set_running_or_notify_cancel():
                 job.future.set_result(np.concatenate(job.parts))

@@ -23,6 +23,7 @@ from mllm_msr.processing.engines import EngineUnavailable, HistoryBlock
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.processing.text_writer import Inputs, TextWriter
 from mllm_msr.records.recipe import Recipe
+from mllm_msr.serving.client import CLIENT
 from mllm_msr.serving.store import Claim, Store, StoreUnavailable
 from mllm_msr.serving.users import Users, rests_on
 
@@ -58,6 +59,7 @@ class PreferenceWriter:
         """The preference after each history block of a history; TimeoutError if they are not written ``until`` then."""
 
         def write(items: Sequence[HistoryItem], previous: str | None) -> str:
+            CLIENT.get().check()
             if time.monotonic() > until:
                 raise TimeoutError("the history was not condensed in time: send less of it, or leave out `condense`")
             return self.write(items, previous)

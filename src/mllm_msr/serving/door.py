@@ -12,6 +12,7 @@ from urllib.parse import quote
 from fastapi import HTTPException
 
 from mllm_msr.serving.auth import Access, Keys
+from mllm_msr.serving.client import CLIENT, Client
 from mllm_msr.serving.metrics import Metrics
 from mllm_msr.serving.schemas import ErrorReply
 from mllm_msr.serving.service import Service
@@ -79,10 +80,16 @@ class Door:
             await send(message)
 
         self.in_flight += 1
+        client, watching = Client(), list[asyncio.Task]()
+
+        def whole() -> None:
+            watching.append(asyncio.create_task(listen(receive, client)))
+
         try:
             refusal = self._refusal(scope)
             if refusal is None:
-                await self.app(scope, self._limited(receive, start + self.limits.deadline), answer)
+                CLIENT.set(client)
+                await self.app(scope, self._limited(receive, start + self.limits.deadline, whole), answer)
             else:
                 await refuse(answer, *refusal)
         except Exception as error:
@@ -90,6 +97,8 @@ class Door:
             if not status:
                 await refuse(answer, 500, "something went wrong in the server; its log says where")
         finally:
+            for task in watching:
+                task.cancel()
             self.in_flight -= 1
             route = getattr(scope.get("route"), "path", "-")
             seconds = time.monotonic() - start
@@ -120,8 +129,8 @@ class Door:
     def _too_large(self) -> str:
         return f"the body has more than {self.limits.max_body:,} bytes: send less at a time"
 
-    def _limited(self, receive: Receive, until: float) -> Receive:
-        """The body as it comes, up to the limit, and as long as it comes in time."""
+    def _limited(self, receive: Receive, until: float, when_whole: Callable[[], None]) -> Receive:
+        """The body as it comes, up to the limit, and as long as it comes in time; what to do once it is there."""
         count, whole = 0, False
 
         async def limited() -> dict[str, Any]:
@@ -131,10 +140,12 @@ class Door:
                 message = await asyncio.wait_for(receive(), left)
             except TimeoutError as error:
                 raise HTTPException(408, "the body did not come in time: send it at once, or less at a time") from error
-            whole = not message.get("more_body", False)
+            first, whole = not whole, not message.get("more_body", False)
             count += len(message.get("body", b""))
             if count > self.limits.max_body:
                 raise HTTPException(413, self._too_large())
+            if whole and first:
+                when_whole()
             return message
 
         return limited
@@ -151,6 +162,13 @@ class Door:
             return
         places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
         logger.error("unforeseen %s at %s", type(error).__name__, " < ".join(reversed(places[-6:])))
+
+
+async def listen(receive: Receive, client: Client) -> None:
+    """Wait for what comes after a whole body, which is the end of the connection or of the answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    client.hang_up()
 
 
 async def refuse(send: Send, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:

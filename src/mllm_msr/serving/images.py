@@ -22,6 +22,7 @@ from PIL import Image
 
 from mllm_msr.data.images import BrokenImage, decode
 from mllm_msr.records.sections import MAX_EDGE
+from mllm_msr.serving.client import CLIENT
 
 REDIRECTS = 3
 TRANSLATED = [ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")]
@@ -71,6 +72,7 @@ class ImageReader:
             ImageRefused: it is none, or one that may not be.
             TimeoutError: it is ``until`` already, on the monotonic clock.
         """
+        CLIENT.get().check()
         if time.monotonic() > until:
             raise TimeoutError("the images were not read in time: send fewer")
         content = (

@@ -29,6 +29,7 @@ class Metrics:
 
         for name, text, value in (
             ("waiting_requests", "Requests in the queue", lambda: len(queue)),
+            ("dropped_requests", "Requests dropped from the queue: too late, or nobody waits", lambda: queue.dropped),
             ("scored_pairs", "Pairs of user and item that the model has scored", lambda: queue.scored_pairs),
             ("forwards", "Times that the model was asked to score", lambda: queue.batches),
             ("tokens_per_second", "What the model has scored lately", lambda: queue.tokens_per_second),

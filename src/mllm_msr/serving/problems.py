@@ -8,10 +8,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from mllm_msr.modeling.recommending import Refused
 from mllm_msr.processing.engines import EngineUnavailable, NoTextOfUse
 from mllm_msr.serving.batching import QueueClosed, QueueFull
+from mllm_msr.serving.client import ClientGone
 from mllm_msr.serving.schemas import ErrorReply, Problem
-from mllm_msr.serving.service import Refused, Unknown
+from mllm_msr.serving.service import Unknown
 from mllm_msr.serving.store import KeyReused, StoreUnavailable
 
 FIELD = re.compile(r"[a-z][a-z0-9_]*$")
@@ -68,6 +70,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(TimeoutError)
     def too_late(request: Request, error: TimeoutError) -> JSONResponse:
         return problem(504, str(error))
+
+    @app.exception_handler(ClientGone)
+    def gone(request: Request, error: ClientGone) -> JSONResponse:
+        return problem(499, str(error))  # nobody reads it; the log and the metrics have the status
 
     @app.exception_handler(HTTPException)
     def by_status(request: Request, error: HTTPException) -> JSONResponse:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,27 +19,19 @@ import torch
 
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.preference import split_history
+from mllm_msr.modeling.recommending import By, Recommendation, Refused, Wanted, fused_scores, recommend
 from mllm_msr.serving.answers import KeptAnswers
 from mllm_msr.serving.batching import ModelQueue
 from mllm_msr.serving.catalogue import ServedCatalogue
+from mllm_msr.serving.client import CLIENT, ClientGone
 from mllm_msr.serving.condensing import Condenser, PreferenceWriter
 from mllm_msr.serving.items import ItemMaker, NewItem
 from mllm_msr.serving.opening import Opened
-from mllm_msr.serving.recommending import By, Recommendation, Wanted, add_answers, best_by_heads, explain
 from mllm_msr.serving.store import Appended, Event, Store, StoredItem
 from mllm_msr.serving.users import Users, UserState
 
 logger = logging.getLogger(__name__)
-MOST_PAIRS = 10_000  # that a request may have the answer score
 FRAME = 16  # tokens, about, that a prompt adds to the words of an item
-
-
-class Refused(ValueError):
-    """A request that cannot be answered as it is; ``field`` is what should be changed."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 class Unknown(LookupError):
@@ -189,74 +181,38 @@ class Service:
     def fused(self, asker: Asker, item_ids: Sequence[str], logits: np.ndarray, until: float) -> list[float | None]:
         """The fused score of each item; None without heads, a history, or a vector of the item."""
         ranker = self.opened.item_ranker
-        fusion = None if ranker is None else ranker.answer_fusion
         if ranker is None or not asker.history:
             return [None] * len(item_ids)
-
-        def scores() -> dict[str, float]:
-            from mllm_msr.modeling.score_fusion import frequency_buckets
-
-            known = [(item, logit) for item, logit in zip(item_ids, logits.tolist(), strict=True) if item in ranker]
-            names = [item for item, _ in known]
-            values = ranker.score([asker.history], names)[0]
-            if fusion is not None:
-                answers = torch.tensor([logit for _, logit in known])
-                buckets = frequency_buckets(ranker.counts[ranker.codes_of(names)])
-                values = fusion(torch.stack([answers, values], dim=-1), buckets)
-            return dict(zip(names, values.tolist(), strict=True))
-
-        by_item = _result(self.queue.call(scores, until), until)
-        return [by_item.get(item) for item in item_ids]
+        return _result(self.queue.call(lambda: fused_scores(ranker, asker.history, item_ids, logits), until), until)
 
     # ---- recommendations ---------------------------------------------------------------------------------------
 
-    def recommend(self, asker: Asker, wanted: Wanted, until: float) -> tuple[By, list[Recommendation]]:
+    def recommend(
+        self, asker: Asker, wanted: Wanted, where: Mapping[str, Sequence[Any]], until: float
+    ) -> tuple[By, list[Recommendation]]:
         """The best items of the catalogue that were not chosen yet, and what they are ordered by.
 
+        Args:
+            where: values of columns, of which an item must have one.
+
         Raises:
-            Refused: heads are asked for that are not there, a column is unknown, or too many items are left for the
-                answer to score.
+            Refused: see :func:`~mllm_msr.modeling.recommending.recommend`; or a column is unknown.
         """
-        ranker = self.opened.item_ranker
-        fusion = None if ranker is None else ranker.answer_fusion
-        by: By = wanted.by or ("fused" if ranker is not None and asker.history else "answer")
-        if by != "answer" and ranker is None:
-            raise Refused("by", f"by={by!r} needs the heads, which this run has not: send by='answer'")
-        if by != "answer" and not asker.history:
-            raise Refused("by", f"by={by!r} reads a history, and there is none: send by='answer'")
-        for column in wanted.where:
+        for column in where:
             if not self.catalogue.has_column(column):
                 raise Refused(f"where.{column}", f"no item has a column {column!r}")
-        wanted = replace(wanted, by=by)
-        asked = by == "answer" or (by == "fused" and fusion is not None and wanted.rerank > 0)
-        if ranker is not None and asker.history:
-            depth = max(wanted.n, wanted.rerank) if asked else wanted.n
-            allowed = self._allowed(wanted.where)
-            found = _result(
-                self.queue.call(lambda: best_by_heads(ranker, asker.history, allowed, wanted, depth), until), until
-            )
-        else:
-            found = [Recommendation(item, 0.0) for item in self._candidates(asker, wanted)]
-        if asked and found:
-            logits = self.answer(asker.words, [each.item_id for each in found], until)
-            found = add_answers(found, logits, fusion, by)
-        found = found[: wanted.n]
-        if wanted.explain and ranker is not None and asker.history:
-            _result(self.queue.call(lambda: explain(ranker, asker.history, found, fusion), until), until)
-        return by, found
 
-    def _allowed(self, where: Mapping[str, Sequence[Any]]) -> Any:
-        if not where:
-            return None
-        return lambda item: all(self.catalogue.value(item, column) in values for column, values in where.items())
+        def allowed(item: str) -> bool:
+            return all(self.catalogue.value(item, column) in values for column, values in where.items())
 
-    def _candidates(self, asker: Asker, wanted: Wanted) -> list[str]:
-        left_out, allowed = {*asker.history, *wanted.exclude}, self._allowed(wanted.where)
-        ids = self.catalogue if wanted.only is None else (item for item in wanted.only if item in self.catalogue)
-        found = [item for item in ids if item not in left_out and (allowed is None or allowed(item))]
-        if len(found) > MOST_PAIRS:
-            raise Refused("only", f"{len(found)} items are too many for the answer alone: name up to {MOST_PAIRS}")
-        return found
+        return recommend(
+            self.opened.item_ranker,
+            asker.history,
+            self.catalogue,
+            replace(wanted, allowed=allowed if where else None),
+            lambda ids: self.answer(asker.words, ids, until),
+            lambda work: _result(self.queue.call(work, until), until),
+        )
 
     # ---- items -------------------------------------------------------------------------------------------------
 
@@ -338,9 +294,12 @@ def _tokens(user: User) -> int:
 
 
 def _result(future: Future, until: float) -> Any:
-    """What a future gives in time; one that is late is given up."""
+    """What a future gives in time; one that is late, or whose client hangs up, is given up."""
+    CLIENT.get().wait_for(future)
     try:
         return future.result(None if until == float("inf") else max(0.0, until - time.monotonic()))
     except FutureTimeout as error:
         future.cancel()
         raise TimeoutError("the request was not done in time: ask for fewer items, or try again later") from error
+    except CancelledError as error:
+        raise ClientGone from error
