@@ -150,17 +150,23 @@ class Recommender:
 
     def index(self, catalogue: Mapping[str, Candidate], progress: str | None = None) -> IndexReport:
         """Fill the ``cache`` ahead, and delete from it what is not in ``catalogue`` any more."""
-        if self.cache is None or not isinstance(self.plan, LatePlan):
-            raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
-        keys = {self.plan.keys.of(catalogue, item): item for item in catalogue}
-        self.cache.refresh()
-        missing = [item for key, item in keys.items() if key not in self.cache.places]
+        missing = self.not_indexed(catalogue)
+        assert self.cache is not None and isinstance(self.plan, LatePlan)
+        keys = {self.plan.keys.of(catalogue, item) for item in catalogue}
         with torch.inference_mode(), tqdm(total=len(missing), desc=progress, disable=progress is None) as bar:
             for count in self.plan.encode_items(missing, catalogue):
                 bar.update(count)
         deleted = self.cache.prune(keys)
         kept = len(catalogue) - len(missing)
         return IndexReport(len(missing), kept, deleted, self.cache.folder, self.cache.nbytes)
+
+    def not_indexed(self, catalogue: Mapping[str, Candidate]) -> list[str]:
+        """The items that the ``cache`` has not, of equal ones the last."""
+        if self.cache is None or not isinstance(self.plan, LatePlan):
+            raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
+        keys = {self.plan.keys.of(catalogue, item): item for item in catalogue}
+        self.cache.refresh()
+        return [item for key, item in keys.items() if key not in self.cache.places]
 
 
 class Plan(Protocol):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.new_items import NewItems, read_new_items
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
+from mllm_msr.evaluation.spread_index import spread_index
 from mllm_msr.evaluation.spread_scoring import run_at, run_folders
 from mllm_msr.modeling.inputs import HistoryItem, User
 from mllm_msr.processing.open_workers import open_workers
@@ -324,7 +325,12 @@ def index(run: RunFolder, memory_gb: float | None) -> None:
             "nothing to index; `mllm-msr rank` works without"
         )
     ranker = load_recommender(run, Computing(cache=run.item_cache, memory_gb=memory_gb))
-    done = ranker.index(load_catalogue(run), progress="items")
+    catalogue = load_catalogue(run)
+    missing = ranker.not_indexed(catalogue) if run.cluster else []
+    if missing:
+        spread_index(run, memory_gb, missing)
+    done = ranker.index(catalogue, progress="items" if run.cluster is None else None)
+    done = replace(done, computed=done.computed + len(missing), kept=done.kept - len(missing))
     size = done.nbytes / max(1, done.computed + done.kept)
     print(
         f"{done.computed} items computed, {done.kept} were there, {done.deleted} dropped; "

@@ -38,7 +38,7 @@ def ranking(folder: Path) -> pl.DataFrame:
 
 
 def test_many_users_are_ranked_into_files_by_workers_as_by_one_process(late, tmp_path):
-    first = printed("index", str(late))
+    first = printed("index", str(late), "--ray", "local", "--workers", "2")
     assert "45 items computed, 0 were there, 0 dropped" in first
     assert re.search(r"; \d+\.\d MB, \d+\.\d kB an item, in ", first)
     assert "0 items computed, 45 were there, 0 dropped" in printed("index", str(late))

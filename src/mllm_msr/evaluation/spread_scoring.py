@@ -35,10 +35,10 @@ class Logits:
     rows: list[np.ndarray]
 
 
-def run_folders(run: RunFolder) -> list[Folder]:
-    """What scoring workers read of a run, and its backbone where that is a folder."""
+def run_folders(run: RunFolder, parts: Sequence[str] = PARTS) -> list[Folder]:
+    """What workers read of a run, and its backbone where that is a folder."""
     backbone = Path(backbone_path(run.recipe.training.get("model_name_or_path") or ""))
-    own = Folder(run.path.resolve(), PARTS)
+    own = Folder(run.path.resolve(), tuple(parts))
     return [own, Folder(backbone.resolve())] if backbone.name and backbone.is_dir() else [own]
 
 
