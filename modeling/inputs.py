@@ -35,6 +35,12 @@ class User:
     preference: str = ""
     recent: Sequence[HistoryItem] = ()
 
+    @cached_property
+    def content(self) -> str:
+        """A name for all that a prompt may show of the user: 64 hex digits."""
+        recent = [[item.title, item.summary] for item in self.recent]
+        return hashlib.sha256(json.dumps([self.preference, recent]).encode()).hexdigest()
+
     @classmethod
     def of(cls, value: Any) -> "User":
         """From a ``User`` or a mapping with ``preference`` and, if there are any, ``recent`` items.

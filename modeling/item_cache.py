@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from .inputs import Candidate
+from .inputs import Candidate, User
 from .interfaces import RecommendationModel, RecommendationProcessor
 
 SAMPLES = 1024  # values of each weight that go into the fingerprint of a model
@@ -36,19 +36,26 @@ class ContentAddressed(Protocol):
 
 
 class ItemKeys:
-    """Names for the keys and values of candidates: after title, text and image, and under autocast others than without.
+    """Names for the keys and values of candidates and users: after what they say, and under autocast others than
+    without.
 
-    So a new or changed candidate is simply not there yet.
+    So what is new or has changed is simply not there yet.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.kind = device.type
 
     def of(self, catalogue: Mapping[str, Any], item_id: str) -> str:
-        precision = str(torch.get_autocast_dtype(self.kind)) if torch.is_autocast_enabled(self.kind) else ""
         if isinstance(catalogue, ContentAddressed):
-            return catalogue.content(item_id) + precision
-        return Candidate.of(catalogue[item_id]).content + precision
+            return catalogue.content(item_id) + self._precision
+        return Candidate.of(catalogue[item_id]).content + self._precision
+
+    def of_user(self, user: User) -> str:
+        return user.content + self._precision
+
+    @property
+    def _precision(self) -> str:
+        return str(torch.get_autocast_dtype(self.kind)) if torch.is_autocast_enabled(self.kind) else ""
 
 
 def fingerprint(model: RecommendationModel, processor: RecommendationProcessor) -> str:

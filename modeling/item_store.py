@@ -20,7 +20,7 @@ VIEW = 32  # so many neighbours of a mapped shard are used where they lie
 
 
 class ItemStore:
-    """The keys and values of candidates by their keys.
+    """The keys and values of candidates, or of users, by their keys.
 
     Args:
         max_bytes: what may be kept on the device from call to call.

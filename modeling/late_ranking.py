@@ -1,15 +1,15 @@
 """Ranking with ``interaction="late"``: each user and each candidate once, and a few tokens for a pair.
 
 The keys and values of candidates come from the :class:`ItemStore`, chunk by chunk; each chunk meets all users before
-the next is computed or read from the disk. Those of users are kept as well, and computed again for the next chunk only
-where they do not all fit.
+the next is computed or read from the disk. Those of users are kept in memory in the same way, and computed again for
+the next chunk only where they do not all fit.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from .packing import pack_late_answers, pack_late_prefixes
 PART = 128  # users kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward
 
+Thing = TypeVar("Thing")
 exhaust = partial(deque, maxlen=0)  # an iterator that is run for what it does
 
 
@@ -82,9 +83,9 @@ class LatePlan:
         store: ItemStore,
     ) -> None:
         self.model, self.processor, self.token_budget, self.memory = model, processor, token_budget, memory
-        self.keys, self.store = keys, store
+        self.keys, self.store, self.users = keys, store, ItemStore(model.device, memory // 4, None)
         self.answer_ids = processor.late_answer_ids
-        self.item_tokens = 0  # of the longest candidate that was computed
+        self.longest = {"user": 0, "item": 0}  # tokens of one that was computed
 
     def scores(
         self, users: Sequence[User], rows: Sequence[np.ndarray], names: Sequence[str], catalogue: Mapping[str, Any]
@@ -94,16 +95,12 @@ class LatePlan:
         Args:
             rows: for each user the candidates, as places in ``names``.
         """
-        kept_users: list[tuple[int, KVCache]] = []  # once it is clear that they can all be kept
         for items in self._item_chunks(names, catalogue):
-            latest: list[tuple[int, KVCache]] = []
-            for begin, user_part in kept_users or self._user_parts(users):
-                latest = [(begin, user_part)]
+            for which, user_part in self._user_parts(users):
                 for row_of, item_part in items:
-                    pairs = Pairs.among(rows[begin : begin + len(user_part)], row_of)
+                    pairs = Pairs.among([rows[user] for user in which], row_of)
                     for scores in self._pair_scores(user_part, item_part, pairs):
-                        yield scores._replace(users=scores.users + begin)
-            kept_users = latest if len(latest[0][1]) == len(users) else []
+                        yield scores._replace(users=which[scores.users])
 
     def encode_items(self, names: Sequence[str], catalogue: Mapping[str, Any]) -> Iterator[int]:
         """Compute the candidates that are not kept yet; yields how many are done."""
@@ -129,43 +126,53 @@ class LatePlan:
             start = chunk.stop
 
     def _compute(self, names: Sequence[str], keys: Sequence[str], catalogue: Mapping[str, Any]) -> Iterator[int]:
-        """Compute what is missing of these; yields how many are done."""
-        name_of = dict(zip(keys, names, strict=True))
-        missing = self.store.missing(list(name_of))
+        """Compute what is missing of these candidates; yields how many are done."""
+
+        def encode(some: Sequence[str]) -> KVCache:
+            images = ImageFeatureCache(self.model.backbone, self.processor)
+            prepared = PreparedCatalogue(images, catalogue, "late_item")
+            batch = self.processor.late_items([prepared[name] for name in some], self.model.config.item_limit)
+            return self._encode(batch, "item", images.features(batch.images))
+
+        return self._fill(self.store, dict(zip(keys, names, strict=True)), encode, "item")
+
+    def _user_parts(self, users: Sequence[User]) -> Iterator[tuple[np.ndarray, KVCache]]:
+        """The places of some users and their keys and values, as many as may be kept, until all are done."""
+
+        def encode(some: Sequence[User]) -> KVCache:
+            return self._encode(self.processor.late_users(some, self.model.config.user_limit), "user", [])
+
+        start = 0
+        while start < len(users):
+            size = self.users.item_bytes
+            part = users[start : start + max(1, min(PART, self.memory // 4 // size) if size else 1)]
+            keys = [self.keys.of_user(user) for user in part]
+            exhaust(self._fill(self.users, dict(zip(keys, part, strict=True)), encode, "user"))
+            for places, prefixes in self.users.take(keys):
+                yield start + places, prefixes
+            start += len(part)
+
+    def _fill(
+        self,
+        store: ItemStore,
+        wanted: Mapping[str, Thing],
+        encode: Callable[[Sequence[Thing]], KVCache],
+        side: Literal["user", "item"],
+    ) -> Iterator[int]:
+        """Compute what a store lacks of these, by their keys; yields how many are done."""
+        missing = store.missing(list(wanted))
         start = 0
         try:
             while start < len(missing):
-                count = max(1, self.token_budget // self.item_tokens) if self.item_tokens else 1
-                batch = missing[start : start + count]
-                self.store.put(batch, self._encode_items([name_of[key] for key in batch], catalogue))
+                batch = missing[start : start + max(1, self.token_budget // (self.longest[side] or self.token_budget))]
+                store.put(batch, encode([wanted[key] for key in batch]))
                 yield len(batch)
                 start += len(batch)
         finally:
-            self.store.flush()
-
-    def _user_parts(self, users: Sequence[User]) -> Iterator[tuple[int, KVCache]]:
-        """The number of the first user and the keys and values of some, as many as may be kept, until all are done."""
-        held: list[KVCache] = []
-        start = begin = 0
-        count = 1
-        while start < len(users):
-            batch = self.processor.late_users(users[start : start + count], self.model.config.user_limit)
-            held.append(self._encode(batch, "user", []))
-            start += len(held[-1])
-            count = max(1, self.token_budget // max(part.width for part in held))
-            full = sum(part.nbytes for part in held) >= self.memory // 4 or start - begin >= PART
-            if full or start == len(users):
-                yield begin, KVCache.join(held)
-                held, begin = [], start
-
-    def _encode_items(self, names: Sequence[str], catalogue: Mapping[str, Any]) -> KVCache:
-        images = ImageFeatureCache(self.model.backbone, self.processor)
-        prepared = PreparedCatalogue(images, catalogue, "late_item")
-        batch = self.processor.late_items([prepared[name] for name in names], self.model.config.item_limit)
-        self.item_tokens = max(self.item_tokens, batch["input_ids"].shape[1])
-        return self._encode(batch, "item", images.features(batch.images))
+            store.flush()
 
     def _encode(self, batch: BatchFeature, side: Literal["user", "item"], features: list[torch.Tensor]) -> KVCache:
+        self.longest[side] = max(self.longest[side], batch["input_ids"].shape[1])
         packed = pack_late_prefixes(self.model, batch, side)
         output = self.model(**packed, image_features=features)
         return KVCache.of(output.past_key_values, packed["block_layout"].visible[0])

@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from mllm_msr.records.recipe import load_recipe
@@ -198,6 +199,8 @@ def parse(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, An
     if not values["dataset_name"]:
         raise ValueError("--dataset_name is missing: give a run's folder, or a published data set")
     _refuse(values)
+    # `accelerate launch --cpu` says so by this alone, and transformers then has inputs on an accelerator, the model not
+    values["use_cpu"] |= parse_flag_from_env("ACCELERATE_USE_CPU")
     if values["bf16"] is None:
         values["bf16"] = not values["fp16"] and supports_bfloat16(values["use_cpu"])
     for suffix in ("", "_kwargs"):  # TRL still gives its default by the old name, of which transformers warns

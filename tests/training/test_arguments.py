@@ -212,3 +212,12 @@ def test_a_run_says_what_its_training_would_refuse_before_its_first_stage(small_
     with pytest.raises(ValueError, match=message):
         stages.check_training(replace(recipe, training={**recipe.training, **flags}))
     stages.check_training(recipe)
+
+
+@pytest.mark.parametrize(("said", "on_cpu"), [("true", True), ("false", False), (None, False)])
+def test_accelerate_launch_cpu_is_heard(said, on_cpu, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if said:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    _, training, _ = sft.parse([], **NAMED, output_dir="out")
+    assert training.use_cpu is on_cpu
