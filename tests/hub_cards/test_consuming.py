@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from hub_storage import READ, WRITE
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from ports import free_port
 from tiny_models import WITHOUT_PACKAGE
 from transformers import AutoModelForImageTextToText
 
@@ -236,9 +236,7 @@ def test_training_from_the_published_data_set(hub, published, tmp_path):
 
 def test_the_demo_space_shows_model_and_data_by_their_ids(hub, published, tmp_path):
     """Its app, fetched by name, in a process that has neither the package nor anything in its caches."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     environment = {**knowing(hub, tmp_path), "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": port}
     environment |= {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"}
     start, log_file = len(hub.log), tmp_path / "log.txt"

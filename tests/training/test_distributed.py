@@ -54,7 +54,8 @@ def flags(run, output, batch, **more):
 
 
 def launch(config: Path, *program: str, **arguments: Any) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *program]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", *program]
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
