@@ -25,7 +25,7 @@ def build_engine(options: SummaryOptions, prompts: Mapping[str, str] | None = No
         prompts: templates that replace the default ones, by name.
         noun: what the prompts call an item.
     """
-    return ENGINES[options.engine](options, {**PROMPTS, **(prompts or {})}, noun)
+    return ENGINES[str(options.engine)](options, {**PROMPTS, **(prompts or {})}, noun)
 
 
 def open_text_workers(

@@ -3,15 +3,17 @@
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mllm_msr.parser import build_parser
 
 if TYPE_CHECKING:
+    from mllm_msr.opening import Overrides
     from mllm_msr.records.run import RunFolder
 
 
@@ -40,9 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def wrong_usage(options: argparse.Namespace) -> str | None:
     """What no single argument shows: options that need each other."""
-    if options.command in ("run", "prepare") and not (options.recipe or options.interactions):
+    if options.command in ("run", "prepare", "check") and not (options.recipe or options.interactions):
         return "give a recipe file, or own tables by --interactions (and --items)"
-    if options.command == "run" and not (options.recipe or options.backbone):
+    if options.command in ("run", "check") and not (options.recipe or options.backbone):
         return "without a recipe, say which model to fine-tune: --backbone with a Hub id or a folder"
     if options.command == "compare" and len(options.runs) < 2:
         return "name two runs or more to compare"
@@ -50,8 +52,8 @@ def wrong_usage(options: argparse.Namespace) -> str | None:
         return "--workers are those of a cluster: say which one by --ray"
     if options.command == "rank" and options.ray and not options.users:
         return "--ray shares the ranking of many users: name them by --users"
-    if options.command == "rank" and options.users and not options.output:
-        return "name a folder for the rankings of --users: --output DIR"
+    if options.command == "rank" and options.users and not (options.output or options.format):
+        return "name a folder or a file for the rankings of --users: --output DIR, or FILE.csv"
     return None
 
 
@@ -82,16 +84,70 @@ def existing_run(options: argparse.Namespace, stage: str | None = None) -> "RunF
     return open_run(options.run, stage, settings)
 
 
-def recipe_run(options: argparse.Namespace) -> "RunFolder":
-    from mllm_msr.opening import Overrides, open_recipe, parse_setting
+def overrides(options: argparse.Namespace) -> "Overrides":
+    from mllm_msr.opening import Overrides, parse_setting
 
     direct = "data interactions items images limit_users protocol negatives negative_sampling folds fold on_bad_rows"
-    overrides = Overrides(
+    return Overrides(
         **{name: getattr(options, name) for name in (*direct.split(), "seed", "backbone")},
         columns=dict(options.column),
         settings={key: parse_setting(key, text) for key, text in options.set},
     )
-    return open_recipe(options.recipe, overrides, options.output)
+
+
+def recipe_run(options: argparse.Namespace) -> "RunFolder":
+    from mllm_msr.opening import open_recipe
+
+    return open_recipe(options.recipe, overrides(options), options.output)
+
+
+def init(options: argparse.Namespace) -> None:
+    from mllm_msr.new_recipe import InitOptions, init
+
+    names = ("folder", "output", "interactions", "items", "images", "backbone")
+    init(InitOptions(**{name: getattr(options, name) for name in names}, columns=dict(options.column)))
+
+
+def check(options: argparse.Namespace) -> None:
+    from mllm_msr.check import check
+    from mllm_msr.opening import read_recipe
+
+    recipe, place, run = read_recipe(options.recipe, overrides(options), options.output)
+    check(recipe, place, run, options.users)
+    print(f"next: mllm-msr status {run.path}" if run else f"next: {run_command(options)}")
+
+
+def run_command(options: argparse.Namespace) -> str:
+    """The command ``run`` with what ``check`` was given, but for its own option."""
+    given = sys.argv[2:] if sys.argv[1:2] == ["check"] else [str(options.recipe)]
+    own = {place + step for place, word in enumerate(given) if word == "--users" for step in (0, 1)}
+    kept = [word for place, word in enumerate(given) if place not in own and not word.startswith("--users=")]
+    return shlex.join(["mllm-msr", "run", *kept])
+
+
+def status(options: argparse.Namespace) -> None:
+    from mllm_msr.status import status
+
+    print(status(existing_run(options)))
+
+
+def recipes(options: argparse.Namespace) -> None:
+    from mllm_msr.records.recipe import packaged_recipes, recipe_file
+
+    if options.name:
+        print(recipe_file(Path(options.name)).read_text(encoding="utf-8"), end="")
+        return
+    for name, path in packaged_recipes().items():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+        print(f"{name:34}{first.partition(': mllm-msr')[0]}")
+
+
+def completion(options: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ValueError("shtab is not installed: `pip install 'mllm-msr[completion]'`") from error
+    print(shtab.complete(with_files(build_parser(), shtab.FILE), options.shell))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -106,9 +162,14 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from mllm_msr.stages import run_all
+    from mllm_msr.check import say_the_whole
+    from mllm_msr.stages import print_next, run_all
 
-    run_all(on_cluster(recipe_run(options), options))
+    run = on_cluster(recipe_run(options), options)
+    run_all(run)
+    if run.recipe.data.limit_users:
+        say_the_whole(run)
+    print_next(run)
 
 
 def stage(options: argparse.Namespace) -> None:
@@ -135,9 +196,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def study(options: argparse.Namespace) -> None:
+    from mllm_msr.records.recipe import recipe_file
     from mllm_msr.study import run_study
 
-    run_study(options.study, options.output or Path("runs") / options.study.stem, options.only, options.data)
+    run_study(
+        recipe_file(options.study), options.output or Path("runs") / options.study.stem, options.only, options.data
+    )
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -152,18 +216,25 @@ def compare(options: argparse.Namespace) -> None:
 
 def rank(options: argparse.Namespace) -> None:
     from mllm_msr import rank
+    from mllm_msr.rankings import FORMATS, format_of, say
 
     run = on_cluster(existing_run(options), options)
     new = None if options.new_items is None else rank.new_items(run, options.new_items)
     how = rank.Ranking(options.items, options.by, options.top_k, options.memory_gb, options.rerank, new)
+    users = None if options.users == ["all"] else options.users
+    if options.users and options.output and not options.format and options.output.suffix not in FORMATS:
+        rank.rank_users(run, users, options.output, how)
+        return
+    format_of(options.output, options.format)  # or an error, before anything is computed
     if options.users:
-        rank.rank_users(run, None if options.users == ["all"] else options.users, options.output, how)
+        frame = rank.rank_some(run, users, how)
     elif options.user:
-        rank.rank_user(run, options.user, how)
+        frame = rank.rank_user(run, options.user, how)
     elif options.history:
-        rank.rank_history(run, options.history, how)
+        frame = rank.rank_history(run, options.history, how)
     else:
-        rank.rank_preference(run, options.preference, how)
+        frame = rank.rank_preference(run, options.preference, how)
+    say(frame, options.output, options.format, rank.latest(run, how, options.user, options.history))
 
 
 def index(options: argparse.Namespace) -> None:
@@ -214,9 +285,25 @@ def show(options: argparse.Namespace) -> None:
         serve(existing_run(options), options.port)
 
 
+def with_files(parser: argparse.ArgumentParser, complete: Any) -> argparse.ArgumentParser:
+    """The parser with every path completed by the files that there are."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                with_files(sub, complete)
+        elif action.type is Path:
+            vars(action)["complete"] = complete  # where shtab looks for it
+    return parser
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "demo": demo,
+    "init": init,
+    "check": check,
     "run": run,
+    "status": status,
+    "recipes": recipes,
+    "completion": completion,
     "prepare": stage,
     "summarize": stage,
     "vectors": stage,

@@ -12,11 +12,12 @@ from mllm_msr.data.sources.registry import check_source, effective_source, sourc
 from mllm_msr.evaluation.variants import check_evaluation
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS
 from mllm_msr.proof import check_templates
-from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, with_settings
+from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, recipe_file, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.sections import VECTOR_ORIGINS
 from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.typed import check_names
+from mllm_msr.sizing import look_at, sized_for, this_machine
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,42 @@ class Overrides:
 
 
 def open_recipe(recipe: Path | None, overrides: Overrides, output: Path | None = None) -> RunFolder:
-    """The run of a recipe file, or of own tables alone, in ``output`` (by default below ``runs``).
+    """The run of a recipe, see :func:`read_recipe`, in ``output`` (by default below ``runs``)."""
+    checked, path, _ = read_recipe(recipe, overrides, output)
+    refuse_other_data(path, checked)
+    return RunFolder.create(path, checked)
+
+
+def read_recipe(
+    recipe: Path | None, overrides: Overrides, output: Path | None = None
+) -> tuple[Recipe, Path, RunFolder | None]:
+    """A recipe and where its run lies; and the run, if ``recipe`` is the folder of one.
+
+    Args:
+        recipe: a file, the name of one inside the package, or a run's folder; None: own tables alone, with what fits
+            this machine and the backbone.
 
     Raises:
         ValueError: anything in the recipe that is unknown, of a wrong type or missing, or a folder of another run.
         FileNotFoundError: a recipe file or raw data that does not exist.
     """
-    if recipe:
+    run = RunFolder.open(recipe) if recipe and recipe.is_dir() else None
+    if recipe and run:
+        content, name = run.recipe.to_dict(), recipe.name
+    elif recipe:
+        recipe = recipe_file(recipe)
         content, name = load_content(recipe), recipe.stem
     else:
         name = Path((overrides.interactions or "").split("?")[0]).name.split(".")[0]
-        content = {"name": name, "source": {"type": "tables"}, "summaries": {"engine": "extractive"}}
+        content = {"name": name, "source": {"type": "tables"}}
+        if overrides.backbone:
+            content |= sized_for(look_at(overrides.backbone), this_machine()).sections
     try:
         checked = check_recipe(overrides.apply(content))
         check_source(checked.source)
     except ValueError as error:
         raise ValueError(f"{recipe}: {error}" if recipe else str(error)) from error
-    path = output or Path("runs") / name
-    refuse_other_data(path, checked)
-    return RunFolder.create(path, checked)
+    return checked, run.path if run else output or Path("runs") / name, run
 
 
 def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] | None = None) -> RunFolder:

@@ -7,17 +7,23 @@ from typing import Any, Literal
 EXAMPLES = """\
 examples:
   mllm-msr demo --output demo_output                       the whole method on an embedded data set, in minutes
-  mllm-msr run recipes/movielens_100k.yaml --data DIR      the same on MovieLens-100k
-  mllm-msr prepare --interactions log.csv --items items.csv --column user_id=reviewer   own tables, no recipe
-  mllm-msr rank demo_output --user u0003 --top-k 10        rank the catalogue for one user
+  mllm-msr run movielens_100k --data DIR                   the same on MovieLens-100k; `mllm-msr recipes` has others
+own data, from tables to a ranking:
+  mllm-msr init shop                                       look at the folder `shop`, write the recipe shop.yaml
+  mllm-msr check shop.yaml                                 try it on a few users: does it work, what will it cost
+  mllm-msr run shop.yaml                                   all stages, into runs/shop
+  mllm-msr status runs/shop                                how far it is, what is stale, what comes next
+  mllm-msr rank runs/shop --user ann                       rank the catalogue for one user
+with a finished run:
+  mllm-msr rank RUN --user u0003 --format json             the same for programs; or into a file by --output
   mllm-msr rank RUN --users all --output rankings          for all users; by all GPUs with --ray local
                                                            shares them among processes
-  mllm-msr show user u0003 demo_output                     what was read and written of one user, step by step
-  mllm-msr show page RUN                                   try a run's model in the browser
+  mllm-msr show demo_output user u0003                     what was read and written of one user, step by step
+  mllm-msr show RUN page                                   try a run's model in the browser
   mllm-msr serve demo_output                               answer over HTTP, from events as they come
   mllm-msr publish demo_output --namespace org --dry-run   what would go to the Hub
 stages, each alone on a run; what is finished is skipped, what was interrupted goes on:
-  mllm-msr prepare recipes/movielens_100k.yaml --data DIR --output RUN
+  mllm-msr prepare movielens_100k --data DIR --output RUN
   mllm-msr summarize items RUN
   mllm-msr summarize users RUN
   mllm-msr vectors RUN
@@ -29,7 +35,7 @@ evidence:
   mllm-msr evaluate RUN --baselines knn,tfidf,svd,sasrec,gru4rec   further variants on exactly the same candidates
   mllm-msr evaluate RUN --full-catalogue 100 --agreement 50        among all items; whether number formats agree
   mllm-msr evaluate RUN --model OTHER --fine-tune 100              cross-domain; without --fine-tune as it is
-  mllm-msr study recipes/studies/ablations_demo.yaml               what each part of the method is worth, on the demo
+  mllm-msr study studies/ablations_demo                            what each part of the method is worth, on the demo
   mllm-msr compare RUN RUN                                 runs side by side
 """
 
@@ -44,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[debug],
     )
+    parser.add_argument("--version", action=Version, help="print the version and those of the libraries beneath it")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, into: Any = commands) -> argparse.ArgumentParser:
@@ -54,17 +61,34 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--serve", action="store_true", help="then show it in the browser (needs the extra [demo])")
     demo.add_argument("--port", type=port, default=7860, help="of --serve (default: 7860)")
 
+    init = command("init", "look at a folder of own tables and write the recipe for them")
+    init.add_argument("folder", type=Path, nargs="?", default=Path(), help="of log, catalogue and images (default: .)")
+    init.add_argument("--output", metavar="FILE", type=Path, help="the recipe (default: <folder's name>.yaml)")
+    init.add_argument("--backbone", type=text_of, default="demo", help="model to fine-tune (Hub id, folder, or demo)")
+    add_tables(init)
+
     for name, text in (
         ("run", "do every stage of a recipe, from raw data to report and Hub folder"),
         ("prepare", "read, clean and split raw data into ranking tasks"),
+        ("check", "try a recipe on a few users: whether all of it works, and what each stage will cost"),
     ):
         sub = command(name, text)
-        sub.add_argument("recipe", type=Path, nargs="?", help="recipe file, see recipes/; not needed for own tables")
+        its = "recipe file, or the name of one of `mllm-msr recipes`; not needed for own tables"
+        sub.add_argument("recipe", type=Path, nargs="?", help=its if name != "check" else f"{its}; or a run's folder")
         sub.add_argument("--data", metavar="DIR", help="folder of the raw data, or hf://datasets/OWNER/NAME")
         sub.add_argument("--output", type=Path, help="folder of the run (default: runs/<recipe's name>)")
         sub.add_argument("--limit-users", type=positive, help="keep a seeded sample of users, to be done sooner")
         sub.add_argument("--backbone", type=text_of, help="model to fine-tune (Hub id, folder, or demo)")
+        if name == "check":
+            sub.add_argument("--users", type=positive, default=20, help="on how many it is tried (default: 20)")
         add_data_options(sub)
+
+    status = command("status", "say how far a run is, what is stale and why, and which command comes next")
+    status.add_argument("run", type=Path, help="folder of the run")
+    recipes = command("recipes", "list the recipes inside the package, or print one")
+    recipes.add_argument("name", nargs="?", help="print this one, to be changed: mllm-msr recipes NAME > my.yaml")
+    completion = command("completion", "print what completes commands and options in a shell ([completion])")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help='e.g. eval "$(mllm-msr completion bash)"')
 
     summarize = command("summarize", "write item summaries or user preferences")
     parts = summarize.add_subparsers(dest="part", required=True, metavar="items|users")
@@ -98,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--agreement", metavar="N", type=positive, help=ways)
 
     study = command("study", "run one recipe under many settings; one table and plot of them all")
-    study.add_argument("study", type=Path, help="study file, see recipes/studies/ablations_demo.yaml")
+    study.add_argument("study", type=Path, help="study file, or the name of one of `mllm-msr recipes`")
     study.add_argument("--output", type=Path, help="folder of the study (default: runs/<study's name>)")
     study.add_argument("--data", metavar="DIR", help="folder of the raw data of every cell")
     study.add_argument("--only", metavar="CELL", action="append", default=[], help="run this cell; may be repeated")
@@ -123,7 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
     rank.add_argument("--top-k", type=positive, default=10, help="how many to show (default: 10)")
     best = "of how many of a user's best candidates the fused score asks the answer; 0: none (default: 100)"
     rank.add_argument("--rerank", metavar="N", type=none_or_more, default=100, help=best)
-    rank.add_argument("--output", type=Path, metavar="DIR", help="where to write the rankings of --users")
+    form = "a table to read (the default on a terminal), or csv, json or parquet"
+    rank.add_argument("--format", choices=("table", "csv", "json", "parquet"), help=form)
+    where = "write there, as the name ends: .csv, .json or .parquet; of --users a folder of Parquet files"
+    rank.add_argument("--output", type=Path, metavar="FILE|DIR", help=where)
     index = command("index", "compute ahead what a model with interaction=late keeps of every item, for rank")
     index.add_argument("run", type=Path, help="folder of a run with a trained model")
     export = "in place of that, write the item vectors as an index of Faiss, for any model (needs [faiss])"
@@ -172,18 +199,17 @@ def build_parser() -> argparse.ArgumentParser:
     publish.add_argument("--anonymise", action="store_true", help="hash the demo's users too; real ones always are")
 
     show = command("show", "print one user's history, or open a run's model in the browser")
+    show.add_argument("run", type=Path, help="folder of the run")
     what = show.add_subparsers(dest="part", required=True, metavar="user|page")
     user = command("user", "print a user's history with the preference after each history block", what)
     user.add_argument("id", type=text_of, help="user id")
     page = command("page", "try a run's model in the browser (needs the extra [demo])", what)
     page.add_argument("--port", type=port, default=7860, help="where to serve it (default: 7860)")
-    for sub in (user, page):
-        sub.add_argument("run", type=Path, nargs="?", default=Path("demo_output"), help="its folder (demo_output)")
     return parser
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Own tables, and the data protocol; each overrides the recipe."""
+def add_tables(parser: argparse.ArgumentParser) -> None:
+    """Own tables: which they are, and what their columns are called."""
     own = parser.add_argument_group(
         "own tables (CSV, TSV, JSON lines, Parquet, or a data set hf://datasets/OWNER/NAME)"
     )
@@ -193,6 +219,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--column", metavar="OURS=YOURS", action="append", type=mapping, default=[], help="e.g. user_id=reviewer"
     )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Own tables, and the data protocol; each overrides the recipe."""
+    add_tables(parser)
     data = parser.add_argument_group("data protocol (docs/data.md)")
     data.add_argument("--protocol", choices=("strict", "paper", "global-cutoff"))
     data.add_argument("--negatives", metavar="N|all", type=positive_or_all, help="a target; all: rank among all items")
@@ -213,6 +244,21 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def add_setting(parser: Any, text: str) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", type=mapping, default=[], help=text)
+
+
+class Version(argparse.Action):
+    """Prints versions, which are looked up only then, and ends."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        from importlib.metadata import version
+        from platform import python_version
+
+        beneath = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "polars"))
+        print(f"mllm-msr {version('mllm-msr')} (Python {python_version()}, {beneath})")
+        parser.exit()
 
 
 # ---- types of arguments: what they refuse is wrong usage, and ends with status 2 -----------------------------------

@@ -1,7 +1,7 @@
-"""Rank a real catalogue: for one user on the screen, or for all users into files."""
+"""Rank a real catalogue: for one user, or for all users into files."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,13 @@ from mllm_msr.data.new_items import NewItems, read_new_items
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
 from mllm_msr.evaluation.spread_index import spread_index
 from mllm_msr.evaluation.spread_scoring import run_at, run_folders
-from mllm_msr.modeling.inputs import HistoryItem, User
+from mllm_msr.modeling.inputs import User
 from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.records.lock import check_one_process, write_lock
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES, RANKINGS
+from mllm_msr.records.schema import INTERACTIONS, RANKING_MEMBERS, RANKINGS
 from mllm_msr.records.storage import digest, file_digest, write_text
+from mllm_msr.run_users import RunUser, listed, read_users
 
 SHARD = 64  # users of one file
 
@@ -60,31 +61,32 @@ class Ranking:
         if unknown := [item for item in self.items if item not in catalogue]:
             example = next(iter(catalogue))
             raise ValueError(
-                f"{_listed(unknown)} no item of the catalogue ({len(catalogue)} items, such as {example!r})"
+                f"{listed(unknown)} no item of the catalogue ({len(catalogue)} items, such as {example!r})"
             )
         return list(dict.fromkeys(self.items))
 
 
-NOTHING_SAID = User()
-
-
 @dataclass(frozen=True)
-class RunUser:
-    """A user of a run: in words, for the answer, and all items that the user has ever chosen, oldest first."""
+class Scores:
+    """What U users' N candidates are ranked by.
 
-    user_id: str
-    words: User = NOTHING_SAID
-    history: tuple[str, ...] = ()
+    Args:
+        logits: (U, N) float32, more for a better one.
+        answers: (U, N) of the trained model, NaN where it was not asked; None if it was never.
+    """
 
-    @property
-    def chosen(self) -> frozenset[str]:
-        return frozenset(self.history)
+    logits: np.ndarray
+    answers: np.ndarray | None = None
 
 
 class RunRanker(Protocol):
-    """What gives every user a score of each of some items: (users, items) in float32, more for a better one."""
+    """What ranks a run's users."""
 
-    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]: ...
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> Scores: ...
+
+    def members(self, users: Sequence[RunUser], names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """(U, N) of each member that ranks by item vectors, by its name."""
+        ...
 
 
 class AnswerRanker:
@@ -94,9 +96,13 @@ class AnswerRanker:
         cache = run.item_cache if run.item_cache.is_dir() and is_late(run) else None
         self.recommender = load_recommender(run, Computing(cache=cache, memory_gb=how.memory_gb))
 
-    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> Scores:
         words = [user.words for user in users]
-        return self.recommender.score(words, [names] * len(users), catalogue, progress="pairs")
+        answers = np.stack(self.recommender.score(words, [names] * len(users), catalogue, progress="pairs"))
+        return Scores(answers, answers)
+
+    def members(self, users: Sequence[RunUser], names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        return {}
 
 
 class HeadRanker:
@@ -111,30 +117,36 @@ class HeadRanker:
 
             put_new_items(self.ranker, run.recipe, new)
 
-    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
-        return list(self.ranker.score([user.history for user in users], names, self.by).numpy())
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> Scores:
+        return Scores(self.ranker.score([user.history for user in users], names, self.by).numpy())
+
+    def members(self, users: Sequence[RunUser], names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        scores = self.ranker.member_scores([user.history for user in users], names)
+        return {member: values.numpy() for member, values in scores.items()}
 
 
 class FusedRanker:
     """Ranks by item vectors, and what that puts first by the answer as well; see ``evaluation.answer_fusion``."""
 
     def __init__(self, run: RunFolder, how: Ranking) -> None:
-        self.others, self.answers = HeadRanker(run, "fused", how.new).ranker, AnswerRanker(run, how)
-        self.depth = how.rerank
+        self.head, self.answers = HeadRanker(run, "fused", how.new), AnswerRanker(run, how)
+        self.others, self.depth, self.members = self.head.ranker, how.rerank, self.head.members
 
-    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> list[np.ndarray]:
+    def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> Scores:
         import torch
 
         def answer(best: torch.Tensor) -> torch.Tensor:
             words, asked = [user.words for user in users], [[names[place] for place in row] for row in best.tolist()]
-            logits = self.answers.recommender.score(words, asked, catalogue, progress="pairs")
-            return torch.from_numpy(np.stack(logits))
+            logits = np.stack(self.answers.recommender.score(words, asked, catalogue, progress="pairs"))
+            np.put_along_axis(answers, best.numpy(), logits, axis=1)
+            return torch.from_numpy(logits)
 
+        answers = np.full((len(users), len(names)), np.nan, np.float32)
         fusion, buckets = self.others.answer_fusion, self.others.buckets(self.others.codes_of(names))
         assert fusion is not None  # the stage `head` of this recipe has fitted it
         chosen = torch.tensor([[item in user.chosen for item in names] for user in users])
         scores = self.others.score([user.history for user in users], names)
-        return list(fusion.rerank(scores, buckets, chosen, self.depth, answer).numpy())
+        return Scores(fusion.rerank(scores, buckets, chosen, self.depth, answer).numpy(), answers)
 
 
 def new_items(run: RunFolder, path: Path) -> NewItems:
@@ -151,46 +163,65 @@ def way_of(run: RunFolder, how: Ranking) -> By:
     return by
 
 
-def rank_user(run: RunFolder, user_id: str, how: Ranking) -> None:
-    """Print the best candidates that a user of the run has not chosen yet."""
+def rank_user(run: RunFolder, user_id: str, how: Ranking) -> pl.DataFrame:
+    """The best candidates that a user of the run has not chosen yet, see :func:`best_of`."""
     by = way_of(run, how)
-    print_best(run, read_users(run, [user_id], reads_words(run, by, how))[0], by, how)
+    return ranked(run, read_users(run, [user_id], has_words(run, by, how)), by, how)
 
 
-def rank_preference(run: RunFolder, preference: str, how: Ranking) -> None:
-    """Print the best candidates for a preference in words, which only the trained model reads."""
+def rank_preference(run: RunFolder, preference: str, how: Ranking) -> pl.DataFrame:
+    """The best candidates for a preference in words, which only the trained model reads."""
     if how.by not in (None, "answer"):
         raise ValueError(f"--by {how.by}: ranks by a history; only the answer reads a preference")
     run.require("train")
-    print_best(run, RunUser("", User(preference)), "answer", how)
+    return ranked(run, [RunUser("", User(preference))], "answer", how)
 
 
-def rank_history(run: RunFolder, history: Sequence[str], how: Ranking) -> None:
-    """Print the best candidates after some items of the catalogue, for a user that the run need not know; without the
+def rank_history(run: RunFolder, history: Sequence[str], how: Ranking) -> pl.DataFrame:
+    """The best candidates after some items of the catalogue, for a user that the run need not know; without the
     answer, which reads a preference."""
     if how.by == "answer":
         raise ValueError("--by answer: reads a preference in words; --history is ranked by head or fused")
     by: By = how.by or "fused"
     run.require("head")
     Ranking(items=history).candidates(how.catalogue(run))  # or an error that names the unknown
-    print_best(run, RunUser("", history=tuple(history)), by, replace(how, rerank=0))
+    return ranked(run, [RunUser("", history=tuple(history))], by, replace(how, rerank=0))
 
 
-def print_best(run: RunFolder, user: RunUser, by: By, how: Ranking) -> None:
+def latest(run: RunFolder, how: Ranking, user_id: str | None, history: Sequence[str] | None) -> str:
+    """The titles of the last three items before a ranking; nothing for many users, or a preference."""
+    if user_id:
+        history = read_users(run, [user_id], in_words=False)[0].history
+    titles = how.catalogue(run).titles
+    return ", ".join(titles[item] for item in (history or ())[-3:] if item in titles)
+
+
+def rank_some(run: RunFolder, users: Sequence[str] | None, how: Ranking) -> pl.DataFrame:
+    """The best candidates of each of some users, in their order; None is every user of the run."""
+    by = way_of(run, how)
+    known = known_users(run, users)
+    shards = [Shard(start, known[start : start + SHARD]) for start in range(0, len(known), SHARD)]
+    found = {shard.number: best for shard, best in spread(run, by, how, shards)}
+    return pl.concat(found[shard.number] for shard in shards)
+
+
+def ranked(run: RunFolder, users: Sequence[RunUser], by: By, how: Ranking) -> pl.DataFrame:
     catalogue = how.catalogue(run)
     names = how.candidates(catalogue)
-    if user.chosen.issuperset(names):
-        who = f"user {user.user_id!r} has chosen" if user.user_id else "the history has"
-        raise ValueError(f"{who} all of these items already: there is nothing to rank; name others by --items")
-    best = best_of([user], load_ranker(run, by, how), names, catalogue, how.top_k)
-    if by == "answer":
-        print(f"preference: {user.words.preference or '(none)'}")
-    else:
-        latest = [catalogue[item].title for item in user.history[-3:] if item in catalogue]
-        print(f"after: {', '.join(latest) or '(none)'}")
-    shown = "score" if by == "answer" else "logit"  # a probability, or a score that is none
-    for place, item, score in best.select("rank", "item_id", shown).iter_rows():
-        print(f"{place:3d}  {score:.3f}  {item}  {catalogue[item].title}")
+    for user in users:
+        if user.chosen.issuperset(names):
+            who = f"user {user.user_id!r} has chosen" if user.user_id else "the history has"
+            raise ValueError(f"{who} all of these items already: there is nothing to rank; name others by --items")
+    return best_of(users, load_ranker(run, by, how), names, catalogue, how.top_k)
+
+
+def known_users(run: RunFolder, users: Sequence[str] | None) -> list[str]:
+    """Users of the run, each once; None is all of them, ValueError names those that are unknown."""
+    everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
+    wanted = list(everyone if users is None else dict.fromkeys(users))
+    if unknown := [user for user in wanted if user not in everyone]:
+        raise ValueError(f"{listed(unknown)} no user of {run.path}; ids look like {next(iter(everyone))!r}")
+    return wanted
 
 
 def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: Ranking) -> None:
@@ -202,21 +233,16 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     """
     check_one_process("rank")
     by = way_of(run, how)
-    everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
-    users = list(everyone if users is None else dict.fromkeys(users))
-    if unknown := [user for user in users if user not in everyone]:
-        raise ValueError(f"{_listed(unknown)} no user of {run.path}; ids look like {next(iter(everyone))!r}")
+    users = known_users(run, users)
     names = how.candidates(how.catalogue(run))
     new = file_digest(how.new.path) if how.new else None
     model = run.key("train" if by == "answer" else "head")
-    claim(output, digest(by, model, users, how.top_k, how.rerank, names, new))
+    claim(output, digest(by, model, users, how.top_k, how.rerank, names, new, list(RANKINGS.columns)))
     shards = [users[start : start + SHARD] for start in range(0, len(users), SHARD)]
     paths = [output / f"ranking-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    with open_workers(run.cluster, partial(ranking_worker, run, by, how), run_folders(run)) as workers:
-        rankings = workers.map(Shard(number, shards[number]) for number in missing)
-        for shard, best in tqdm(rankings, total=len(missing), desc="ranking", unit="file"):
-            RANKINGS.write(best, paths[shard.number])
+    missing = [Shard(number, shards[number]) for number, path in enumerate(paths) if not path.is_file()]
+    for shard, best in spread(run, by, how, missing):
+        RANKINGS.write(best, paths[shard.number])
     print(f"{len(users)} users x {len(names)} candidates: {output}")
 
 
@@ -228,10 +254,19 @@ class Shard:
     users: Sequence[str]
 
 
-def ranking_worker(run: RunFolder, by: By, how: Ranking, *paths: Path) -> Callable[[Shard], tuple[Shard, pl.DataFrame]]:
+def spread(run: RunFolder, by: By, how: Ranking, shards: Sequence[Shard]) -> Iterator[tuple[Shard, pl.DataFrame]]:
+    """The rankings of shards of users, as workers finish them."""
+    work = partial(ranking_worker, run, by, how, has_words(run, by, how))
+    with open_workers(run.cluster, work, run_folders(run)) as workers:
+        yield from tqdm(workers.map(iter(shards)), total=len(shards), desc="ranking", unit="shard")
+
+
+def ranking_worker(
+    run: RunFolder, by: By, how: Ranking, in_words: bool, *paths: Path
+) -> Callable[[Shard], tuple[Shard, pl.DataFrame]]:
     """What ranks the users of a file; ``paths``: see :func:`~mllm_msr.evaluation.spread_scoring.run_at`."""
     run = run_at(run, *paths)
-    catalogue, ranker, in_words = how.catalogue(run), load_ranker(run, by, how), reads_words(run, by, how)
+    catalogue, ranker = how.catalogue(run), load_ranker(run, by, how)
     names = how.candidates(catalogue)
 
     def rank(shard: Shard) -> tuple[Shard, pl.DataFrame]:
@@ -263,57 +298,28 @@ def best_of(
 ) -> pl.DataFrame:
     """The best ``top_k`` of the items ``names`` that each user has not chosen yet, as ``schema.RANKINGS``."""
     place = {item: number for number, item in enumerate(names)}
-    logits = ranker.score(users, names, catalogue)
-    rows = []
-    for user, row in zip(users, logits, strict=True):
+    scores = ranker.score(users, names, catalogue)
+    best: list[list[int]] = []
+    for user, row in zip(users, scores.logits, strict=True):
         chosen = [place[item] for item in user.chosen if item in place]
         values = row.copy()
         values[chosen] = -np.inf
-        best = np.argsort(-values, kind="stable")[: min(top_k, len(names) - len(chosen))]
-        scores = 1 / (1 + np.exp(-row.astype(np.float64)))
-        rows += [
-            (user.user_id, rank, names[item], float(row[item]), float(scores[item]))
-            for rank, item in enumerate(best, 1)
-        ]
+        best.append(np.argsort(-values, kind="stable")[: min(top_k, len(names) - len(chosen))].tolist())
+    asked = list(dict.fromkeys(item for row in best for item in row))
+    column = {item: number for number, item in enumerate(asked)}
+    members = ranker.members(users, [names[item] for item in asked]) if asked else {}
+    rows = []
+    for number, (user, items) in enumerate(zip(users, best, strict=True)):
+        for rank, item in enumerate(items, 1):
+            logit = float(scores.logits[number, item])
+            answer = None if scores.answers is None else float(scores.answers[number, item])
+            own = {name: float(values[number, column[item]]) for name, values in members.items()}
+            own["answer"] = None if answer is None or np.isnan(answer) else answer
+            score = 1 / (1 + float(np.exp(-np.float64(logit))))
+            said = [own.get(name) for name in RANKING_MEMBERS]
+            title = catalogue.titles[names[item]]
+            rows.append((user.user_id, rank, names[item], title, logit, score, item, *said, user.words.preference))
     return RANKINGS.frame(rows)
-
-
-def read_users(run: RunFolder, users: Sequence[str], in_words: bool = True) -> list[RunUser]:
-    """Some users of a run, for the answer ``in_words``: with the preference in force and the items chosen since;
-    ValueError for an unknown one."""
-    wanted = pl.col("user_id").is_in(list(users))
-    histories = _items_of(run.scan(INTERACTIONS).filter(wanted))
-    cut = _items_of(run.scan(CUT_INTERACTIONS).filter(wanted)) if run.recipe.data.max_history is not None else {}
-    for user in users:
-        if user not in histories:
-            example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
-            raise ValueError(f"{_listed([user])} no user of {run.path}; ids look like {example!r}")
-    words = read_words(run, histories) if in_words else {}
-    whole = {user: (*cut.get(user, ()), *histories[user]) for user in users}
-    return [RunUser(user, words.get(user, NOTHING_SAID), whole[user]) for user in users]
-
-
-def read_words(run: RunFolder, histories: Mapping[str, Sequence[str]]) -> dict[str, User]:
-    """Users in words, from their histories as far as prompts read them."""
-    wanted = pl.col("user_id").is_in(list(histories))
-    last = (
-        run.scan(PREFERENCES)
-        .filter(wanted)
-        .group_by("user_id")
-        .agg(pl.col("step", "preference").sort_by("step").last())
-    )
-    in_force = {user: (step, preference) for user, step, preference in last.collect().iter_rows()}
-    summaries = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
-    words = {}
-    for user, history in histories.items():
-        step, preference = in_force.get(user, (0, ""))
-        recent = [HistoryItem(summary=summaries[item]) for item in history[step * run.block_size :]]
-        words[user] = User(preference, recent)
-    return words
-
-
-def _items_of(log: pl.LazyFrame) -> dict[str, list[str]]:
-    return dict(log.group_by("user_id", maintain_order=True).agg("item_id").collect().iter_rows())
 
 
 def index(run: RunFolder, memory_gb: float | None) -> None:
@@ -350,6 +356,6 @@ def reads_words(run: RunFolder, by: By, how: Ranking) -> bool:
     return by == "answer" or (by == "fused" and run.recipe.fuses_answer and how.rerank > 0)
 
 
-def _listed(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - 3} more are" if len(ids) > 3 else " is" if len(ids) == 1 else " are"
-    return ", ".join(map(repr, ids[:3])) + more
+def has_words(run: RunFolder, by: By, how: Ranking) -> bool:
+    """Whether users come in words: the answer reads them, and a ranking shows them where the run has them."""
+    return reads_words(run, by, how) or not run.pending("summarize users")

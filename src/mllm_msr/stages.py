@@ -1,6 +1,7 @@
 """The stages of a run, from raw data to a Hub-ready folder. Each can be done alone; see :mod:`mllm_msr.records.run`."""
 
 import json
+import shlex
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,14 @@ from mllm_msr.records.schema import (
 from mllm_msr.records.sections import SummaryOptions
 from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.storage import folder_digest, whole_folder, write_text
-from mllm_msr.samples import prompt_samples, task_samples
+from mllm_msr.samples import (
+    fusion_samples,
+    prompt_samples,
+    score_samples,
+    task_samples,
+    training_samples,
+    vector_samples,
+)
 
 if TYPE_CHECKING:
     from mllm_msr.hub_cards.release import PublishOptions
@@ -42,11 +50,15 @@ MORE_TASKS = "lower data.min_history, raise data.max_train_targets or bring more
 def run_all(run: RunFolder) -> None:
     """Every stage in order; what training would refuse stops the run before it begins."""
     check_training(run.recipe)
-    read = {stage for name in run.recipe.evaluation.rows for stage in VARIANTS[name].stages}
     with run.lock(f"mllm-msr run, in {run.path}"):
-        for name in STAGES:
-            if run.recipe.head.enabled or name not in ("vectors", "head") or name in read:
-                FUNCTIONS[name](run)
+        for name in stages_of(run.recipe):
+            FUNCTIONS[name](run)
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages of a recipe in their order; those of item vectors only where something reads them."""
+    read = {stage for name in recipe.evaluation.rows for stage in VARIANTS[name].stages}
+    return [name for name in STAGES if recipe.head.enabled or name not in ("vectors", "head") or name in read]
 
 
 def prepare(run: RunFolder) -> None:
@@ -166,10 +178,15 @@ def vectors(run: RunFolder) -> None:
 
     check_one_process("vectors")
     recipe, writes = run.recipe, [run.file(ITEM_VECTORS)]
+
+    def write(frame: pl.DataFrame) -> None:
+        run.write(ITEM_VECTORS, frame)
+        print(vector_samples(run))
+
     if recipe.vectors.own:
         frame = own_vectors(recipe.source, recipe.vectors, run.read(ITEMS, ["item_id"]))
         facts: list[Any] = [STAGES["vectors"].settings(recipe), frame["key"].to_list()]
-        run.stage("vectors", lambda key: run.write(ITEM_VECTORS, frame), writes=writes, facts=facts)
+        run.stage("vectors", lambda key: write(frame), writes=writes, facts=facts)
         return
     model = Path(item_model(recipe)[0])
     facts = [STAGES["vectors"].settings(recipe), folder_digest(model) if model.is_dir() else None]
@@ -181,7 +198,7 @@ def vectors(run: RunFolder) -> None:
         with open_vector_workers(recipe, run.cluster) as workers:
             sizes = recipe.vectors.batch_size, recipe.vectors.images
             frame = vector_table(run.read(ITEMS), summaries, workers, facts, run.vectors, *sizes)
-        run.write(ITEM_VECTORS, frame)
+        write(frame)
 
     run.stage("vectors", work, writes=writes, facts=facts)
 
@@ -220,6 +237,7 @@ def train(run: RunFolder) -> None:
             with whole_folder(run.model) as folder:
                 save_recommender(trainer, folder, script_args.merge_adapter)
                 write_text(folder / run.training_log.name, json.dumps(trainer.state.log_history, indent=1))
+            print(training_samples(trainer.state.log_history))
         else:
             save_recommender(trainer, run.model, script_args.merge_adapter)  # of which it has a share
         end_processes(trainer)
@@ -247,6 +265,7 @@ def head(run: RunFolder) -> None:
             heads = train_heads(run, folder)
             if run.recipe.fuses_answer:
                 fit_answer(run, heads, folder)
+        print(fusion_samples(run))
 
     run.stage("head", work, writes=[run.head])
 
@@ -259,7 +278,7 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> None:
     split = run.recipe.evaluation.split
     if run.has(TASKS) and run.tasks(split).is_empty():
         raise ValueError(f"{run.path} has no {split} task: {MORE_TASKS}")
-    print(console_page(score_and_measure(run, variants)))
+    print(console_page(score_and_measure(run, variants)), score_samples(run), sep="\n")
 
 
 def report(run: RunFolder) -> None:
@@ -326,6 +345,15 @@ FUNCTIONS: dict[str, Callable[[RunFolder], None]] = {
 
 
 def print_next(run: RunFolder) -> None:
-    """Say which command comes next."""
-    pending = next(iter(run.pending("report") or run.pending("train")), None)
-    print("next:", run.command(pending) if pending else f"mllm-msr publish {run.path} --namespace NAME --dry-run")
+    print(*next_commands(run), sep="\n")
+
+
+def next_commands(run: RunFolder) -> list[str]:
+    """Which command comes next, in words; of a finished run, what can be done with it."""
+    if pending := next(iter(run.pending("report") or run.pending("train")), None):
+        return [f"next: {run.command(pending)}"]
+    user = shlex.quote(run.scan(INTERACTIONS).select("user_id").head(1).collect().item())
+    return [
+        f"next: mllm-msr rank {run.path} --user {user}",
+        f"  or: mllm-msr publish {run.path} --namespace NAME --dry-run",
+    ]

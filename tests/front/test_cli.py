@@ -47,9 +47,9 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         (["rank", "RUN", "--user", "u", "--top-k", "0"], "'0' is not a positive whole number"),
         (["rank", "RUN", "--user", ""], "argument --user: is empty"),
         (["rank", "RUN", "--user", "u", "--items", "a,,b"], "argument --items: is empty"),
-        (["rank", "RUN", "--users", "all"], "name a folder for the rankings of --users: --output DIR"),
+        (["rank", "RUN", "--users", "all"], "name a folder or a file for the rankings of --users: --output DIR"),
         (["rank", "RUN"], "one of the arguments --user --preference --users --history is required"),
-        (["show", "user", " ", "RUN"], "argument id: is empty"),
+        (["show", "RUN", "user", " "], "argument id: is empty"),
         (["demo", "--port", "70000"], "'70000' is not a port"),
         (["evaluate", "RUN", "--full-catalogue", "some"], "'some' is not a positive whole number"),
         (["publish", "RUN", "--namespace", ""], "argument --namespace: is empty"),
@@ -78,11 +78,17 @@ def stopped(arguments: list[str]) -> str:
     ("arguments", "message"),
     [
         (["train", "nowhere"], "nowhere is not a run"),
-        (["run", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (
+            ["run", "nowhere.yaml"],
+            "nowhere.yaml: no such file, nor a recipe of the package; known are amazon_baby_paper",
+        ),
         (["rank", "nowhere", "--user", "u"], "nowhere is not a run"),
         (["compare", "nowhere", "elsewhere"], "nowhere is not a run"),
-        (["show", "user", "u", "nowhere"], "nowhere is not a run"),
-        (["study", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["show", "nowhere", "user", "u"], "nowhere is not a run"),
+        (
+            ["study", "nowhere.yaml"],
+            "nowhere.yaml: no such file, nor a recipe of the package; known are amazon_baby_paper",
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_clear_line(arguments: list[str], message: str) -> None:
@@ -173,8 +179,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         (["rank", "RUN", "--preference", "blue mugs"], "train"),
         (["rank", "RUN", "--users", "all", "--output", "BEST"], "train"),
         (["index", "RUN"], "train"),
-        (["show", "user", "u0000", "RUN"], "summarize users"),
-        (["show", "page", "RUN", "--port", "0"], "train"),
+        (["show", "RUN", "user", "u0000"], "summarize users"),
+        (["show", "RUN", "page", "--port", "0"], "train"),
         (["compare", "RUN", "RUN"], "evaluate"),
         (["evaluate", "RUN", "--model", "RUN"], "train"),
     ],
@@ -203,4 +209,6 @@ def test_every_stage_names_the_next_command(
     for stage in ("summarize items", "summarize users", "train", "evaluate", "report"):
         assert capsys.readouterr().out.endswith(f"next: mllm-msr {stage} {run}\n")
         main([*stage.split(), str(run)])
-    assert capsys.readouterr().out.endswith(f"next: mllm-msr publish {run} --namespace NAME --dry-run\n")
+    assert capsys.readouterr().out.endswith(
+        f"next: mllm-msr rank {run} --user u0000\n  or: mllm-msr publish {run} --namespace NAME --dry-run\n"
+    )

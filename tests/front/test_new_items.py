@@ -29,7 +29,8 @@ def twins(finished: RunFolder, tmp_path: Path) -> Path:
 
 
 def shown(out: str) -> dict[str, float]:
-    return {line.split()[2]: float(line.split()[1]) for line in out.strip().splitlines() if line[:3].strip().isdigit()}
+    rows = [line.split() for line in out.strip().splitlines()]
+    return {row[2]: float(row[1]) for row in rows if row[0].isdigit()}
 
 
 def test_their_vectors_are_those_that_the_stage_makes_and_they_are_ranked_among_all(finished, twins) -> None:
@@ -42,7 +43,10 @@ def test_their_vectors_are_those_that_the_stage_makes_and_they_are_ranked_among_
     assert np.allclose(ours, theirs, atol=2e-2) and not np.allclose(ours[0], theirs[1], atol=2e-2)
     assert ranker.item_ids[-4:] == list(new.candidates)
     names = list(Ranking(new=new).catalogue(finished))
-    (scores,) = HeadRanker(finished, "head", new).score([RunUser("", history=tuple(names[:2]))], names, {})
+    catalogue = Ranking(new=new).catalogue(finished)
+    (scores,) = (
+        HeadRanker(finished, "head", new).score([RunUser("", history=tuple(names[:2]))], names, catalogue).logits
+    )
     assert len(scores) == len(ranker) and np.isfinite(scores).all()
 
 

@@ -124,7 +124,7 @@ def test_later_stages_do_without_the_raw_data(shop: Shop) -> None:
 def test_the_demo_refuses_a_run_of_another_recipe_and_says_how_to_serve_it(shop: Shop) -> None:
     main(["prepare", *shop.arguments, "--output", str(shop.run)])
     before = shop.run.joinpath("config.yaml").read_text()
-    with pytest.raises(SystemExit, match=rf"holds a run of another recipe.*`mllm-msr show page {shop.run}`"):
+    with pytest.raises(SystemExit, match=rf"holds a run of another recipe.*`mllm-msr show {shop.run} page`"):
         main(["demo", "--serve", "--port", "0", "--output", str(shop.run)])
     assert shop.run.joinpath("config.yaml").read_text() == before
 

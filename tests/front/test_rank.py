@@ -13,7 +13,7 @@ from commands import printed
 from mllm_msr.cli import main
 from mllm_msr.evaluation.loading import load_catalogue
 from mllm_msr.modeling.score_fusion import ScoreFusion
-from mllm_msr.rank import AnswerRanker, FusedRanker, HeadRanker, Ranking, RunUser, best_of, read_users
+from mllm_msr.rank import AnswerRanker, FusedRanker, HeadRanker, Ranking, RunUser, Scores, best_of, read_users
 from mllm_msr.records.recipe import demo_recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, PREFERENCES, RANKINGS
@@ -74,7 +74,9 @@ def test_many_users_are_ranked_into_files_by_workers_as_by_one_process(late, tmp
 
 def shown_items(out: str) -> list[str]:
     """The items of a ranking on the screen, best first."""
-    return [line.split()[2] for line in out.strip().splitlines()[1:]]
+    lines = out.strip().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("rank "))
+    return [line.split()[2] for line in lines[head + 1 :]]
 
 
 def test_a_candidate_that_is_named_twice_counts_once_and_a_chosen_one_never(
@@ -112,16 +114,22 @@ def test_what_max_history_has_cut_is_not_offered_again(finished: RunFolder, reci
 class Constant:
     """A ranker to which every item is as good."""
 
-    def score(self, users: list, names: list, catalogue: object) -> list[np.ndarray]:
-        return [np.zeros(len(names), dtype=np.float32) for _ in users]
+    def score(self, users: list, names: list, catalogue: object) -> Scores:
+        return Scores(np.zeros((len(users), len(names)), dtype=np.float32))
+
+    def members(self, users: list, names: list) -> dict[str, np.ndarray]:
+        return {"likeness": np.ones((len(users), len(names)), dtype=np.float32)}
 
 
 def test_equal_scores_keep_the_order_given_and_the_best_are_numbered_from_1(finished: RunFolder) -> None:
     (user,) = read_users(finished, ["u0000"])
     names = [item for item in finished.read(INTERACTIONS)["item_id"].unique(maintain_order=True)]
-    best = best_of([user], Constant(), names, {}, 3)
+    best = best_of([user], Constant(), names, load_catalogue(finished), 3)
     fresh = [item for item in names if item not in user.chosen]
-    assert best.rows() == [("u0000", place, item, 0.0, 0.5) for place, item in enumerate(fresh[:3], 1)]
+    assert best.select("user_id", "rank", "item_id", "logit", "score", "index", "likeness", "answer").rows() == [
+        ("u0000", place, item, 0.0, 0.5, names.index(item), 1.0, None) for place, item in enumerate(fresh[:3], 1)
+    ]
+    assert set(best["preference"]) == {user.words.preference}
 
 
 def test_a_user_is_told_by_the_last_preference_and_what_came_since(finished: RunFolder) -> None:
@@ -178,9 +186,11 @@ def test_the_answer_is_asked_of_the_best_alone(finished: RunFolder, capsys: pyte
     ranker.others.answer_fusion = ScoreFusion(
         ("mllm_msr", "others"), torch.zeros(2), torch.ones(2), torch.eye(2)[[0] * 4], torch.zeros(4)
     )
-    answers = AnswerRanker(finished, Ranking()).score(users, names, catalogue)
-    others = HeadRanker(finished, "fused", None).score(users, names, catalogue)
-    for user, ours, answer, other in zip(users, ranker.score(users, names, catalogue), answers, others, strict=True):
+    answers = AnswerRanker(finished, Ranking()).score(users, names, catalogue).logits
+    others = HeadRanker(finished, "fused", None).score(users, names, catalogue).logits
+    scores = ranker.score(users, names, catalogue)
+    assert scores.answers is not None and (~np.isnan(scores.answers)).sum(axis=1).tolist() == [4, 4]
+    for user, ours, answer, other in zip(users, scores.logits, answers, others, strict=True):
         fresh = [place for place in np.argsort(-other) if names[place] not in user.chosen]
         order = [place for place in np.argsort(-ours) if names[place] not in user.chosen]
         assert order == sorted(fresh[:4], key=lambda place: -answer[place]) + fresh[4:]
@@ -197,7 +207,8 @@ def test_a_history_is_enough_to_rank_by(finished: RunFolder, capsys: pytest.Capt
     main(["rank", str(finished.path), "--user", "u0003", "--rerank", "0"])
     known = capsys.readouterr().out
     main(["rank", str(finished.path), "--history", ",".join(user.history)])
-    assert capsys.readouterr().out == known
+    ours = capsys.readouterr().out.splitlines()
+    assert ours == known.splitlines()[1:] and known.startswith("preference: ")  # which only a user of the run has
 
 
 @pytest.mark.parametrize(

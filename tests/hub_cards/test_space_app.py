@@ -1,4 +1,4 @@
-"""The demo page: what it ranks by and says, `mllm-msr show page` as it is typed, its tools, and a real browser."""
+"""The demo page: what it ranks by and says, `mllm-msr show RUN page` as it is typed, its tools, and a real browser."""
 
 import asyncio
 import inspect
@@ -62,7 +62,7 @@ def url(run: RunFolder) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
         "GRADIO_ANALYTICS_ENABLED": "False",
     }
-    command = [str(Path(sys.executable).with_name("mllm-msr")), "show", "page", str(run.path), "--port", port]
+    command = [str(Path(sys.executable).with_name("mllm-msr")), "show", str(run.path), "page", "--port", port]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environment, "PYTHONUNBUFFERED": "1"})
     try:
         assert process.stdout is not None

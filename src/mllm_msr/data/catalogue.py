@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 from datasets import Dataset
@@ -25,6 +26,12 @@ class Catalogue(Mapping[str, Candidate]):
 
     def __post_init__(self) -> None:
         self.index = {item_id: row for row, item_id in enumerate(self.items["item_id"])}
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """Item id to title; no image is decoded for it."""
+        titles = {item: title or "" for item, title in zip(self.items["item_id"], self.items["title"], strict=True)}
+        return titles | {item: candidate.title for item, candidate in self.new.items()}
 
     def __iter__(self) -> Iterator[str]:
         return chain(self.index, self.new)

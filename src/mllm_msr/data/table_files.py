@@ -117,6 +117,19 @@ class TableFile:
         for tables in self._batches(columns, optional, image, bad):
             yield from tables
 
+    def head(self, rows: int) -> pl.DataFrame:
+        """The first rows, all columns, with ``ROW``; bad rows are left out."""
+        if self.data is not None:
+            columns = self.data.column_names
+        elif self.kind == "parquet":
+            columns = pq.ParquetFile(self.parts[0].path).schema_arrow.names
+        else:
+            columns = self._json_keys() if self.kind == "jsonl" else []  # of delimited files all columns come anyway
+        with reading(self.place):
+            for batch in self.batches(columns, (), "", BadRows("skip")):
+                return batch.head(rows)
+        raise ValueError(f"{self.place}: the table has no rows")
+
     def _batches(
         self, columns: Sequence[str], optional: Sequence[str], image: str, bad: BadRows
     ) -> Iterator[Iterator[pl.DataFrame]]:

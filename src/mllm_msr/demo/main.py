@@ -37,7 +37,7 @@ def demo_run(output: Path) -> RunFolder:
         if replace(earlier, evaluation=recipe.evaluation) != recipe:
             raise ValueError(
                 f"{output} holds a run of another recipe, {earlier.name!r}: name another folder by --output; to see "
-                f"that run in the browser: `mllm-msr show page {output}`"
+                f"that run in the browser: `mllm-msr show {output} page`"
             )
         recipe = replace(earlier, evaluation=replace(earlier.evaluation, rows=variants))
     return RunFolder.create(output, recipe)

@@ -48,7 +48,7 @@ class Recipe:
     source: Source
     item_noun: str = "item"
     data: PrepareOptions = field(default_factory=PrepareOptions)
-    summaries: SummaryOptions = field(default_factory=lambda: SummaryOptions(engine="extractive"))
+    summaries: SummaryOptions = field(default_factory=SummaryOptions)
     prompts: dict[str, str] = field(default_factory=dict)
     vectors: VectorOptions = field(default_factory=VectorOptions)
     training: dict[str, Any] = field(default_factory=dict)
@@ -179,6 +179,27 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
 def backbone_path(name: str) -> str:
     """``demo`` is the tiny model inside the package; any other name stays a Hub id or a folder."""
     return str(files("mllm_msr") / "demo" / "base") if name == "demo" else name
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes and studies inside the package, by the name that commands take for a file."""
+    folder = Path(str(files("mllm_msr.recipes")))
+    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("studies/*.yaml"))]
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+
+
+def recipe_file(place: Path) -> Path:
+    """The file that a command line calls ``place``: a path, or the name of a recipe inside the package.
+
+    Raises:
+        FileNotFoundError: it is neither, with the nearest name.
+    """
+    if place.is_file():
+        return place
+    known = packaged_recipes()
+    if place.as_posix() in known:
+        return known[place.as_posix()]
+    raise FileNotFoundError(f"{place}: no such file, nor a recipe of the package{did_you_mean(place.stem, known)}")
 
 
 def demo_recipe() -> Path:

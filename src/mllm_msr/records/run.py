@@ -327,7 +327,7 @@ class RunFolder:
             seconds = round(time.monotonic() - start, 1)
             if is_first_process():
                 self._note(name, {"key": key, "after": earlier, "settings": settings, "seconds": seconds}, writes)
-            print(f"{name}: {seconds} s", flush=True)
+            print(f"{name}: {seconds} s, in {', '.join(map(str, writes))}", flush=True)
 
     def take_over(self, name: str, key: str, writes: Sequence[Path]) -> None:
         """Note a stage as done whose files come from elsewhere, made of what ``key`` stands for."""

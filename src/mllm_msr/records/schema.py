@@ -289,17 +289,25 @@ WAYS_OF_COMPUTING = Table(
     "",  # among the scores of our model
     "the logits of one model computed in several ways",
 )
+RANKING_MEMBERS = ("answer", "sequence_head", "identity_only", "content_only", "gru4rec", "likeness")
 RANKINGS = Table(
     "rankings",
     {
         "user_id": pl.String,
         "rank": pl.Int64,
         "item_id": pl.String,
+        "title": pl.String,
         "logit": pl.Float32,
         "score": pl.Float32,
+        "index": pl.Int64,
+        **dict.fromkeys(RANKING_MEMBERS, pl.Float32),
+        "preference": pl.String,
     },
     "rankings.parquet",
     "the best items of each user, best first",
+    notes="`logit`: by what they are ranked; `score`: its sigmoid, a probability where the answer ranks; `index`: the "
+    "place among the candidates, from 0; `preference`: that in force, in words; the others: what each member of the "
+    "fused score says, null where it was not asked",
 )
 TEXTS = Table(
     "texts",

@@ -84,7 +84,8 @@ MEANS |= {"base_url", "concurrency", "requests_per_minute", "timeout", "tries"}
 class SummaryOptions:
     """Section ``summaries``: who writes item summaries and preferences, and how."""
 
-    engine: Literal["transformers", "vllm", "openai", "extractive", "titles"] = "transformers"
+    # None: transformers where a model is named, else extractive
+    engine: Literal["transformers", "vllm", "openai", "extractive", "titles"] | None = None
     model: str = ""  # Hub id or folder; for a server, the name it goes by there
     revision: str | None = None  # of a Hub model; for a server, any name: texts of another are made anew
     user_model: str | None = None  # writes preferences, if that is another model
@@ -116,6 +117,8 @@ class SummaryOptions:
 
     def __post_init__(self) -> None:
         check_types(self, "summaries")
+        if self.engine is None:
+            object.__setattr__(self, "engine", "transformers" if self.model else "extractive")
         if not self.model and self.engine not in ("extractive", "titles"):
             raise ValueError(f"model: name the model of the {self.engine} engine")
         at_least(self, block_size=1, batch_size=1, concurrency=1, tries=1, max_length=1, token_budget=1)

@@ -1,0 +1,387 @@
+"""Which of a folder's files is the log and which the catalogue, and which of their columns is what.
+
+Names propose and values decide: a time must be readable as one, and the item's column of the log is the one whose
+values are ids of the catalogue. Every guess says what it rests on; what cannot be guessed is an error with its remedy.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from mllm_msr.data.ids import as_ids
+from mllm_msr.data.image_places import URL, ImageColumn, image_files, image_suffixes
+from mllm_msr.data.parts import is_parts, table_format
+from mllm_msr.data.raw import ROW, BadRows, short
+from mllm_msr.data.sources.tables import TablesSource
+from mllm_msr.data.table_files import TableFile
+from mllm_msr.data.times import with_times
+
+SAMPLE = 2_000  # rows of a table that are looked at
+MOST_FILES = 50
+LONGEST_ID = 64  # characters
+EPOCH = 1e8  # from here on a number may be a time whatever its column is called: 1973 in seconds
+WORDS = {  # by which a column is recognised, in the order of preference
+    "user_id": "user customer client member reviewer buyer shopper visitor account person reader listener viewer "
+    "player subscriber kunde who uid",
+    "item_id": "item product article sku asin isbn ean movie film book song track video good goods listing game "
+    "recipe artikel produkt",
+    "timestamp": "timestamp time datetime date when ts day bought ordered purchased viewed watched read created "
+    "datum zeit",
+    "rating": "rating ratings stars score vote grade",
+    "title": "title name headline label caption",
+    "text": "description overview text summary body details about plot abstract content",
+    "image": "image images picture photo img poster cover thumbnail bild foto",
+}
+ROLES = {role: words.split() for role, words in WORDS.items()}
+NO_MEANING = {"id", "ids", "no", "number", "nr", "code", "key", "at", "on", "of", "the", "url", "path", "file"}
+
+
+@dataclass(frozen=True)
+class FoundTables:
+    """What a folder holds, as options of the source ``tables``.
+
+    Args:
+        options: with ``folder``, ``interactions``, and what else was found.
+        rating: a column of the log that looks like a rating, which is not read.
+        reasons: what each guess rests on, a sentence each.
+        unused: files that were left aside, each with the reason.
+    """
+
+    options: TablesSource
+    rating: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+class Join(NamedTuple):
+    """The columns by which a log and a catalogue meet; ``share`` of the log's items are in the catalogue."""
+
+    log: "Sample"
+    catalogue: "Sample"
+    ours: str
+    theirs: str
+    share: float
+
+    @property
+    def worth(self) -> float:
+        """How likely these are items, and not users with a table of their own."""
+        likes_item = max(likeness(self.ours, "item_id"), likeness(self.theirs, "item_id"))
+        likes_user = max(likeness(self.ours, "user_id"), likeness(self.theirs, "user_id"))
+        named = max(likeness(column, role) for column in self.catalogue.columns for role in ("title", "image"))
+        return self.share + likes_item - likes_user + named / 2
+
+
+@dataclass
+class Sample:
+    """The first rows of a table, all columns."""
+
+    place: str
+    folder: Path
+    rows: pl.DataFrame
+
+    @property
+    def columns(self) -> list[str]:
+        return [name for name in self.rows.columns if name != ROW]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.place
+
+    def ids(self, column: str) -> pl.Series | None:
+        """A column as ids are compared; None if it cannot hold any."""
+        if self.rows.schema[column].is_nested() or self.rows.schema[column] in (pl.Binary, pl.Boolean, pl.Object):
+            return None
+        table = self.rows.lazy().select(ROW, column)
+        try:
+            ids = as_ids(table, [column], self.place, BadRows("skip")).collect()[column].drop_nulls()
+        except (ValueError, pl.exceptions.PolarsError):
+            return None
+        return ids if len(ids) and (ids.str.len_chars().max() or 0) <= LONGEST_ID else None
+
+    def is_time(self, column: str) -> bool:
+        """Whether nearly all values can be read as times of one kind."""
+        log = self.rows.lazy().select(ROW, pl.col(column).alias("timestamp"))
+        try:
+            log, _, problems = with_times(log, self.place, BadRows("skip"))
+            facts = log.select(
+                bad=pl.any_horizontal(problems.values()).fill_null(True).mean(), low=pl.col("(time)").min()
+            )
+            bad, low = facts.collect().row(0)
+        except (ValueError, pl.exceptions.PolarsError):
+            return False
+        return bad < 0.05 and low is not None and (low >= EPOCH or likeness(column, "timestamp") > 0)
+
+
+def discover(
+    folder: Path,
+    interactions: str | None = None,
+    items: str | None = None,
+    images: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> FoundTables:
+    """The log, the catalogue and the images in ``folder``, and what their columns are called.
+
+    Args:
+        interactions, items, images: known already, relative to ``folder``.
+        columns: our names to theirs, where they are known already.
+
+    Raises:
+        FileNotFoundError: no such folder, or no table in it.
+        ValueError: a file or a column that cannot be guessed, with the columns that there are and the remedy.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: name the one that holds your tables")
+    known, reasons = dict(columns or {}), list[str]()
+    samples, unused = _samples(folder, [place for place in (interactions, items) if place])
+    log = _log(folder, samples, interactions, known, reasons)
+    others = [sample for sample in samples if sample.place != log.place and items in (None, sample.place)]
+    join = _join(log, others, known)
+    if join:
+        known.setdefault("item_id", join.ours)
+        if join.theirs != join.ours:
+            known.setdefault("items.item_id", join.theirs)
+        reasons.append(
+            f"items: {join.catalogue.place}, as {join.share:.0%} of the ids in {join.ours!r} of the log are in its "
+            f"column {join.theirs!r}"
+        )
+    elif items:
+        raise ValueError(
+            f"{folder / items}: no column of it has the ids of a column of {log.place} (there are {log.columns}); name "
+            "both by --column item_id=NAME and --column items.item_id=NAME"
+        )
+    rating = _log_columns(folder, log, known, reasons)
+    catalogue = join.catalogue if join else None
+    if catalogue:
+        _item_columns(catalogue, known, reasons)
+    images = images or _images(folder, catalogue, known, reasons)
+    unused += [f"{sample.place}: neither log nor catalogue" for sample in others if sample is not catalogue]
+    named = {ours: theirs for ours, theirs in known.items() if ours != theirs}
+    place = catalogue.place if catalogue else None
+    options = TablesSource(interactions=log.place, items=place, images=images, columns=named, folder=str(folder))
+    return FoundTables(options, rating, reasons, unused)
+
+
+def likeness(column: str, role: str) -> float:
+    """How much a column's name says that it is ``role``: 1 if it says nothing else, 0 if nothing of it.
+
+    >>> likeness("customer_id", "user_id"), likeness("productName", "title"), likeness("colour", "title")
+    (1.0, 0.5, 0.0)
+    """
+    words = [word.lower() for word in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![a-z])", column)]
+    telling = [word for word in words if word not in NO_MEANING] or words
+    return sum(word in ROLES[role] for word in telling) / len(telling) if telling else 0.0
+
+
+def _samples(folder: Path, named: Sequence[str]) -> tuple[list[Sample], list[str]]:
+    """The first rows of every table in a folder and the folders in it, and what could not be read, with the reason."""
+    places = list(named) or list(_tables(folder))
+    if not places:
+        raise FileNotFoundError(
+            f"{folder} has no table: put a log (who chose what, and when) and a catalogue there, as .csv, .tsv, "
+            ".jsonl or .parquet, or name them by --interactions and --items"
+        )
+    if len(named) == 1:  # the other one is still to be found
+        places += [place for place in _tables(folder) if place not in places]
+    samples, unused = [], []
+    for place in places:
+        try:
+            samples.append(Sample(place, folder, TableFile.find(place, folder).head(SAMPLE)))
+        except (ValueError, OSError) as error:
+            if place in named:
+                raise
+            unused.append(f"{place}: {short(error)}")
+    if not samples:
+        raise ValueError(f"{folder}: no table in it can be read; {unused[0]}")
+    return samples, unused
+
+
+def _tables(folder: Path) -> list[str]:
+    found: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "_")) or (path / "config.yaml").is_file():  # the latter is a run
+            continue
+        if is_parts(path) or (path.is_file() and table_format(path.name)):
+            found.append(path.name)
+        elif path.is_dir():
+            inner = (each for each in sorted(path.iterdir()) if each.is_file() and table_format(each.name))
+            found += [each.relative_to(folder).as_posix() for each in inner if not each.name.startswith(".")]
+    return found[:MOST_FILES]
+
+
+def _log(
+    folder: Path, samples: Sequence[Sample], named: str | None, known: dict[str, str], reasons: list[str]
+) -> Sample:
+    """The table with a time in which users and items come again and again; its time becomes known."""
+    found: list[tuple[float, Sample, str]] = []
+    for sample in samples:
+        if named not in (None, sample.place):
+            continue
+        given = known.get("timestamp")
+        times = [given] if given in sample.columns else [name for name in sample.columns if sample.is_time(name)]
+        if given and given not in sample.columns:
+            continue
+        if times:
+            time = max(times, key=lambda name: likeness(name, "timestamp"))
+            rest = [name for name in sample.columns if name != time]
+            users = max((likeness(name, "user_id") for name in rest), default=0.0)
+            items = max((likeness(name, "item_id") for name in rest), default=0.0)
+            titles = max((likeness(name, "title") for name in rest), default=0.0)
+            repeats = sum(_comes_again(sample, name) for name in rest)
+            found.append((users + items - titles + min(repeats, 2) + likeness(time, "timestamp"), sample, time))
+    if not found:
+        tables = "; ".join(f"{sample.place} has {sample.columns}" for sample in samples)
+        where = folder / named if named else folder
+        raise ValueError(
+            f"{where}: no column of times, by which a log is known. {tables}. If one of these is the log, name its "
+            "column by --column timestamp=NAME (numbers, dates or ISO texts)"
+        )
+    _, log, time = max(found, key=lambda each: each[0])
+    values = short(log.rows[time].drop_nulls().head(1).to_list())
+    known.setdefault("timestamp", time)
+    reasons.append(f"interactions: {log.place}, as its column {time!r} holds times, such as {values}")
+    return log
+
+
+def _comes_again(sample: Sample, column: str) -> bool:
+    ids = sample.ids(column)
+    return ids is not None and 1 < ids.n_unique() < len(ids)
+
+
+def _join(log: Sample, others: Sequence[Sample], known: Mapping[str, str]) -> Join | None:
+    """The best of all pairs of a column of the log and one of a catalogue in which no value comes twice."""
+    ours = [known["item_id"]] if "item_id" in known else [name for name in log.columns if name != known["timestamp"]]
+    joins = []
+    for mine in ours:
+        if mine not in log.columns or (chosen := log.ids(mine)) is None:
+            continue
+        for other in others:
+            named = known.get("items.item_id")
+            for theirs in [named] if named else other.columns:
+                if theirs not in other.columns or (ids := _unique_ids(other, theirs)) is None:
+                    continue
+                share = chosen.unique().is_in(ids.implode()).mean()
+                if isinstance(share, float) and share >= 0.5:
+                    joins.append(Join(log, other, mine, theirs, share))
+    best = max(joins, key=lambda join: join.worth, default=None)
+    named_so = "item_id" in known or "items.item_id" in known
+    return best if best and (named_so or best.worth > 0.5) else None
+
+
+def _unique_ids(sample: Sample, column: str) -> pl.Series | None:
+    """All ids of a catalogue's column; None unless (nearly) every row has one of its own."""
+    ids = sample.ids(column)
+    if ids is None or ids.n_unique() < 0.9 * len(ids):
+        return None
+    if len(sample.rows) < SAMPLE:
+        return ids
+    table = TableFile.find(sample.place, sample.folder)
+    whole = pl.concat(batch.select(ROW, column) for batch in table.batches([column], (), "", BadRows("skip")))
+    return as_ids(whole.lazy(), [column], sample.place, BadRows("skip")).collect()[column].drop_nulls()
+
+
+def _log_columns(folder: Path, log: Sample, known: dict[str, str], reasons: list[str]) -> str | None:
+    """Finds the user, and without a catalogue the item; returns a column of ratings."""
+    free = [name for name in log.columns if name not in (known["timestamp"], known.get("item_id"))]
+    rating = max(free, key=lambda name: likeness(name, "rating"), default=None)
+    rating = rating if rating and likeness(rating, "rating") else None
+    free = [name for name in free if name != rating]
+    for role in ("user_id", "item_id"):
+        if role in known:
+            if known[role] not in log.columns:
+                raise ValueError(f"{log.path}: no column {known[role]!r} for {role}; it has {log.columns}")
+            if role == "item_id":
+                reasons.append(f"item_id: {known[role]!r} of {log.place}")
+            continue
+        named = {name: likeness(name, role) for name in free if likeness(name, role) > 0 and log.ids(name) is not None}
+        again = [name for name in free if _comes_again(log, name)]
+        if named:
+            column, why = max(named, key=lambda name: named[name]), "by its name"
+        elif len(again) == 1:
+            column, why = again[0], "the one column left whose values come again"
+        else:
+            raise ValueError(
+                f"{log.path}: cannot tell which column is {role}; it has {log.columns}. Name it: "
+                f"mllm-msr init {folder} --column {role}=NAME"
+            )
+        known[role] = column
+        free = [name for name in free if name != column]
+        reasons.append(f"{role}: {column!r} of {log.place}, {why}")
+    if rating:
+        reasons.append(f"rating: {rating!r} of {log.place} looks like one; it is not read, and every row is a choice")
+    return rating
+
+
+def _item_columns(catalogue: Sample, known: dict[str, str], reasons: list[str]) -> None:
+    """Finds title, text and image of the catalogue; each may be absent."""
+    identity = known.get("items.item_id", known["item_id"])
+    taken = {identity, *(known.get(role) for role in ("image", "title", "text"))}
+    free = [name for name in catalogue.columns if name not in taken]
+    for role in ("image", "title", "text"):
+        if role in known:
+            if known[role] not in catalogue.columns:
+                raise ValueError(f"{catalogue.path}: no column {known[role]!r} for {role}; it has {catalogue.columns}")
+            continue
+        column, why = _item_column(catalogue, free, role)
+        if column is None:
+            reasons.append(f"{role}: no column of {catalogue.place} looks like one")
+            continue
+        known[role] = column
+        free = [name for name in free if name != column]
+        reasons.append(f"{role}: {column!r} of {catalogue.place}, {why}")
+
+
+def _item_column(catalogue: Sample, free: Sequence[str], role: str) -> tuple[str | None, str]:
+    texts = [name for name in free if catalogue.rows.schema[name] == pl.String]
+    possible = list(free) if role == "image" else texts
+    named = max(possible, key=lambda name: likeness(name, role), default=None)
+    if named and likeness(named, role):
+        return named, "by its name"
+    if role == "image":
+        held = next((name for name in free if _holds_images(catalogue.rows[name])), None)
+        return held, "as its values are images"
+    lengths = {name: catalogue.rows[name].str.len_chars().mean() or 0.0 for name in texts}
+    worded = {name: length for name, length in lengths.items() if catalogue.rows[name].str.contains(" ").mean()}
+    longest = max(worded, key=lambda name: float(str(worded[name])), default=None)
+    if role == "text" and longest and float(str(worded[longest])) > LONGEST_ID:
+        return longest, "the longest text"
+    shortest = min(worded, key=lambda name: float(str(worded[name])), default=None)
+    return (shortest, "the shortest text") if role == "title" else (None, "")
+
+
+def _holds_images(values: pl.Series) -> bool:
+    if values.dtype == pl.Binary or (isinstance(values.dtype, pl.Struct) and "bytes" in str(values.dtype)):
+        return True
+    if values.dtype != pl.String:
+        return False
+    ends = "|".join(map(re.escape, sorted(image_suffixes())))
+    return bool((values.drop_nulls().str.to_lowercase().str.contains(f"({ends})([?#].*)?$").mean() or 0) > 0.5)
+
+
+def _images(folder: Path, catalogue: Sample | None, known: Mapping[str, str], reasons: list[str]) -> str | None:
+    """The folder that holds the images which the catalogue names, or those that are called by the items' ids."""
+    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith((".", "_"))]
+    if catalogue and "image" in known:
+        values = catalogue.rows[known["image"]]
+        if values.dtype != pl.String:
+            return None
+        names = values.drop_nulls().filter(~values.drop_nulls().str.contains(URL)).to_list()
+        roots = [catalogue.path.parent, folder, *below]
+        shares = [sum(ImageColumn(root).file(name) is not None for name in names) for root in roots]
+        best = max(range(len(roots)), key=lambda place: shares[place])
+        if not names or not shares[best]:
+            return None
+        reasons.append(f"images: {shares[best]} of the first {len(names)} that are named are files below {roots[best]}")
+        return None if roots[best] == catalogue.path.parent else roots[best].relative_to(folder).as_posix()
+    ids = catalogue.ids(known.get("items.item_id", known["item_id"])) if catalogue else None
+    for root in [*below, folder] if ids is not None else []:
+        if count := len(set(image_files(root)) & set(ids)):
+            reasons.append(
+                f"images: {count} of the first {len(ids)} items have a file in {root} that is called by the id"
+            )
+            return root.relative_to(folder).as_posix()
+    reasons.append("images: none found, so words alone are used")
+    return None

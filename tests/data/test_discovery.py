@@ -1,0 +1,122 @@
+"""Own files, looked at: which is the log, which the catalogue, and what their columns are."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+from own_tables import write_shop
+from PIL import Image
+
+from mllm_msr.data.discovery import discover
+from mllm_msr.data.sources.registry import read_source
+from mllm_msr.records.sections import Source
+
+LOG = pl.DataFrame(
+    [(user, f"b{(user * 3 + step) % 8}", f"2024-0{1 + step}-11") for user in range(6) for step in range(5)],
+    schema=["a", "b", "c"],
+    orient="row",
+)
+GOODS = pl.DataFrame(
+    {
+        "key": [f"b{item}" for item in range(8)],
+        "words": [f"Mug {item}" for item in range(8)],
+        "more": [
+            f"The mug of number {item}, " + "as good as any of them and better than most " * 2 for item in range(8)
+        ],
+        "shown": [f"img/{item}.png" for item in range(8)],
+    }
+)
+WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+    "csv": lambda frame, path: frame.write_csv(path, separator=";"),
+    "tsv": lambda frame, path: frame.write_csv(path, separator="\t"),
+    "jsonl": lambda frame, path: frame.write_ndjson(path),
+    "parquet": lambda frame, path: frame.write_parquet(path),
+}
+
+
+def pixels(folder: Path, names: list[str]) -> None:
+    folder.mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8), (200, 30, 30)).save(folder / f"{name}.png")
+
+
+def test_a_shop_with_telling_names(tmp_path):
+    found = discover(write_shop(tmp_path / "shop", users=10, items=20))
+    options = found.options
+    assert (options.interactions, options.items, options.images) == ("orders.csv", "articles.csv", None)
+    assert options.columns == {
+        "user_id": "customer",
+        "item_id": "article",
+        "timestamp": "bought_at",
+        "title": "name",
+        "text": "description",
+        "image": "photo",
+    }
+    assert found.rating == "stars" and any("18 of the first 20" in reason for reason in found.reasons)
+    raw = read_source(Source("tables", vars(options)))  # and the reader of every run takes it
+    assert raw.items["image_path"].null_count() == 2
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_names_that_say_nothing_are_known_by_their_values(tmp_path, kind):
+    WRITERS[kind](LOG, tmp_path / f"one.{kind}")
+    WRITERS[kind](GOODS, tmp_path / f"two.{kind}")
+    pixels(tmp_path / "img", [str(item) for item in range(6)])
+    found = discover(tmp_path)
+    assert (found.options.interactions, found.options.items) == (f"one.{kind}", f"two.{kind}")
+    expected = {"user_id": "a", "item_id": "b", "timestamp": "c", "items.item_id": "key"}
+    assert found.options.columns == {**expected, "title": "words", "text": "more", "image": "shown"}
+
+
+def test_a_table_of_users_is_not_taken_for_the_catalogue(tmp_path):
+    log = LOG.rename({"a": "user", "b": "sku", "c": "date"})
+    log.write_csv(tmp_path / "sales.csv")
+    GOODS.rename({"key": "sku"}).write_csv(tmp_path / "stock.csv")
+    log.select("user").unique().with_columns(town=pl.lit("Ulm")).write_csv(tmp_path / "people.csv")
+    (tmp_path / "broken.parquet").write_bytes(b"no")
+    found = discover(tmp_path)
+    assert (found.options.interactions, found.options.items) == ("sales.csv", "stock.csv")
+    assert [line.split(":")[0] for line in found.unused] == ["broken.parquet", "people.csv"]
+
+
+def test_images_that_are_called_by_ids_and_bytes_in_a_table(tmp_path):
+    (tmp_path / "a").mkdir()
+    LOG.rename({"a": "user", "b": "item", "c": "time"}).write_parquet(tmp_path / "a/log.parquet")
+    GOODS.select(item="key", title="words").write_parquet(tmp_path / "a/items.parquet")
+    pixels(tmp_path / "a/covers", ["b1", "b2", "other"])
+    assert discover(tmp_path / "a").options.images == "covers"
+    GOODS.select(item="key", seen=pl.lit(b"x")).write_parquet(tmp_path / "a/items.parquet")
+    assert discover(tmp_path / "a").options.columns["image"] == "seen"
+
+
+def test_a_log_alone_is_enough(tmp_path):
+    LOG.rename({"a": "visitor", "b": "product", "c": "when"}).write_csv(tmp_path / "log.csv")
+    found = discover(tmp_path)
+    assert found.options.items is None
+    assert found.options.columns == {"user_id": "visitor", "item_id": "product", "timestamp": "when"}
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        (LOG.select("a", "b"), r"no column of times.*one\.csv has \['a', 'b'\].*--column timestamp=NAME"),
+        (LOG, r"one\.csv: cannot tell which column is user_id; it has \['a', 'b', 'c'\].*--column user_id=NAME"),
+        (None, "has no table: put a log"),
+    ],
+)
+def test_what_cannot_be_guessed_is_said_with_the_remedy(tmp_path, log, message):
+    if log is not None:
+        log.write_csv(tmp_path / "one.csv")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        discover(tmp_path)
+
+
+def test_what_is_known_already_is_taken(tmp_path):
+    LOG.write_csv(tmp_path / "one.csv")
+    columns = {"user_id": "a", "item_id": "b"}
+    assert discover(tmp_path, columns=columns).options.columns == {**columns, "timestamp": "c"}
+    with pytest.raises(ValueError, match=r"one\.csv: no column 'x' for user_id; it has"):
+        discover(tmp_path, columns={"user_id": "x", "item_id": "b"})
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        discover(tmp_path / "nowhere")
