@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored_items import fill, item
 
 from mllm_msr.modeling import item_shards
 from mllm_msr.modeling.block_attention import KVCache
@@ -15,14 +16,6 @@ from mllm_msr.modeling.item_shards import BrokenShard, Shard, ShardFolder, Shard
 from mllm_msr.modeling.item_store import ItemStore, tensors_of
 
 CPU = torch.device("cpu")
-
-
-def item(key: str, dtype: torch.dtype = torch.float32) -> KVCache:
-    """Two layers of an item whose length and values follow from its key."""
-    generator = torch.Generator().manual_seed(int(key))
-    length = 3 + int(key) % 9
-    layers = [tuple(torch.randn(1, 2, length, 4, generator=generator).to(dtype) for _ in range(2)) for _ in range(2)]
-    return KVCache([(keys, values) for keys, values in layers], torch.ones(1, length, dtype=torch.bool))
 
 
 def batch(keys: list[str]) -> KVCache:
@@ -162,24 +155,16 @@ def test_pruning_drops_and_compacts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.glob("*.part"))
 
 
-def fill(folder: Path, keys: list[str], pause: float) -> None:
-    item_shards.SHARD_ITEMS = 4
-    writer = ShardWriter(ShardFolder(folder))
-    for key in keys:
-        writer.put([key], tensors_of(item(key)))
-        time.sleep(pause)
-    writer.flush()
-
-
 def test_processes_write_and_read_while_others_are_killed(tmp_path: Path) -> None:
     keys = [str(9 * number) for number in range(40)]
-    forks = multiprocessing.get_context("fork")
+    fresh = multiprocessing.get_context("spawn")  # a fork of a process with threads may wait for ever
     killed, other = (
-        forks.Process(target=fill, args=(tmp_path, some, pause)) for some, pause in ((keys, 0.02), (keys[::-1], 0))
+        fresh.Process(target=fill, args=(tmp_path, some, pause)) for some, pause in ((keys, 0.02), (keys[::-1], 0))
     )
     killed.start()
     reader = ItemStore(CPU, 10**9, ShardFolder(tmp_path))
     while len(reader.missing(keys)) == len(keys):
+        assert killed.exitcode in (None, 0)
         time.sleep(0.01)
     check(reader, [key for key in keys if key not in reader.missing(keys)])
     os.kill(killed.pid, signal.SIGKILL)
