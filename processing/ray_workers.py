@@ -97,6 +97,7 @@ class RayWorkers(Generic[Piece, Result]):
         self.cluster, self.make, self.folders = cluster, make, folders
         self.hands: list[_Hand] = []
         self.connected = self.is_ours = False
+        self.source: Any = None  # once connected
         self.looked = -LOOK  # at the size of the cluster, by the clock
         self.failed_starts = 0  # in a row
         self.asked = float("inf")  # when the first worker was, by the clock
@@ -192,7 +193,7 @@ class RayWorkers(Generic[Piece, Result]):
         self._connect()
         count, resources = self._share()
         while len(self.hands) < count:
-            kind = ray.remote(Worker).options(scheduling_strategy="SPREAD", **resources)
+            kind: Any = ray.remote(Worker).options(scheduling_strategy="SPREAD", **resources)
             actor = kind.remote(self.make, self.folders, self.machine, self.source)
             self.hands.append(_Hand(actor, actor.start.remote()))
 
