@@ -16,6 +16,7 @@ COPY modeling modeling
 COPY processing processing
 COPY training training
 COPY hub_cards hub_cards
+COPY recipes recipes
 RUN pip install --no-cache-dir --constraint constraints.txt '.[serve]' \
     && useradd --create-home --uid 1000 server \
     && install --directory --owner server /state

@@ -79,8 +79,8 @@ def test_a_failed_item_is_tried_again_by_the_same_command(prepared, capsys):
 def test_show_prints_a_user(prepared, capsys):
     stages_done(capsys, prepared)
     user = RunFolder.open(prepared).read(PREFERENCES)["user_id"][0]
-    main(["show", "user", user, str(prepared)])
+    main(["show", str(prepared), "user", user])
     out = capsys.readouterr().out
     assert f"user {user}: " in out and "step 1" in out and "=> " in out
     with pytest.raises(SystemExit, match="user 'nobody' has no interactions"):
-        main(["show", "user", "nobody", str(prepared)])
+        main(["show", str(prepared), "user", "nobody"])
