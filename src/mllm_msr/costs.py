@@ -152,10 +152,10 @@ class Rehearsal:
             what, grows = f"{whole.items:,.0f} items", items
             load, reads = (self.engine, "items") if stage == "summarize items" else (self.encoder, "vectors")
             seconds = _grown(spent, load, items)
-            by_model = (
+            is_read = (
                 recipe.summaries.engine in ("transformers", "vllm") if reads == "items" else not recipe.vectors.own
             )
-            tokens = whole.items * self.tokens["item"] if by_model else None
+            tokens = whole.items * self.tokens["item"] if is_read else None
         elif stage == "summarize users":
             what, grows = f"{whole.blocks:,.0f} history blocks", blocks
             seconds = _grown(spent, self.engine, blocks)

@@ -84,7 +84,7 @@ def init(options: InitOptions) -> Path:
         **sized.sections,
     }
     recipe = check_recipe(content)
-    text = recipe_text(recipe, Sized(content, {**sized.why, **reasons, **why}), f"{path}")
+    text = recipe_text(recipe, Sized(sized.sections, {**sized.why, **reasons, **why}), f"{path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     print(f"protocol: {recipe.data.protocol}; {reasons['data.protocol']}")
@@ -121,14 +121,15 @@ def propose(raw: RawData) -> tuple[dict[str, Any], dict[str, str]]:
         f"{users:,} users, {items:,} items, {interactions:,} interactions from {first} to {last}; {without:,} of "
         f"{raw.items.height:,} items without an image, which stay, without one"
     )
-    if int(per_user.max() or 0) < SHORTEST:
+    longest = int(per_user.sort()[-1])
+    if longest < SHORTEST:
         raise ValueError(
             f"no user of the log has {SHORTEST} interactions or more, and sequences need that: check that the column "
             "of users is the right one (--column user_id=NAME), or bring more data"
         )
     users_core = CORE if 2 * (per_user >= CORE).sum() >= users else SHORTEST
     items_core = CORE if per_item.filter(per_item >= CORE).sum() >= 0.8 * interactions else 1
-    negatives = min(20, max(1, items - int(per_user.max() or 0)))
+    negatives = min(20, max(1, items - longest))
     data = {
         "protocol": "strict",
         "k_core_users": users_core,
@@ -136,7 +137,7 @@ def propose(raw: RawData) -> tuple[dict[str, Any], dict[str, str]]:
         "n_negatives": negatives,
         "min_history": 1,
     }
-    kept_users, kept_items = (per_user >= users_core).mean() or 0, (per_item >= items_core).mean() or 0
+    kept_users, kept_items = int((per_user >= users_core).sum()) / users, int((per_item >= items_core).sum()) / items
     why = {
         "data.protocol": "each user's last choice is the test, the one before it the validation, earlier ones are "
         "trained on",

@@ -313,7 +313,9 @@ def best_of(
         for rank, item in enumerate(items, 1):
             logit = float(scores.logits[number, item])
             answer = None if scores.answers is None else float(scores.answers[number, item])
-            own = {name: float(values[number, column[item]]) for name, values in members.items()}
+            own: dict[str, float | None] = {
+                name: float(values[number, column[item]]) for name, values in members.items()
+            }
             own["answer"] = None if answer is None or np.isnan(answer) else answer
             score = 1 / (1 + float(np.exp(-np.float64(logit))))
             said = [own.get(name) for name in RANKING_MEMBERS]

@@ -100,7 +100,7 @@ class Sample:
             ids = as_ids(table, [column], self.place, BadRows("skip")).collect()[column].drop_nulls()
         except (ValueError, pl.exceptions.PolarsError):
             return None
-        return ids if len(ids) and (ids.str.len_chars().max() or 0) <= LONGEST_ID else None
+        return ids if len(ids) and max(ids.str.len_chars().to_list(), default=0) <= LONGEST_ID else None
 
     def is_time(self, column: str) -> bool:
         """Whether nearly all values can be read as times of one kind."""
@@ -358,7 +358,8 @@ def _holds_images(values: pl.Series) -> bool:
     if values.dtype != pl.String:
         return False
     ends = "|".join(map(re.escape, sorted(image_suffixes())))
-    return bool((values.drop_nulls().str.to_lowercase().str.contains(f"({ends})([?#].*)?$").mean() or 0) > 0.5)
+    ending = values.drop_nulls().str.to_lowercase().str.contains(f"({ends})([?#].*)?$")
+    return 2 * int(ending.sum()) > len(ending)
 
 
 def _images(folder: Path, catalogue: Sample | None, known: Mapping[str, str], reasons: list[str]) -> str | None:
@@ -377,10 +378,11 @@ def _images(folder: Path, catalogue: Sample | None, known: Mapping[str, str], re
         reasons.append(f"images: {shares[best]} of the first {len(names)} that are named are files below {roots[best]}")
         return None if roots[best] == catalogue.path.parent else roots[best].relative_to(folder).as_posix()
     ids = catalogue.ids(known.get("items.item_id", known["item_id"])) if catalogue else None
-    for root in [*below, folder] if ids is not None else []:
-        if count := len(set(image_files(root)) & set(ids)):
+    known_ids = set() if ids is None else set(ids)
+    for root in [*below, folder] if known_ids else []:
+        if count := len(set(image_files(root)) & known_ids):
             reasons.append(
-                f"images: {count} of the first {len(ids)} items have a file in {root} that is called by the id"
+                f"images: {count} of the first {len(known_ids)} items have a file in {root} that is called by the id"
             )
             return root.relative_to(folder).as_posix()
     reasons.append("images: none found, so words alone are used")
