@@ -1,17 +1,24 @@
-"""What preferences and fine-tuning are worth to the sequence head, on a finished run of at most 2,048 items.
+"""What preferences, fine-tuning and images are worth to the sequence head, on a finished run of at most 2,048 items.
 
     mllm-msr demo --output runs/demo && cp -r runs/demo runs/tuned
     mllm-msr vectors runs/tuned --set vectors.model=runs/demo/model
     python benchmarks/language_model_inside.py preference runs/demo
     python benchmarks/language_model_inside.py vectors runs/demo runs/tuned
+    cp -r runs/demo runs/none && mllm-msr vectors runs/none --set vectors.images=false
+    cp -r runs/demo runs/grey && python benchmarks/language_model_inside.py grey runs/demo grey.parquet
+    mllm-msr vectors runs/grey --vectors grey.parquet
+    python benchmarks/language_model_inside.py vectors runs/demo runs/none runs/grey
 
 ``preference``: after every whole history block the head reads the vector of the preference written there, as one more
 token: the user's own, or, to see whether what it says matters, that of another user. ``vectors``: the heads of a run
-beside those of copies with other vectors. The table has validation NDCG@5 and the test's figures, each a mean over
-seeds and the deviation between them, and the difference from the first line, paired by user after the mean over seeds.
+beside those of copies with other vectors. ``grey``: writes vectors of items whose images show nothing.
+
+The table has validation NDCG@5 and the test's figures, each a mean over seeds and the deviation between them, and the
+difference from the first line, paired by user after the mean over seeds.
 """
 
 import argparse
+import io
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,29 +31,32 @@ from unittest.mock import patch
 import numpy as np
 import polars as pl
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mllm_msr.data.images import decode
 from mllm_msr.evaluation import sequence_training
 from mllm_msr.evaluation.coded_tasks import PADDING, Array, CodedLists, CodedTasks
+from mllm_msr.evaluation.epochs import load_weights
 from mllm_msr.evaluation.heads import Heads, train_heads
 from mllm_msr.evaluation.metrics import paired, user_columns
 from mllm_msr.evaluation.rankers import item_vectors, training_log
+from mllm_msr.evaluation.scoring import GREY
 from mllm_msr.evaluation.sequence_training import (
     FitOptions,
     Training,
     TrainingData,
     fit,
-    load_weights,
     score_candidates,
 )
 from mllm_msr.evaluation.sequential_baselines import shared
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions
-from mllm_msr.processing.vectors import item_encoder
+from mllm_msr.processing.vectors import item_encoder, recipe_encoder, vector_table
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import ITEMS, PREFERENCES
+from mllm_msr.records.schema import ITEM_SUMMARIES, ITEMS, PREFERENCES
 from mllm_msr.training.head import load_data
 
 METRICS = ("auc", "hr@5", "ndcg@5", "mrr@5")
@@ -195,13 +205,34 @@ def vectors(trial: Trial, others: Sequence[Path]) -> None:
             trial.line(f"{member}, {path.name}", partial(score, path, member))
 
 
+def grey(run: RunFolder, file: Path) -> None:
+    """Write the item vectors of a run as they are where every image is one grey of its own size."""
+
+    def blank(image: dict[str, bytes] | None) -> dict[str, bytes] | None:
+        if image is None:
+            return None
+        buffer = io.BytesIO()
+        Image.new("RGB", decode(image["bytes"]).size, GREY).save(buffer, "PNG")
+        return image | {"bytes": buffer.getvalue()}
+
+    items, summaries = run.read(ITEMS), dict[str, str]()
+    items = items.with_columns(pl.Series("image", map(blank, items["image"]), ITEMS.columns["image"]))
+    if run.recipe.vectors_read_summaries:
+        summaries = dict(run.read(ITEM_SUMMARIES, ["item_id", "summary"]).iter_rows())
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = vector_table(items, summaries, lambda: recipe_encoder(run.recipe), ["grey"], Path(folder))
+    vectors.select("item_id", "vector").write_parquet(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trial", choices=("preference", "vectors"))
+    parser.add_argument("trial", choices=("preference", "vectors", "grey"))
     parser.add_argument("run", type=Path, help="a finished run")
-    parser.add_argument("others", type=Path, nargs="*", help="copies of the run with other vectors")
+    parser.add_argument("others", type=Path, nargs="*", help="copies of the run with other vectors; of grey: the file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
+    if options.trial == "grey":
+        return grey(RunFolder.open(options.run), *options.others)
     trial = Trial(RunFolder.open(options.run), options.seeds)
     if options.trial == "vectors":
         vectors(trial, options.others)

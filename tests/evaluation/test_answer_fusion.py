@@ -14,12 +14,14 @@ from mllm_msr import stages
 from mllm_msr.evaluation.answer_fusion import TOP, FusedScorer, answer_lists, fusion_weights
 from mllm_msr.evaluation.coded_tasks import CodedTasks
 from mllm_msr.evaluation.evaluate import evaluate
-from mllm_msr.evaluation.heads import MEMBERS, load_heads
+from mllm_msr.evaluation.heads import load_heads
 from mllm_msr.evaluation.kept_scores import answer_scores
 from mllm_msr.modeling.score_fusion import ScoreFusion, frequency_buckets
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES
-from mllm_msr.records.sections import OURS
+from mllm_msr.records.sections import OURS, HeadOptions
+
+MEMBERS = HeadOptions().members
 
 SETTINGS = {
     "head.max_epochs": 1,
@@ -89,7 +91,7 @@ def test_the_variant_weighs_the_answers_that_are_there_with_the_other_members(
     run = copy_of(trained, tmp_path)
     results = evaluate(run)
     assert set(results.variants) == {"fused", OURS, "likeness"} and results.full_catalogue.reranked == 6
-    assert results.fusion.members == [OURS, *MEMBERS] and results.fusion_without_answer.members == list(MEMBERS)
+    assert results.fusion.members == [OURS, *MEMBERS] and results.fusion_without_answer.members == MEMBERS
     scores, heads, tasks = run.read(SCORES), load_heads(run), run.tasks("test")
     coded = CodedTasks(tasks, heads.items)
     answers = scores.filter(variant=OURS)["logit"].to_numpy()
@@ -133,4 +135,4 @@ def test_without_the_answer_fused_is_of_four_and_needs_no_model(trained: RunFold
     stages.vectors(run)
     stages.head(run)
     weights, without_answer = fusion_weights(run)
-    assert weights.members == list(MEMBERS) and without_answer is None
+    assert weights.members == MEMBERS and without_answer is None

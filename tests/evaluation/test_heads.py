@@ -1,6 +1,7 @@
 """The heads of a run: trained once, read again to the same scores, and fused so that each can be shown alone."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from tiny_runs import TINY, tiny_recipe
 from mllm_msr import stages
 from mllm_msr.evaluation.coded_tasks import CodedTasks
 from mllm_msr.evaluation.evaluate import evaluate
-from mllm_msr.evaluation.heads import MEMBERS, load_heads, train_heads
+from mllm_msr.evaluation.heads import load_heads, train_heads
 from mllm_msr.evaluation.rankers import training_interactions, training_log
-from mllm_msr.records.recipe import parse_recipe, with_settings
+from mllm_msr.records.recipe import Recipe, parse_recipe, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_VECTORS, ITEMS, POPULARITY
-from mllm_msr.records.sections import HEAD_VARIANTS
+from mllm_msr.records.sections import HEAD_VARIANTS, HeadOptions
+
+MEMBERS = HeadOptions().members
 
 SETTINGS = {
     "head.max_epochs": 2,
@@ -67,7 +70,22 @@ def test_every_head_is_a_variant_of_the_table(headed: RunFolder) -> None:
     results = evaluate(headed)
     assert set(results.variants) == {*HEAD_VARIANTS, "popularity"}
     config = json.loads((headed.head / "config.json").read_text(encoding="utf-8"))
-    assert config["sequence_head"]["fusion"]["members"] == list(MEMBERS)
+    assert config["sequence_head"]["fusion"]["members"] == MEMBERS
+
+
+def test_the_fused_score_has_the_members_that_are_wanted(headed: RunFolder, tmp_path: Path) -> None:
+    def recipe(members: list[str]) -> Recipe:
+        return parse_recipe(with_settings(headed.recipe.to_dict(), {"head.members": members}))
+
+    run = RunFolder.create(shutil.copytree(headed.path, tmp_path / "run"), recipe(["identity_only", "gru4rec"]))
+    heads = train_heads(run, tmp_path / "head")
+    assert heads.item_ranker.fusion.members == ("identity_only", "gru4rec")
+    tasks = CodedTasks(headed.tasks("test"), heads.items)
+    assert np.isfinite(heads.ranker("fused").score_catalogue(tasks.histories)).all()
+    assert set(heads.item_ranker.members) == set(MEMBERS)
+    for wrong in ([], ["gru4rec", "gru4rec"], ["knn"]):
+        with pytest.raises(ValueError, match="members"):
+            recipe(wrong)
 
 
 def test_other_vectors_make_the_heads_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

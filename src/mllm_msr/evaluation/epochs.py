@@ -4,7 +4,8 @@ Epochs are seeded one by one, so that it then ends as it would have.
 """
 
 import copy
-import io
+import ctypes
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mllm_msr.records.storage import sweep, write_bytes
+from mllm_msr.records.storage import sweep, whole_file
 
 Trained = TypeVar("Trained", bound=nn.Module)
 
@@ -37,7 +38,7 @@ class Epochs(ABC, Generic[Trained]):
         rates = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
         self.optimizer = torch.optim.AdamW(module.parameters(), **rates)
         self.done, self.best_epoch, self.best = 0, 0, 0.0
-        self.best_weights = weights_of(module)
+        self.best_weights = {name: value.clone() for name, value in weights_of(module).items()}
 
     @abstractmethod
     def batches(self, rng: np.random.Generator) -> Sequence[Any]:
@@ -74,9 +75,9 @@ class Epochs(ABC, Generic[Trained]):
         while not self.finished:
             self.epoch(name)
             if path is not None:
-                buffer = io.BytesIO()
-                torch.save(self.state(), buffer)
-                write_bytes(path, buffer.getbuffer())
+                with whole_file(path) as file:
+                    torch.save(self.state(), file)
+            give_back_memory()
         load_weights(self.module, self.best_weights)
         print(f"  {name}: epoch {self.best_epoch} is best by validation ({self.best:.4f})", flush=True)
 
@@ -94,7 +95,7 @@ class Epochs(ABC, Generic[Trained]):
         quality = self.quality()
         if quality > self.best or not self.best_epoch:
             self.best, self.best_epoch = quality, self.done
-            self.best_weights = weights_of(self.averaged)
+            copy_weights(weights_of(self.averaged), self.best_weights)
 
     def step(self, loss: torch.Tensor) -> None:
         """Follow the gradient of a loss, and move the average."""
@@ -127,17 +128,27 @@ class Epochs(ABC, Generic[Trained]):
         load_weights(self.averaged, state["averaged"])
         self.steps = state["steps"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best_weights = state["best_weights"]
+        copy_weights(state["best_weights"], self.best_weights)
         self.done, self.best_epoch, self.best = state["done"], state["best_epoch"], state["best"]
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of what is trained of a module."""
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
+    """What is trained of a module."""
+    return {name: value.detach() for name, value in module.named_parameters()}
 
 
-@torch.no_grad()
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put :func:`weights_of` in place."""
-    for name, value in module.named_parameters():
-        value.copy_(weights[name])
+    """Put a copy of such weights in place."""
+    copy_weights(weights, weights_of(module))
+
+
+def copy_weights(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    """From tensors to others that exist: new ones after every epoch would leave holes in memory, ever more of them."""
+    for name, value in target.items():
+        value.copy_(source[name])
+
+
+def give_back_memory() -> None:
+    """Return what is free to the system: glibc keeps it in pieces, into which tensors of other sizes do not fit."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

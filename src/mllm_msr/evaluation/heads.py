@@ -32,7 +32,6 @@ TRAINED: dict[str, dict[str, Any]] = {  # options of their own
     "gru4rec": {"encoder": "gru"},
 }
 BASELINES = {"identity_only": "sasrec", "gru4rec": "gru4rec"}  # members that are these, and are trained once for both
-MEMBERS = (*TRAINED, LIKENESS)
 BLOCK = 128  # users whose histories are padded together
 
 
@@ -100,18 +99,19 @@ def load_heads(run: RunFolder) -> Heads:
 
 
 def fitted(members: Mapping[str, Any], tasks: CodedTasks, counts: torch.Tensor, options: HeadOptions) -> ScoreFusion:
-    """Weights by validation; without a validation task, the sequence head alone."""
+    """Weights by validation of the members that are wanted; without a validation task, the first of them alone."""
+    names = tuple(options.members)
     if not len(tasks):
-        weights = torch.eye(len(MEMBERS))[:1].expand(len(BUCKETS), -1)
-        nothing = torch.zeros(len(MEMBERS))
-        return ScoreFusion(MEMBERS, nothing, nothing + 1, weights, torch.zeros(len(BUCKETS)))
+        weights = torch.eye(len(names))[:1].expand(len(BUCKETS), -1)
+        nothing = torch.zeros(len(names))
+        return ScoreFusion(names, nothing, nothing + 1, weights, torch.zeros(len(BUCKETS)))
     lists = catalogue_lists(
-        [members[name] for name in MEMBERS],
+        [members[name] for name in names],
         tasks,
         counts.numpy(),
         n_tasks=options.fusion_tasks,
         hidden_share=options.hidden_share,
         seed=options.seed,
     )
-    fusion, n_whole = fit_fusion(lists, MEMBERS), min(len(tasks), options.fusion_tasks)
+    fusion, n_whole = fit_fusion(lists, names), min(len(tasks), options.fusion_tasks)
     return settle_bias(fusion, lists.part(torch.arange(len(lists)) < n_whole))

@@ -219,7 +219,7 @@ def user_states(head: SequenceHead, histories: CodedLists, vectors: torch.Tensor
 
 
 @torch.inference_mode()
-def score_candidates(head: SequenceHead, histories: CodedLists, candidates: CodedLists, pairs: int = 1 << 18) -> Array:
+def score_candidates(head: SequenceHead, histories: CodedLists, candidates: CodedLists, pairs: int = 1 << 15) -> Array:
     """(N,): the score of every candidate, list after list."""
     head.eval()
     vectors = head.item_vectors()

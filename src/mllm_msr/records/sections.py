@@ -5,13 +5,14 @@ The section ``training`` alone is not one of them: its fields are the flags of `
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mllm_msr.records.typed import check_types
 
 OnBadRows = Literal["error", "skip"]
 DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "ndcg@10", "map")
 OURS = "mllm_msr"  # the variant that is our model, trained
+FusionMember = Literal["sequence_head", "identity_only", "content_only", "gru4rec", "likeness"]
 HEAD_VARIANTS = ("sequence_head", "fused", "content_only", "identity_only", "likeness")  # which rank by item vectors
 DEFAULT_VARIANTS = (
     *(OURS, "sequence_head", "fused", "sasrec"),
@@ -198,6 +199,7 @@ class HeadOptions:
     stop_by: Literal["candidates", "catalogue"] = "candidates"
     seed: int = 0
     # fusion
+    members: list[FusionMember] = field(default_factory=lambda: list(get_args(FusionMember)))  # of the fused score
     fusion_tasks: int = 4000  # validation tasks on which weights are fitted, at most
     hidden_share: float = 0.1  # of trained items, taken as never chosen while weights are fitted
     answer: bool = True  # the trained model's answer is a member of the fused score, if the recipe trains one
@@ -208,6 +210,8 @@ class HeadOptions:
         at_least(self, hidden=1, layers=1, heads=1, max_length=1, batch_size=1, most_classes=1)
         at_least(self, max_epochs=0, patience=1, seed=0, fusion_tasks=1, answer_tasks=1)
         at_least(self, learning_rate=0, weight_decay=0)
+        if not self.members or len(set(self.members)) < len(self.members):
+            raise ValueError(f"members={self.members}: name at least one, and each once")
         for name in ("dropout", "identity_dropout", "average", "hidden_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars as pl
 
@@ -48,14 +48,24 @@ def write_parquet(frame: pl.DataFrame, path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes | memoryview, mode: int = 0o666) -> None:
-    """Write ``content``, whole or not at all, even if the power fails; ``OSError`` (disk full, say) leaves no trace.
+    """Write ``content``, whole or not at all; see :func:`whole_file`."""
+    with whole_file(path, mode) as file:
+        file.write(content)
 
-    ``mode``: the permissions of the file, as far as the process's mask lets them through.
+
+@contextmanager
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` only once the block ends without an error.
+
+    It is whole or not at all, even if the power fails; ``OSError`` (disk full, say) leaves no trace.
+
+    Args:
+        mode: the permissions of the file, as far as the process's mask lets them through.
     """
     partial = _partial(path)
     try:
         with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
