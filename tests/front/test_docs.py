@@ -21,7 +21,7 @@ from tiny_runs import TINY
 from mllm_msr import cli
 from mllm_msr.opening import check_recipe, parse_setting
 from mllm_msr.parser import build_parser
-from mllm_msr.records.recipe import load_content, with_settings
+from mllm_msr.records.recipe import load_content, recipe_file, with_settings
 from mllm_msr.study import Study
 
 RUN_ON_A_RUN = ("rank", "show", "summarize", "vectors", "head", "evaluate", "compare", "publish")
@@ -80,9 +80,10 @@ def test_a_command_is_one(block: Block, command: list[str], monkeypatch: pytest.
 def ours(words: list[str]) -> None:
     options = build_parser().parse_args(words)
     assert cli.wrong_usage(options) is None
-    if getattr(options, "recipe", None) and options.recipe.parts[0] == "recipes":
+    recipe = getattr(options, "recipe", None)
+    if recipe and (recipe.parts[0] == "recipes" or not recipe.suffix) and recipe != Path("RUN"):
         settings = {key: parse_setting(key, text) for key, text in options.set}
-        check_recipe(with_settings(load_content(options.recipe), settings))
+        check_recipe(with_settings(load_content(recipe_file(recipe)), settings))
     if options.command == "study":
         assert Study.load(options.study).plan(options.only)
 
