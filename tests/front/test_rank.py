@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from commands import printed
+from commands import printed, ranking_rows
 
 from mllm_msr.cli import main
 from mllm_msr.evaluation.loading import load_catalogue
@@ -74,9 +74,7 @@ def test_many_users_are_ranked_into_files_by_workers_as_by_one_process(late, tmp
 
 def shown_items(out: str) -> list[str]:
     """The items of a ranking on the screen, best first."""
-    lines = out.strip().splitlines()
-    head = next(number for number, line in enumerate(lines) if line.startswith("rank "))
-    return [line.split()[2] for line in lines[head + 1 :]]
+    return [row[2] for row in ranking_rows(out)]
 
 
 def test_a_candidate_that_is_named_twice_counts_once_and_a_chosen_one_never(

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
-from commands import printed
+from commands import printed, ranking_rows
 from tiny_runs import tiny_recipe
 
 from mllm_msr import stages
@@ -111,14 +111,15 @@ def test_a_changed_recipe_redoes_only_what_depends_on_it(recipe, whole, tmp_path
 
 def test_rank_shows_unseen_items_by_falling_score(whole):
     seen = set(pl.read_parquet(whole / "data/interactions.parquet").filter(user_id="u0003")["item_id"])
-    for way, begins in (((), "after: "), (("--by", "answer"), "preference: ")):
-        lines = printed("rank", str(whole), "--user", "u0003", "--top-k", "5", *way).strip().splitlines()
-        assert lines[0].startswith(begins)
-        scores = [float(line.split()[1]) for line in lines[1:]]
+    for way in ((), ("--by", "answer")):
+        out = printed("rank", str(whole), "--user", "u0003", "--top-k", "5", *way)
+        assert out.startswith("preference: ") and "\nafter: " in out
+        rows = ranking_rows(out)
+        scores = [float(row[1]) for row in rows]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
-        assert not seen & {line.split()[2] for line in lines[1:]}
-    lines = printed("rank", str(whole), "--preference", "Likes red", "--items", "i0001,i0002").strip().splitlines()
-    assert {line.split()[2] for line in lines[1:]} == {"i0001", "i0002"}
+        assert not seen & {row[2] for row in rows}
+    rows = ranking_rows(printed("rank", str(whole), "--preference", "Likes red", "--items", "i0001,i0002"))
+    assert {row[2] for row in rows} == {"i0001", "i0002"}
 
 
 def test_publish_shows_what_would_go(whole):

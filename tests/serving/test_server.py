@@ -14,19 +14,19 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from commands import printed, ranking_rows
 from PIL import Image
 from served_runs import READ, WRITE, Live
 
-from mllm_msr.cli import main
 from mllm_msr.evaluation.loading import load_catalogue, load_recommender
 from mllm_msr.modeling.inputs import Candidate, User
 from mllm_msr.modeling.item_ranking import ItemRanker
+from mllm_msr.processing.engine_registry import build_engine
 from mllm_msr.processing.summaries import summarize_users
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.rank import read_users
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEM_VECTORS, ITEMS
-from mllm_msr.stages import summary_tools
 
 STRANGER = "/v1/users/a%2Fstranger%20%C3%BC"
 
@@ -115,12 +115,13 @@ def test_events_become_preferences_as_the_run_would_have_written_them(run: RunFo
     assert append(served, STRANGER, ids[0], idempotency_key="first")["duplicates"] == 1
     assert served.ask("GET", STRANGER)["recent"] == ids[:1]
     assert append(served, STRANGER, *ids[1:])["history_length"] == 7
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while (shown := served.ask("GET", STRANGER))["blocks_due"] and time.monotonic() < until:
         time.sleep(0.02)
     log = pl.DataFrame({"user_id": "a/stranger ü", "item_id": ids, "timestamp": range(7)})
     titles, summaries = run.read(ITEMS, ["item_id", "title"]), run.read(ITEM_SUMMARIES, ["item_id", "summary"])
-    engine, _, options = summary_tools(run, "preference", run.recipe.summaries.for_users())
+    options = run.recipe.summaries.for_users()
+    engine = build_engine(options, run.recipe.prompts, run.recipe.item_noun)
     tables = dict(titles.iter_rows()), dict(summaries.iter_rows())
     expected = summarize_users(log, *tables, engine, TextStore(tmp_path), options)
     assert shown["preferences"] == expected["preference"].to_list() and len(shown["preferences"]) == 2
@@ -167,11 +168,10 @@ def test_recommendations_are_filtered_and_explained(run: RunFolder, served: Live
     assert wrong["errors"][0] == {"field": "where.yeer", "message": "no item has a column 'yeer'"}
 
 
-def test_without_the_answer_a_history_is_ranked_as_on_the_command_line(run: RunFolder, served: Live, capsys) -> None:
-    main(["rank", str(run.path), "--history", "i0010,i0011", "--top-k", "5"])
-    printed = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
+def test_without_the_answer_a_history_is_ranked_as_on_the_command_line(run: RunFolder, served: Live) -> None:
+    rows = ranking_rows(printed("rank", str(run.path), "--history", "i0010,i0011", "--top-k", "5"))
     reply = served.ask("POST", "/v1/recommendations", json={"history": ["i0010", "i0011"], "n": 5, "rerank": 0})
-    assert [each["item_id"] for each in reply["results"]] == printed and len(printed) == 5
+    assert [each["item_id"] for each in reply["results"]] == [row[2] for row in rows] and len(rows) == 5
 
 
 def test_a_preference_in_words_is_answered_by_the_model_alone(run: RunFolder, served: Live, recommender) -> None:
@@ -298,10 +298,13 @@ def test_a_body_that_cannot_be_read_is_told_what_to_be(served: Live, body: bytes
 
 
 def test_many_equal_items_are_refused_at_once(served: Live) -> None:
-    items = [f"i{number}" for number in range(9999)]
-    start = time.monotonic()
-    reply = served.ask("POST", "/v1/score", 422, json={"preference": "a", "items": [*items, items[-1]]})
-    assert "'i9998' is there twice" in reply["message"] and time.monotonic() - start < 1
+    items, took = [f"i{number}" for number in range(9999)], []
+    for _ in range(5):  # the quickest says what it takes, however busy the machine is
+        start = time.monotonic()
+        reply = served.ask("POST", "/v1/score", 422, json={"preference": "a", "items": [*items, items[-1]]})
+        took.append(time.monotonic() - start)
+        assert "'i9998' is there twice" in reply["message"]
+    assert min(took) < 1
 
 
 def test_a_request_is_given_up_at_its_deadline_while_images_are_read_and_histories_condensed(

@@ -11,3 +11,10 @@ def printed(*arguments: str) -> str:
     with redirect_stdout(io.StringIO()) as out:
         main([*arguments])
     return out.getvalue()
+
+
+def ranking_rows(out: str) -> list[list[str]]:
+    """The words of each row of a ranking on the screen, best first: rank, score, item, and so on."""
+    lines = out.strip().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("rank "))
+    return [line.split() for line in lines[head + 1 :]]
