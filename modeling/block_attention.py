@@ -17,12 +17,16 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCK_ATTENTION = "mllm_msr_blocks"  # its name in transformers; it is sdpa for rows without a layout
 SHORT = 64  # suffixes of up to so many tokens are computed against their prefixes in place, longer ones against copies
+
+
+class PrefixesComputed(Exception):
+    """The keys and values of all layers are there, for which alone a forward was made: its last layer ends it."""
 
 
 @dataclass
@@ -59,16 +63,6 @@ class KVCache:
 
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     inside: torch.Tensor
-
-    @classmethod
-    def of(cls, cache: Cache, prefixes: Segments) -> "KVCache":
-        """From the cache that a forward pass has filled for a row of these prefixes."""
-        layers: Any = cache.layers
-        gathered = [
-            tuple(prefixes.gather(tensor[0].transpose(0, 1)).contiguous() for tensor in (layer.keys, layer.values))
-            for layer in layers
-        ]
-        return cls([(keys, values) for keys, values in gathered], prefixes.inside)
 
     def __len__(self) -> int:
         return len(self.inside)
@@ -152,6 +146,8 @@ class BlockLayout:
         suffixes: those of the row, if there are any; their mask is never None.
         groups: what the suffixes see beside themselves, the row's prefixes before those of caches.
         order: (T,) where each token of the row stands among the flattened ``prefixes`` and ``suffixes``.
+        kept: where the keys and values of what is visible of the first group are put, layer by layer, in a row without
+            suffixes; its forward then ends with :class:`PrefixesComputed`.
     """
 
     prefixes: list[Segments]
@@ -159,6 +155,7 @@ class BlockLayout:
     suffixes: Segments | None
     groups: list[PrefixGroup]
     order: torch.Tensor
+    kept: KVCache | None = None
 
     @property
     def width(self) -> int:
@@ -176,6 +173,13 @@ class BlockLayout:
         groups = [group.to(device, moved.get(id(group.prefixes), group.prefixes)) for group in self.groups]
         suffixes = self.suffixes.to(device) if self.suffixes is not None else None
         return BlockLayout(prefixes, visible, suffixes, groups, self.order.to(device, non_blocking=True))
+
+    def keep(self, key: torch.Tensor, value: torch.Tensor, layers: int) -> None:
+        """Keep a layer's keys and values (T, heads, d); the last of so many layers ends the forward."""
+        kept: Any = self.kept
+        kept.layers.append(tuple(self.visible[0].gather(tensor).contiguous() for tensor in (key, value)))
+        if len(kept.layers) == layers:
+            raise PrefixesComputed  # by a method of the layout, as this file may be loaded twice
 
 
 def block_attention(
@@ -195,6 +199,9 @@ def block_attention(
     if kwargs.get("softcap") is not None:
         raise ValueError("block attention does not know capped logits")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, d)
+    if block_layout.kept is not None:
+        config: Any = module.config
+        block_layout.keep(k, v, config.num_hidden_layers)
     dropout = dropout if module.training else 0.0
     outputs: list[torch.Tensor] = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of each group of prefixes

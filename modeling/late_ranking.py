@@ -21,7 +21,7 @@ from .inputs import User
 from .interfaces import RecommendationModel, RecommendationProcessor
 from .item_cache import ItemKeys
 from .item_store import ItemStore
-from .packing import pack_late_answers, pack_late_prefixes
+from .packing import compute_late_prefixes, pack_late_answers
 
 PART = 128  # users kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward
@@ -173,9 +173,7 @@ class LatePlan:
 
     def _encode(self, batch: BatchFeature, side: Literal["user", "item"], features: list[torch.Tensor]) -> KVCache:
         self.longest[side] = max(self.longest[side], batch["input_ids"].shape[1])
-        packed = pack_late_prefixes(self.model, batch, side)
-        output = self.model(**packed, image_features=features)
-        return KVCache.of(output.past_key_values, packed["block_layout"].visible[0])
+        return compute_late_prefixes(self.model, batch, side, features)
 
     def _pair_scores(self, users: KVCache, items: KVCache, pairs: Pairs) -> Iterator[Scores]:
         """The logits of some users and some candidates."""

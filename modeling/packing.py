@@ -4,7 +4,8 @@ Batches are best given as the processor makes them, on the CPU: all tables are m
 moved to its device at the end, so that nothing waits for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .block_attention import BLOCK_ATTENTION, BlockLayout, KVCache, PrefixGroup, Segments
+from .block_attention import BLOCK_ATTENTION, BlockLayout, KVCache, PrefixesComputed, PrefixGroup, Segments
 from .families import FAMILIES
 from .interfaces import RecommendationModel
 
@@ -95,11 +96,24 @@ def pack_late(
     return _packed(model, _images(items), prefixes, _late_answers(model, answer_ids, pairs), [*pairs], [])
 
 
-def pack_late_prefixes(model: RecommendationModel, batch: Batch, side: Literal["user", "item"]) -> dict[str, Any]:
-    """Arguments of the model's forward for users alone or candidates alone; `past_key_values` of its output has their
-    keys and values, of which `KVCache.of` takes those of `block_layout.visible[0]`."""
+def compute_late_prefixes(
+    model: RecommendationModel,
+    batch: Batch,
+    side: Literal["user", "item"],
+    image_features: Sequence[torch.Tensor] = (),
+) -> KVCache:
+    """The keys and values of users alone or candidates alone, which is all that their answers need of them: the forward
+    ends where those of the last layer are there.
+
+    Args:
+        batch, image_features: as in the model's forward; users have no images.
+    """
     packed = _packed(model, _images(batch), [_late_tokens(model, batch, side)], None, [], [])
-    return {**packed, "past_key_values": DynamicCache(), "use_cache": True}
+    layout = packed["block_layout"]
+    layout.kept = kept = KVCache([], layout.visible[0].inside)
+    with suppress(PrefixesComputed):
+        model(**packed, image_features=image_features)
+    return kept
 
 
 def pack_late_answers(

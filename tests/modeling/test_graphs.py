@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
-from mllm_msr.modeling.block_attention import KVCache
-from mllm_msr.modeling.packing import pack_joint, pack_late, pack_late_answers, pack_late_prefixes
+from mllm_msr.modeling.packing import compute_late_prefixes, pack_joint, pack_late, pack_late_answers
 
 USERS = [User("quiet red films with ships"), User("long summers " * 4)]
 ITEMS = [Candidate("a", "The Sea", image=tiny_models.draw_image(1)), Candidate("b", "The Sea of No Return")]
@@ -85,12 +84,10 @@ def test_the_decoder_computes_a_packed_row_as_one_graph(backbone, name, interact
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_scoring_kept_users_and_items_waits_for_nothing_before_the_scores(backbone, family) -> None:
     model, processor = recommender(backbone(family), "late")
-    kept = []
     with torch.no_grad():
-        for batch, side in ((processor.late_users(USERS, 64), "user"), (processor.late_items(ITEMS, 96), "item")):
-            packed = pack_late_prefixes(model, batch, side)
-            kept.append(KVCache.of(model(**packed).past_key_values, packed["block_layout"].visible[0]))
-    packed = pack_late_answers(model, *kept, processor.late_answer_ids, PAIRS)
+        users = compute_late_prefixes(model, processor.late_users(USERS, 64), "user")
+        items = compute_late_prefixes(model, processor.late_items(ITEMS, 96), "item")
+    packed = pack_late_answers(model, users, items, processor.late_answer_ids, PAIRS)
     with Waits() as waits:
         scores = model.score(**packed).logits
     assert waits.names == []
