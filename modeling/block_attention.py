@@ -207,16 +207,7 @@ def block_attention(
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of each group of prefixes
     for segments, visible in zip(block_layout.prefixes, block_layout.visible, strict=True):
         queries, keys, values = (segments.gather(tensor) for tensor in (q, k, v))
-        output = scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=segments.mask,
-            dropout_p=dropout,
-            is_causal=segments.mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        output = _sdpa(queries, keys, values, segments.mask, scaling, dropout)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         seen.append((keys, values) if visible is segments else (visible.gather(k), visible.gather(v)))
     suffixes, groups = block_layout.suffixes, block_layout.groups
@@ -249,9 +240,31 @@ def _attend_to_copies(
         torch.cat([*(pair[side][group.prefix_of] for group, pair in zip(groups, seen, strict=True)), tensor], 2)
         for side, tensor in enumerate(own[1:])
     )
-    grouped = query.shape[1] != keys.shape[1]
+    return _sdpa(query, keys, values, mask, scale, dropout)
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attention to what precedes, or as a mask says. On a CPU grouped heads are best left to torch whatever the shape;
+    the fast kernels of GPUs know them only where there is no mask."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and mask is not None and query.device.type == "cuda":
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     return scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
@@ -266,26 +279,47 @@ def _attend_in_place(
     """(P, heads, L, d): all suffixes of a prefix in one product with its keys and values, which are not copied."""
     query, key, value = own
     count, heads, width, size = query.shape
-    query = query.reshape(count, key.shape[1], -1, width, size) * scale  # (P, key heads, heads for each, L, d)
-    scores = [_hide(query @ key[:, :, None].transpose(-1, -2), own_mask[:, :, None])]
+    query = query.reshape(count, key.shape[1], -1, width, size)  # (P, key heads, heads for each, L, d)
+    scores = [_hide(_products(query, key[:, :, None]), own_mask[:, :, None])]
     for group, (keys, _) in zip(groups, seen, strict=True):
         queries = query[group.suffixes].movedim(2, 1)  # (N, key heads, M, heads for each, L, d)
-        by_prefix = _hide(queries.flatten(2, 4) @ keys.transpose(-1, -2), group.prefixes.inside[:, None, None])
+        by_prefix = _hide(_products(queries.flatten(2, 4), keys), group.prefixes.inside[:, None, None])
         scores.append(by_prefix.unflatten(2, queries.shape[2:5]).movedim(1, 2).flatten(0, 1)[group.slots])
-    weights = torch.cat(scores, -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.cat(scores, -1).mul_(scale).softmax(-1).to(value.dtype)
     weights = drop(weights, dropout) if dropout else weights
     own_weights, *parts = weights.split([part.shape[-1] for part in scores], -1)
-    output = own_weights @ value[:, :, None]
+    output = (own_weights @ value[:, :, None]).float()
     for group, (_, values), part in zip(groups, seen, parts, strict=True):
         by_prefix = part[group.suffixes].movedim(2, 1)
         product = (by_prefix.flatten(2, 4) @ values).unflatten(2, by_prefix.shape[2:5])
         output = output + product.movedim(1, 2).flatten(0, 1)[group.slots]
-    return output.reshape(count, heads, width, size)
+    return output.to(value.dtype).reshape(count, heads, width, size)
+
+
+def _products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(..., M, d) and (..., L, d) to (..., M, L) scores in float32: rounded to half precision they would lose more than
+    all the rest of attention does, which kernels spare themselves, too.
+
+    A GPU's product in half precision adds up in float32 anyway; but torch can hand that out only where nothing is
+    trained, so while training its scores are rounded.
+    """
+    kind = queries.device.type
+    if kind == "cuda" and torch.is_autocast_enabled(kind):
+        queries, keys = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (queries, keys))
+    keys = keys.transpose(-1, -2)
+    with torch.autocast(kind, enabled=False):
+        if kind != "cuda" or keys.dtype == torch.float32:
+            return queries.float() @ keys.float()
+        if torch.is_grad_enabled():
+            return (queries.to(keys.dtype) @ keys).float()
+        shape = torch.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
+        flat = (tensor.expand(*shape, -1, -1).flatten(0, -3) for tensor in (queries.to(keys.dtype), keys))
+        return torch.bmm(*flat, out_dtype=torch.float32).unflatten(0, shape)
 
 
 def _hide(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Scores with the least number of their own type, which autocast may have changed, where nothing is seen."""
-    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    """Scores without those of what is not seen."""
+    return scores.masked_fill(~seen, -torch.inf)
 
 
 AttentionInterface.register(BLOCK_ATTENTION, block_attention)

@@ -160,19 +160,19 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         decoder.set_attn_implementation(BLOCK_ATTENTION)
 
     @torch.no_grad()
-    def set_item_memory(self, count: int) -> None:
+    def set_item_memory(self, count: int, like: torch.Tensor) -> None:
         """Give a `late` model so many new memory tokens; 0 takes those that it has away.
 
-        Their embeddings are drawn with the mean and the deviation of those of the vocabulary, always the same ones.
+        Args:
+            like: ids of the tokens with which they begin, over and over, the last one last. Those that ask for the
+                answer (`processor.late_answer_ids`) are used to reading what a candidate is; random ones do not learn.
         """
         self.config.item_memory, self.item_memory = count, None
         if count:
             vocabulary: Any = self.get_input_embeddings()
-            ids = torch.linspace(0, vocabulary.num_embeddings - 1, 1024, device=vocabulary.weight.device).long()
-            sample = vocabulary(ids)
-            noise = torch.randn(count, sample.shape[1], generator=torch.Generator().manual_seed(0))
-            drawn = sample.float().mean(0) + sample.float().std(0) * noise.to(sample.device)
-            self.item_memory = nn.Embedding(*drawn.shape, _weight=drawn.to(sample.dtype))
+            ids = like.repeat(-(-count // len(like)))[-count:]
+            begin = vocabulary(ids.to(vocabulary.weight.device))
+            self.item_memory = nn.Embedding(*begin.shape, _weight=begin.clone())
 
     def forward(
         self,
@@ -275,7 +275,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _load_item_memory(self, count: int, file: Any) -> None:
         """Memory tokens from the file that lies beside an adapter."""
-        self.set_item_memory(count)
+        self.set_item_memory(count, torch.zeros(1, dtype=torch.long))
         with safe_open(file, framework="pt") as weights:
             self.item_memory.weight.copy_(weights.get_tensor("weight"))
 

@@ -33,7 +33,7 @@ def recommender_of(path, interaction="joint", memory=0):
     processor = MllmMsrProcessor.from_backbone(path)
     model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
     model.config.interaction, (model.config.user_limit, model.config.item_limit) = interaction, LIMITS
-    model.set_item_memory(memory)
+    model.set_item_memory(memory, processor.late_answer_ids)
     text = model.get_decoder().config
     if getattr(text, "sliding_window", None):
         text.sliding_window = 4096  # beyond these prompts
@@ -162,6 +162,31 @@ def test_autocast_over_float32_weights_changes_no_more_than_rounding(
             )  # as with bf16 weights
     exact = Recommender(model, processor, **cache).score(USERS, candidates, CATALOGUE)
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(exact, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_no_more_in_place_than_in_a_kernel(dtype):
+    """Sharp attention of 20 suffixes to 2 users and 5 candidates; rounded scores lose six times as much."""
+
+    def draw(count, heads, tokens):
+        return torch.randn(count, heads, tokens, 64).to(dtype)
+
+    sides = [[draw(2, 4, 150), draw(2, 4, 150)], [draw(5, 4, 300), draw(5, 4, 300)]]
+    own = [draw(20, 8, 6) * 3, draw(20, 4, 6), draw(20, 4, 6)]
+    prefix_of = [torch.arange(20) % 2, torch.arange(20) % 5]
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+
+    def attend(how, precision):
+        seen = [tuple(tensor.to(precision) for tensor in pair) for pair in sides]
+        caches = [blocks.KVCache([pair], torch.ones(pair[0].shape[::2], dtype=torch.bool)) for pair in seen]
+        groups = [blocks.PrefixGroup.of(*pair) for pair in zip(caches, prefix_of, strict=True)]
+        return how(causal, groups, [tensor.to(precision) for tensor in own], seen, 64**-0.5, 0.0)
+
+    exact = attend(blocks._attend_to_copies, torch.float64)
+    in_place, kernel = (
+        (attend(how, dtype) - exact).abs().mean() for how in (blocks._attend_in_place, blocks._attend_to_copies)
+    )
+    assert in_place < 2 * kernel
 
 
 def test_a_packed_row_is_trained_under_autocast(backbone):

@@ -20,7 +20,7 @@ def recommender(path: Any, interaction: str, memory: int = 0) -> tuple[MllmMsrFo
     processor = MllmMsrProcessor.from_backbone(path)
     model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
     model.config.interaction, model.config.user_limit, model.config.item_limit = interaction, 64, 96
-    model.set_item_memory(memory)
+    model.set_item_memory(memory, processor.late_answer_ids)
     text = model.get_decoder().config
     if getattr(text, "sliding_window", None):
         text.sliding_window = 4096  # beyond these prompts
