@@ -85,7 +85,7 @@ def write_report(run: RunFolder) -> Path:
         contents=[title for title, part in contents.items() if part],
         people=people,
         users=users,
-        ranked_by=variant_of(ranked_by(scores)).label if users else None,
+        ranked_by=variant_of(ranked_by(scores)).label if users and scores is not None else None,
         charts=charts,
         first_sections=first_sections,
         evidence_title=EVIDENCE,

@@ -187,7 +187,8 @@ class Demo:
 
 def build_app(demo: Demo, name: str) -> gr.Blocks:
     """The page, and the two functions that it has for programs."""
-    view, noun, private = View(demo), demo.noun, {"api_visibility": "private"}
+    view, noun = View(demo), demo.noun
+    private: dict[str, Any] = {"api_visibility": "private"}
 
     def find(words: str) -> list[dict[str, str]]:
         """Find items of the catalogue, whose ids are what a history consists of.
@@ -254,7 +255,8 @@ def build_app(demo: Demo, name: str) -> gr.Blocks:
         toggles, everything = [image, text, heads], [user, history, steps, shown, who, past, ranking]
 
         def page(user: str | None, history: list[str], steps: list[str], shown: int, *ways: bool) -> tuple:
-            ranked = view.ranking(user, history, steps, *ways, shown)
+            image, text, heads = ways
+            ranked = view.ranking(user, history, steps, image, text, heads, shown)
             return user, history, steps, shown, user, view.story(history, steps), ranked
 
         def choose(user: str | None, *ways: bool) -> tuple:

@@ -49,7 +49,8 @@ class Segments:
 
     def to(self, device: torch.device) -> "Segments":
         mask = self.mask.to(device, non_blocking=True) if self.mask is not None else None
-        return Segments(*(each.to(device, non_blocking=True) for each in (self.places, self.inside)), mask)
+        places, inside = self.places.to(device, non_blocking=True), self.inside.to(device, non_blocking=True)
+        return Segments(places, inside, mask)
 
 
 @dataclass
@@ -313,8 +314,8 @@ def _products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return (queries.to(keys.dtype) @ keys).float()
         shape = torch.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
-        flat = (tensor.expand(*shape, -1, -1).flatten(0, -3) for tensor in (queries.to(keys.dtype), keys))
-        return torch.bmm(*flat, out_dtype=torch.float32).unflatten(0, shape)
+        left, right = (tensor.expand(*shape, -1, -1).flatten(0, -3) for tensor in (queries.to(keys.dtype), keys))
+        return torch.bmm(left, right, out_dtype=torch.float32).unflatten(0, shape)
 
 
 def _hide(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,7 @@ class ShardWriter:
             rows = np.flatnonzero(kinds == kind)
             part = {name: take(tensor, rows.tolist(), int(lengths[rows].max())) for name, tensor in tensors.items()}
             filling = self.filling.setdefault(int(kind), [])
-            filling.append(([keys[row] for row in rows], part))
+            filling.append(([keys[row] for row in rows.tolist()], part))
             items = sum(len(keys) for keys, _ in filling)
             if items >= SHARD_ITEMS or sum(map(nbytes, (part for _, part in filling))) >= SHARD_BYTES:
                 self._write(self.filling.pop(int(kind)))

@@ -6,7 +6,7 @@ the next chunk only where they do not all fit.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,7 +27,7 @@ PART = 128  # users kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward
 
 Thing = TypeVar("Thing")
-exhaust = partial(deque, maxlen=0)  # an iterator that is run for what it does
+exhaust: Callable[[Iterable[Any]], Any] = partial(deque, maxlen=0)  # an iterator that is run for what it does
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             vocabulary: Any = self.get_input_embeddings()
             ids = like.repeat(-(-count // len(like)))[-count:]
             begin = vocabulary(ids.to(vocabulary.weight.device))
-            self.item_memory = nn.Embedding(*begin.shape, _weight=begin.clone())
+            self.item_memory = nn.Embedding(count, begin.shape[1], _weight=begin.clone())
 
     def forward(
         self,

@@ -70,7 +70,7 @@ def pack_joint(model: RecommendationModel, batch: Batch, group_ids: torch.Tensor
     where = positions(model, batch)
     begin = mask.shape[1] - mask.sum(1) + lengths  # (B,) the column at which a row's own part begins
     own = torch.arange(mask.shape[1], device=mask.device) >= begin[:, None]
-    first_rows = {name: batch[name][firsts] for name in ("input_ids", "token_type_ids") if name in batch}
+    first_rows: Batch = {name: batch[name][firsts] for name in ("input_ids", "token_type_ids") if name in batch}
     prefixes = _Tokens.of(first_rows, where[..., firsts, :], (mask & ~own)[firsts])
     suffixes = _Tokens.of(batch, where, own)
     return _packed(model, images, [prefixes], suffixes, [group], [])

@@ -164,7 +164,8 @@ def _read(model: Any, input_ids: torch.Tensor, inputs: dict[str, Any]) -> Any:
 
     Prompts are read together with others that are about as long, so that little of it is padding.
     """
-    cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+    cache: Any = inputs["past_key_values"]
+    mask: Any = inputs.get("attention_mask")
     groups = [torch.arange(len(input_ids), device=input_ids.device)]
     without_images = all(name in (*BY_ROW, *OF_ALL) or not value for name, value in inputs.items())
     if without_images and mask is not None and all(type(layer) is RoomyLayer for layer in cache.layers):

@@ -177,7 +177,8 @@ def pair_trainer(
         if script_args.item_memory not in (None, model.config.item_memory):
             model.set_item_memory(script_args.item_memory or 0, like=processor.late_answer_ids)
         if peft_config is not None and model.config.item_memory:  # trained whole beside the adapter
-            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), "item_memory"]
+            adapters: Any = peft_config
+            adapters.modules_to_save = [*(adapters.modules_to_save or []), "item_memory"]
         tasks = load_table(script_args.dataset_name or "", "tasks", script_args.dataset_train_split)
         collator = LateCollator(
             processor,
