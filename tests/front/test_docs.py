@@ -44,7 +44,7 @@ ELSEWHERE = {  # what tests of other rooms run: by a line of the block
     "from mllm_msr.modeling.lora import language_model_lora_targets": "tests/modeling/test_page.py",
     "ranker = model.item_ranker": "tests/modeling/test_page.py",
     "ServedRecommender(processor": "tests/processing/test_served_scoring.py",
-    "client = cohere.ClientV2": "tests/serving/test_cohere.py",
+    "client = cohere.ClientV2": "tests/serving/test_clients.py",
     "SFTTrainer(": "tests/hub_cards/test_chat_table.py",
     "metric = evaluate.load(": "tests/hub_cards/test_metric_space.py",
 }
@@ -81,7 +81,7 @@ def ours(words: list[str]) -> None:
     options = build_parser().parse_args(words)
     assert cli.wrong_usage(options) is None
     recipe = getattr(options, "recipe", None)
-    if recipe and (recipe.parts[0] == "recipes" or not recipe.suffix) and recipe != Path("RUN"):
+    if recipe and (recipe.parts[0] == "recipes" or not recipe.suffix) and str(recipe) not in ("RUN", "RECIPE"):
         settings = {key: parse_setting(key, text) for key, text in options.set}
         check_recipe(with_settings(load_content(recipe_file(recipe)), settings))
     if options.command == "study":

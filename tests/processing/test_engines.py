@@ -156,10 +156,10 @@ def test_hashes_change_with_what_a_text_depends_on_and_only_then(engine):
     [
         (
             {"engine": "magic", "model": "x"},
-            "'magic': must be one of 'transformers', 'vllm', 'openai', 'extractive', 'titles'",
+            "'magic': must be 'transformers', 'vllm', 'openai', 'extractive', 'titles' or null",
         ),
         ({"model": "x", "blocks": 3}, "unknown key 'blocks'; did you mean 'block_size'"),
-        ({}, "name the model of the transformers engine"),
+        ({"engine": "transformers"}, "name the model of the transformers engine"),
         ({"model": "x", "max_new_tokens": {"fusion": 0}}, "summaries.max_new_tokens: fusion=0 must be at least 1"),
         ({"model": "x", "batch_size": 0}, "must be at least 1"),
     ],
@@ -170,7 +170,12 @@ def test_a_wrong_option_is_named(section, message):
 
 
 def test_every_engine_that_a_recipe_may_name_can_be_built():
-    assert ENGINES.keys() == set(get_args(get_type_hints(SummaryOptions)["engine"]))
+    named, _ = get_args(get_type_hints(SummaryOptions)["engine"])
+    assert ENGINES.keys() == set(get_args(named))
+
+
+def test_the_default_engine_is_transformers_where_a_model_is_named_and_else_none_of_a_model():
+    assert SummaryOptions(model="x").engine == "transformers" and SummaryOptions().engine == "extractive"
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
