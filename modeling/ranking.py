@@ -117,7 +117,7 @@ class Recommender:
         rows, names = _numbered(users, candidates, catalogue)
         starts = np.cumsum([0, *map(len, rows)])
         logits = np.empty(starts[-1], dtype=np.float32)
-        with tqdm(total=len(logits), desc=progress, unit="pair", disable=progress is None) as bar:
+        with tqdm(total=len(logits), desc=progress, unit="pair", leave=False, disable=progress is None) as bar:
             for scores in self.plan.scores(users, rows, names, catalogue) if names else ():
                 logits[starts[scores.users] + scores.places] = scores.logits
                 bar.update(len(scores.logits))
@@ -153,7 +153,10 @@ class Recommender:
         missing = self.not_indexed(catalogue)
         assert self.cache is not None and isinstance(self.plan, LatePlan)
         keys = {self.plan.keys.of(catalogue, item) for item in catalogue}
-        with torch.inference_mode(), tqdm(total=len(missing), desc=progress, disable=progress is None) as bar:
+        with (
+            torch.inference_mode(),
+            tqdm(total=len(missing), desc=progress, leave=False, disable=progress is None) as bar,
+        ):
             for count in self.plan.encode_items(missing, catalogue):
                 bar.update(count)
         deleted = self.cache.prune(keys)

@@ -143,7 +143,7 @@ def _with_three_prompts(writer: TextWriter, items: _ItemSources) -> list[StoredT
 
 def _write(writer: TextWriter, task: Task, inputs: Inputs) -> list[StoredText]:
     """The texts of all inputs of a task, checked as a whole."""
-    with tqdm(total=len(inputs.facts), desc=task.replace("_", " "), unit="text") as progress:
+    with tqdm(total=len(inputs.facts), desc=task.replace("_", " "), unit="text", leave=False) as progress:
         keys = writer.write(task, inputs, progress)
     texts = [writer.store.rows[key] for key in keys]
     different = {key: (inputs.names[place], texts[place]) for place, key in enumerate(keys) if inputs.says(place)}
@@ -181,7 +181,7 @@ def summarize_users(
     keys: dict[tuple[int, int], str] = {}  # of texts, by user and step
     different: dict[str, str] = {}  # of different inputs the key and a user
     total = sum(whole_blocks(len(history), size) for history in histories)
-    with tqdm(total=total, desc="preferences", unit="block") as progress:
+    with tqdm(total=total, desc="preferences", unit="block", leave=False) as progress:
 
         def write(steps: list[PreferenceStep[HistoryItem]]) -> list[str]:
             blocks = [HistoryBlock(step.items, step.previous) for step in steps]

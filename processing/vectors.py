@@ -172,7 +172,7 @@ def vector_table(
             if places:
                 yield {key: EncodedItem(ids[n], titles[n], words[n], pixels[n]) for key, n in places.items()}
 
-    with tqdm(total=len(missing), desc="item vectors", unit="item", disable=not missing) as bar:
+    with tqdm(total=len(missing), desc="item vectors", unit="item", leave=False, disable=not missing) as bar:
         for vectors in workers.map(requests()):
             if wrong := [key for key, vector in vectors.items() if not np.isfinite(vector).all()]:
                 what = f"the model's vector of item {ids[place[wrong[0]]]!r} is not finite"

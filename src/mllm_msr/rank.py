@@ -258,7 +258,7 @@ def spread(run: RunFolder, by: By, how: Ranking, shards: Sequence[Shard]) -> Ite
     """The rankings of shards of users, as workers finish them."""
     work = partial(ranking_worker, run, by, how, has_words(run, by, how))
     with open_workers(run.cluster, work, run_folders(run)) as workers:
-        yield from tqdm(workers.map(iter(shards)), total=len(shards), desc="ranking", unit="shard")
+        yield from tqdm(workers.map(iter(shards)), total=len(shards), desc="ranking", unit="shard", leave=False)
 
 
 def ranking_worker(

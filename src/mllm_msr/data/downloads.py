@@ -61,7 +61,7 @@ class Downloads:
         with (
             manifest.open("a", encoding="utf-8") as log,
             ThreadPoolExecutor(self.workers) as pool,
-            tqdm(total=len(missing), desc="downloads", unit="file") as bar,
+            tqdm(total=len(missing), desc="downloads", unit="file", leave=False) as bar,
         ):
             for part in (missing[:GIVE_UP_AFTER], missing[GIVE_UP_AFTER:]):
                 for (url, path), (error, lasting) in zip(part, pool.map(self._fetch, part), strict=True):

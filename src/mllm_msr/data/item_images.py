@@ -89,7 +89,7 @@ def decoded_items(items: pl.DataFrame, options: PrepareOptions, broken: ByReason
         except BrokenImage as error:
             return error
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(items), desc="images", unit="item") as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(items), desc="images", unit="item", leave=False) as bar:
         for batch in items.iter_slices(IMAGE_ROWS):
             images: list[dict[str, bytes | None] | None] = []
             thumbnails: list[bytes | None] = []

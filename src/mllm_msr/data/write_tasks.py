@@ -31,7 +31,9 @@ def write_tasks(output: Path, log: CodedLog, options: PrepareOptions) -> dict[st
     allowed = np.zeros(len(log.items), dtype=np.int64)
     with (
         TaskWriter(output / Path(TASKS.file).name, log.items) as writer,
-        tqdm(total=sum(plan.report[f"{split}_tasks"] for split in SPLITS), desc="tasks", unit="task") as bar,
+        tqdm(
+            total=sum(plan.report[f"{split}_tasks"] for split in SPLITS), desc="tasks", unit="task", leave=False
+        ) as bar,
     ):
         for tasks, rows, seen in plan.coded_chunks():
             _prove(plan, tasks, rows, seen, counts)
