@@ -35,7 +35,8 @@ class Wanted:
     Args:
         n: how many.
         by: what orders them; None: fused where there are heads and a history, else the answer.
-        rerank: of how many of the heads' best the answer is asked; 0 leaves it out.
+        rerank: of how many of the heads' best the answer is asked; 0 leaves it out. Of ``n`` at least where the answer
+            orders them.
         exclude, only: item ids.
         allowed: whether an item may be recommended; None: each may.
         explain: how many of the best say why they stand where they stand.

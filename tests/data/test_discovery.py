@@ -120,3 +120,47 @@ def test_what_is_known_already_is_taken(tmp_path):
         discover(tmp_path, columns={"user_id": "x", "item_id": "b"})
     with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         discover(tmp_path / "nowhere")
+
+
+def folder_with(folder: Path, **tables: str) -> Path:
+    for name, text in tables.items():
+        (folder / name.replace("_", ".")).write_text(text, encoding="utf-8")
+    return folder
+
+
+LINES = "user,item,time\n" + "".join(f"u{n % 7},0000{n % 5},2024-01-{n + 1:02d}\n" for n in range(20))
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (
+            {"log_csv": LINES, "items_csv": "item,title\n" + "".join(f"x{n},Mug\n" for n in range(5))},
+            r"no table holds the items of log.csv. items.csv has ids such as .*x0.* the log .*00000.*--interactions",
+        ),
+        ({"log_csv": LINES, "items_csv": ""}, "no table holds the items of log.csv. items.csv: .*empty"),
+        ({"log_csv": LINES, "items_csv": "item,title,title\n00001,a,b\n"}, "two columns are called 'title'"),
+        ({"log_csv": "user,item,time\n"}, "log.csv: it has no rows"),
+        ({"log_csv": "user,item,time\na,b,31.12.2024\n"}, "'time' of log.csv holds no times.*31.12.2024.*2024-12-31"),
+        ({"log_csv": "a,1,1709832921\nb,2,1709832922\na,2,1709832925\n"}, "first row looks like values, not names"),
+        ({"events_json": '[{"user": 1, "item": 2, "time": 3}]'}, "one object a line"),
+    ],
+)
+def test_what_would_be_guessed_wrongly_is_an_error_with_its_remedy(
+    tmp_path: Path, tables: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        discover(folder_with(tmp_path, **tables))
+
+
+def test_a_time_that_is_named_but_cannot_be_read_is_shown(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, log_csv="user,item,am\na,b,31.12.2024\n")
+    with pytest.raises(ValueError, match=r"'am' holds no times, such as .*31\.12\.2024"):
+        discover(folder, columns={"timestamp": "am"})
+
+
+def test_a_log_named_alone_has_items_without_words_and_says_so(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, log_csv=LINES, items_csv="item,title\nx1,Mug\n", views_csv=LINES)
+    found = discover(folder, interactions="log.csv")
+    assert found.options.items is None and any("neither words nor images" in reason for reason in found.reasons)
+    assert any("views.csv: could be the log, too" in line for line in found.unused)

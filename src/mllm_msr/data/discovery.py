@@ -18,26 +18,11 @@ from mllm_msr.data.parts import is_parts, table_format
 from mllm_msr.data.raw import ROW, BadRows, short
 from mllm_msr.data.sources.tables import TablesSource
 from mllm_msr.data.table_files import TableFile
-from mllm_msr.data.times import with_times
+from mllm_msr.data.table_samples import LONGEST_ID, Sample, likeness
 
 SAMPLE = 2_000  # rows of a table that are looked at
 MOST_FILES = 50
-LONGEST_ID = 64  # characters
-EPOCH = 1e8  # from here on a number may be a time whatever its column is called: 1973 in seconds
-WORDS = {  # by which a column is recognised, in the order of preference
-    "user_id": "user customer client member reviewer buyer shopper visitor account person reader listener viewer "
-    "player subscriber kunde who uid",
-    "item_id": "item product article sku asin isbn ean movie film book song track video good goods listing game "
-    "recipe artikel produkt",
-    "timestamp": "timestamp time datetime date when ts day bought ordered purchased viewed watched read created "
-    "datum zeit",
-    "rating": "rating ratings stars score vote grade",
-    "title": "title name headline label caption",
-    "text": "description overview text summary body details about plot abstract content",
-    "image": "image images picture photo img poster cover thumbnail bild foto",
-}
-ROLES = {role: words.split() for role, words in WORDS.items()}
-NO_MEANING = {"id", "ids", "no", "number", "nr", "code", "key", "at", "on", "of", "the", "url", "path", "file"}
+DATE = re.compile(r"\d{1,2}[./]\d{1,2}[./]\d{2}")  # of which nobody knows whether the day or the month comes first
 
 
 @dataclass(frozen=True)
@@ -75,47 +60,6 @@ class Join(NamedTuple):
         return self.share + likes_item - likes_user + named / 2
 
 
-@dataclass
-class Sample:
-    """The first rows of a table, all columns."""
-
-    place: str
-    folder: Path
-    rows: pl.DataFrame
-
-    @property
-    def columns(self) -> list[str]:
-        return [name for name in self.rows.columns if name != ROW]
-
-    @property
-    def path(self) -> Path:
-        return self.folder / self.place
-
-    def ids(self, column: str) -> pl.Series | None:
-        """A column as ids are compared; None if it cannot hold any."""
-        if self.rows.schema[column].is_nested() or self.rows.schema[column] in (pl.Binary, pl.Boolean, pl.Object):
-            return None
-        table = self.rows.lazy().select(ROW, column)
-        try:
-            ids = as_ids(table, [column], self.place, BadRows("skip")).collect()[column].drop_nulls()
-        except (ValueError, pl.exceptions.PolarsError):
-            return None
-        return ids if len(ids) and max(ids.str.len_chars().to_list(), default=0) <= LONGEST_ID else None
-
-    def is_time(self, column: str) -> bool:
-        """Whether nearly all values can be read as times of one kind."""
-        log = self.rows.lazy().select(ROW, pl.col(column).alias("timestamp"))
-        try:
-            log, _, problems = with_times(log, self.place, BadRows("skip"))
-            facts = log.select(
-                bad=pl.any_horizontal(problems.values()).fill_null(True).mean(), low=pl.col("(time)").min()
-            )
-            bad, low = facts.collect().row(0)
-        except (ValueError, pl.exceptions.PolarsError):
-            return False
-        return bad < 0.05 and low is not None and (low >= EPOCH or likeness(column, "timestamp") > 0)
-
-
 def discover(
     folder: Path,
     interactions: str | None = None,
@@ -137,7 +81,7 @@ def discover(
         raise FileNotFoundError(f"{folder} is no folder: name the one that holds your tables")
     known, reasons = dict(columns or {}), list[str]()
     samples, unused = _samples(folder, [place for place in (interactions, items) if place])
-    log = _log(folder, samples, interactions, known, reasons)
+    log = _log(folder, samples, unused, interactions, known, reasons)
     others = [sample for sample in samples if sample.place != log.place and items in (None, sample.place)]
     join = _join(log, others, known)
     if join:
@@ -153,27 +97,28 @@ def discover(
             f"{folder / items}: no column of it has the ids of a column of {log.place} (there are {log.columns}); name "
             "both by --column item_id=NAME and --column items.item_id=NAME"
         )
+    elif interactions is None and (aside := [*unused, *_strangers(log, others)]):
+        raise ValueError(
+            f"{folder}: no table holds the items of {log.place}. {'; '.join(aside)}. Mend it, or name the columns by "
+            "--column item_id=NAME and --column items.item_id=NAME; for items without words and images, name the log "
+            f"alone: --interactions {log.place}"
+        )
+    else:
+        reasons.append("items: no catalogue, so they have neither words nor images")
     rating = _log_columns(folder, log, known, reasons)
     catalogue = join.catalogue if join else None
     if catalogue:
         _item_columns(catalogue, known, reasons)
     images = images or _images(folder, catalogue, known, reasons)
-    unused += [f"{sample.place}: neither log nor catalogue" for sample in others if sample is not catalogue]
+    for sample in others:
+        if any(sample.is_time(name) for name in sample.columns) and sample is not catalogue:
+            unused.append(f"{sample.place}: could be the log, too; if it is, --interactions {sample.place}")
+        elif sample is not catalogue:
+            unused.append(f"{sample.place}: neither log nor catalogue")
     named = {ours: theirs for ours, theirs in known.items() if ours != theirs}
     place = catalogue.place if catalogue else None
     options = TablesSource(interactions=log.place, items=place, images=images, columns=named, folder=str(folder))
     return FoundTables(options, rating, reasons, unused)
-
-
-def likeness(column: str, role: str) -> float:
-    """How much a column's name says that it is ``role``: 1 if it says nothing else, 0 if nothing of it.
-
-    >>> likeness("customer_id", "user_id"), likeness("productName", "title"), likeness("colour", "title")
-    (1.0, 0.5, 0.0)
-    """
-    words = [word.lower() for word in re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![a-z])", column)]
-    telling = [word for word in words if word not in NO_MEANING] or words
-    return sum(word in ROLES[role] for word in telling) / len(telling) if telling else 0.0
 
 
 def _samples(folder: Path, named: Sequence[str]) -> tuple[list[Sample], list[str]]:
@@ -189,7 +134,11 @@ def _samples(folder: Path, named: Sequence[str]) -> tuple[list[Sample], list[str
     samples, unused = [], []
     for place in places:
         try:
-            samples.append(Sample(place, folder, TableFile.find(place, folder).head(SAMPLE)))
+            sample = Sample(place, folder, TableFile.find(place, folder).head(SAMPLE))
+            if sample.rows.is_empty() or not sample.columns:
+                hint = " (of JSON, one object a line is read, as .jsonl)" if ".json" in place.lower() else ""
+                raise ValueError(f"{folder / place}: it has no rows{hint}")
+            samples.append(sample)
         except (ValueError, OSError) as error:
             if place in named:
                 raise
@@ -213,7 +162,12 @@ def _tables(folder: Path) -> list[str]:
 
 
 def _log(
-    folder: Path, samples: Sequence[Sample], named: str | None, known: dict[str, str], reasons: list[str]
+    folder: Path,
+    samples: Sequence[Sample],
+    unread: Sequence[str],
+    named: str | None,
+    known: dict[str, str],
+    reasons: list[str],
 ) -> Sample:
     """The table with a time in which users and items come again and again; its time becomes known."""
     found: list[tuple[float, Sample, str]] = []
@@ -224,6 +178,11 @@ def _log(
         times = [given] if given in sample.columns else [name for name in sample.columns if sample.is_time(name)]
         if given and given not in sample.columns:
             continue
+        if given and not sample.is_time(given, named=True):
+            raise ValueError(
+                f"{sample.path}: column {given!r} holds no times, such as {short(sample.first(given))}: write them as "
+                "2024-12-31, as 2024-12-31T23:59:59, or in seconds since 1970"
+            )
         if times:
             time = max(times, key=lambda name: likeness(name, "timestamp"))
             rest = [name for name in sample.columns if name != time]
@@ -233,17 +192,38 @@ def _log(
             repeats = sum(_comes_again(sample, name) for name in rest)
             found.append((users + items - titles + min(repeats, 2) + likeness(time, "timestamp"), sample, time))
     if not found:
-        tables = "; ".join(f"{sample.place} has {sample.columns}" for sample in samples)
+        tables = "; ".join([*(f"{sample.place} has {sample.columns}" for sample in samples), *unread])
+        tables += "".join(
+            f". {name!r} of {sample.place} holds no times, such as {short(sample.first(name))}: write 2024-12-31"
+            for sample in samples
+            for name in sample.columns
+            if (likeness(name, "timestamp") or DATE.match(str(*sample.first(name)))) and not sample.is_time(name)
+        )
         where = folder / named if named else folder
         raise ValueError(
             f"{where}: no column of times, by which a log is known. {tables}. If one of these is the log, name its "
             "column by --column timestamp=NAME (numbers, dates or ISO texts)"
         )
     _, log, time = max(found, key=lambda each: each[0])
-    values = short(log.rows[time].drop_nulls().head(1).to_list())
+    if not re.search(r"[^\W\d_]", time):
+        raise ValueError(
+            f"{log.path}: its first row looks like values, not names, such as {time!r}: put the columns' names there"
+        )
+    values = short(log.first(time))
     known.setdefault("timestamp", time)
     reasons.append(f"interactions: {log.place}, as its column {time!r} holds times, such as {values}")
     return log
+
+
+def _strangers(log: Sample, others: Sequence[Sample]) -> list[str]:
+    """Tables that look like a catalogue but have none of the log's items, with ids of both."""
+    said = []
+    for other in others:
+        named = [max(each.columns, key=lambda name: likeness(name, "item_id")) for each in (log, other)]
+        if any(likeness(name, role) for name in other.columns for role in ("title", "image", "text")):
+            ids = [short(each.first(name)) for each, name in zip((log, other), named, strict=True)]
+            said.append(f"{other.place} has ids such as {ids[1]} in {named[1]!r}, the log {ids[0]} in {named[0]!r}")
+    return said
 
 
 def _comes_again(sample: Sample, column: str) -> bool:
@@ -385,5 +365,6 @@ def _images(folder: Path, catalogue: Sample | None, known: Mapping[str, str], re
                 f"images: {count} of the first {len(known_ids)} items have a file in {root} that is called by the id"
             )
             return root.relative_to(folder).as_posix()
-    reasons.append("images: none found, so words alone are used")
+    if catalogue:
+        reasons.append("images: none found, so words alone are used")
     return None

@@ -69,6 +69,9 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that the caller knows
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

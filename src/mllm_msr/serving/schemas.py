@@ -184,7 +184,10 @@ class Filters(Strict):
         default=None, description="what orders the result; by default fused, and the answer where there are no heads"
     )
     rerank: int = Field(
-        default=100, ge=0, le=MOST_DOCUMENTS, description="how many of the head's best the answer scores"
+        default=100,
+        ge=0,
+        le=MOST_DOCUMENTS,
+        description="how many of the heads' best the answer scores; n of them at least where `by` is answer",
     )
     exclude: list[Id] = Field(default=[], max_length=100_000, description="items that are not to be recommended")
     only: list[Id] | None = Field(
@@ -222,7 +225,9 @@ class Recommended(BaseModel):
     title: str
     rank: int
     score: float = Field(description="what the list is ordered by")
-    fused: float | None = None
+    fused: float | None = Field(
+        default=None, description="of an item that the answer has not scored, that of the heads, on a scale of its own"
+    )
     head: float | None = None
     logit: float | None = Field(default=None, description="of the answer, for the best that were reranked")
     probability: float | None = None
