@@ -95,10 +95,7 @@ class ItemStore:
         scattered: list[tuple[list[int], Tensors]] = []
         assert self.shards is not None
         for name, (places, rows) in _by_part(keys, self.shards.places).items():
-            shard = self.shards.shard(name)
-            if 2 * len(rows) > len(next(iter(shard.tensors.values()))):
-                shard.populate()
-            part = {kind: take(tensor, rows) for kind, tensor in shard.tensors.items()}
+            part = self._read(self.shards, name, rows)
             if len(rows) >= VIEW:
                 yield np.array(places), cache_of(part)
             else:
@@ -107,20 +104,21 @@ class ItemStore:
             places = [place for some, _ in scattered for place in some]
             yield np.array(places), cache_of(join([part for _, part in scattered]))
 
+    @staticmethod
+    def _read(shards: ShardFolder, name: str, rows: Sequence[int]) -> Tensors:
+        """Some rows of a shard, which is read in one go where most of it is wanted."""
+        shard = shards.shard(name)
+        if 2 * len(rows) > len(next(iter(shard.tensors.values()))):
+            shard.populate()
+        return {kind: take(tensor, rows) for kind, tensor in shard.tensors.items()}
+
     def _load(self, keys: Sequence[str]) -> None:
         """From the disk to the device, all at once."""
         if not keys:
             return
         assert self.shards is not None
         wanted = _by_part(keys, self.shards.places)
-        for name, (_, rows) in wanted.items():
-            shard = self.shards.shard(name)
-            if 2 * len(rows) > len(next(iter(shard.tensors.values()))):
-                shard.populate()
-        parts = [
-            {kind: take(tensor, rows) for kind, tensor in self.shards.shard(name).tensors.items()}
-            for name, (_, rows) in wanted.items()
-        ]
+        parts = [self._read(self.shards, name, rows) for name, (_, rows) in wanted.items()]
         on_host = join(parts, pinned=self.device.type == "cuda")
         on_device = {kind: tensor.to(self.device, non_blocking=True) for kind, tensor in on_host.items()}
         self._keep([keys[place] for places, _ in wanted.values() for place in places], on_device)

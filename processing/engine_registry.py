@@ -90,7 +90,7 @@ def _transformers(options: SummaryOptions, prompts: Mapping[str, str], noun: str
     return TransformersEngine(
         name,
         processor,
-        label=Path(name).name if Path(options.model).is_dir() else options.model,  # no path of this machine
+        label=_label(options),
         revision=options.revision,
         max_new_tokens=MAX_NEW_TOKENS | options.max_new_tokens,
         temperature=options.temperature,
@@ -113,7 +113,7 @@ def _vllm(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Eng
         backbone_path(options.model),
         prompts,
         noun,
-        label=Path(options.model).name if Path(options.model).is_dir() else options.model,
+        label=_label(options),
         revision=options.revision,
         max_new_tokens=MAX_NEW_TOKENS | options.max_new_tokens,
         temperature=options.temperature,
@@ -123,6 +123,11 @@ def _vllm(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Eng
         gpus=_visible_gpus() if options.device_map == "auto" else 1,
         batch_size=max(options.batch_size, 256),
     )
+
+
+def _label(options: SummaryOptions) -> str:
+    """What the texts name as their writer: the model, without a path of this machine."""
+    return Path(options.model).name if Path(options.model).is_dir() else options.model
 
 
 def _visible_gpus() -> int:

@@ -143,6 +143,7 @@ class Rehearsal:
         items, users = whole.items / self.sample.items, whole.users / self.sample.users
         blocks = whole.blocks / self.sample.blocks if self.sample.blocks else users
         spent = self.seconds[stage]
+        writes = recipe.summaries.engine in ("transformers", "vllm")  # here, and not at a server
         tokens: float | None = None
         if stage == "prepare":
             what = f"{whole.interactions:,.0f} interactions, {whole.items:,.0f} items"
@@ -152,16 +153,12 @@ class Rehearsal:
             what, grows = f"{whole.items:,.0f} items", items
             load, reads = (self.engine, "items") if stage == "summarize items" else (self.encoder, "vectors")
             seconds = _grown(spent, load, items)
-            is_read = (
-                recipe.summaries.engine in ("transformers", "vllm") if reads == "items" else not recipe.vectors.own
-            )
+            is_read = writes if reads == "items" else not recipe.vectors.own
             tokens = whole.items * self.tokens["item"] if is_read else None
         elif stage == "summarize users":
             what, grows = f"{whole.blocks:,.0f} history blocks", blocks
             seconds = _grown(spent, self.engine, blocks)
-            tokens = (
-                whole.blocks * self.tokens["block"] if recipe.summaries.engine in ("transformers", "vllm") else None
-            )
+            tokens = whole.blocks * self.tokens["block"] if writes else None
         elif stage == "train":
             epochs = float(recipe.training["num_train_epochs"])
             what, grows = f"{whole.examples:,.0f} examples, {epochs:g} times", 1.0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from packed_rows import packed_recommender
 
 from mllm_msr.modeling import block_attention as blocks
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
@@ -30,15 +31,7 @@ PAIRS = [(0, 0), (0, 1), (1, 2), (1, 3), (0, 2), (2, 4)]
 
 
 def recommender_of(path, interaction="joint", memory=0):
-    processor = MllmMsrProcessor.from_backbone(path)
-    model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
-    model.config.interaction, (model.config.user_limit, model.config.item_limit) = interaction, LIMITS
-    model.set_item_memory(memory, processor.late_answer_ids)
-    text = model.get_decoder().config
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = 4096  # beyond these prompts
-    model.use_block_attention()
-    return model, processor
+    return packed_recommender(path, interaction, LIMITS, memory)
 
 
 def prompts(processor):

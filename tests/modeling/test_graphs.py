@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from packed_rows import packed_recommender
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
@@ -13,19 +14,8 @@ from mllm_msr.modeling.packing import compute_late_prefixes, pack_joint, pack_la
 USERS = [User("quiet red films with ships"), User("long summers " * 4)]
 ITEMS = [Candidate("a", "The Sea", image=tiny_models.draw_image(1)), Candidate("b", "The Sea of No Return")]
 PAIRS = torch.tensor([[0, 0, 1], [0, 1, 1]])
+LIMITS = (64, 96)
 WAITING = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::bincount", "aten::_unique2"}
-
-
-def recommender(path: Any, interaction: str, memory: int = 0) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]:
-    processor = MllmMsrProcessor.from_backbone(path)
-    model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
-    model.config.interaction, model.config.user_limit, model.config.item_limit = interaction, 64, 96
-    model.set_item_memory(memory, processor.late_answer_ids)
-    text = model.get_decoder().config
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = 4096  # beyond these prompts
-    model.use_block_attention()
-    return model, processor
 
 
 def rows(model: MllmMsrForRecommendation, processor: MllmMsrProcessor) -> dict[str, Any]:
@@ -61,7 +51,7 @@ def embedded(model: MllmMsrForRecommendation, processor: MllmMsrProcessor) -> di
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_no_layer_waits_for_a_packed_row(backbone, family) -> None:
     for interaction, memory in (("joint", 0), ("late", 0), ("late", 2)):
-        model, processor = recommender(backbone(family), interaction, memory)
+        model, processor = packed_recommender(backbone(family), interaction, LIMITS, memory)
         shown = embedded(model, processor)
         with torch.no_grad(), Waits() as waits:
             model.get_decoder()(**shown)
@@ -72,7 +62,7 @@ def test_no_layer_waits_for_a_packed_row(backbone, family) -> None:
     ("name", "interaction", "memory"), [("llava", "joint", 0), ("qwen2_5_vl", "late", 2), ("gemma3", "late", 0)]
 )
 def test_the_decoder_computes_a_packed_row_as_one_graph(backbone, name, interaction, memory) -> None:
-    model, processor = recommender(backbone(name), interaction, memory)
+    model, processor = packed_recommender(backbone(name), interaction, LIMITS, memory)
     shown, decoder = embedded(model, processor), model.get_decoder()
     torch.compiler.reset()
     with torch.no_grad():
@@ -83,7 +73,7 @@ def test_the_decoder_computes_a_packed_row_as_one_graph(backbone, name, interact
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_scoring_kept_users_and_items_waits_for_nothing_before_the_scores(backbone, family) -> None:
-    model, processor = recommender(backbone(family), "late")
+    model, processor = packed_recommender(backbone(family), "late", LIMITS)
     with torch.no_grad():
         users = compute_late_prefixes(model, processor.late_users(USERS, 64), "user")
         items = compute_late_prefixes(model, processor.late_items(ITEMS, 96), "item")

@@ -20,7 +20,10 @@ def spread_index(run: RunFolder, memory_gb: float | None, missing: Sequence[str]
     """Put shards of some items into the run's item cache."""
     pieces = [missing[first : first + ITEMS] for first in range(0, len(missing), ITEMS)]
     folders, work = run_folders(run, ("config.yaml", "data", "model")), partial(_indexing_worker, run, memory_gb)
-    with open_workers(run.cluster, work, folders) as workers, tqdm(total=len(missing), desc="items") as bar:
+    with (
+        open_workers(run.cluster, work, folders) as workers,
+        tqdm(total=len(missing), desc="items", leave=False) as bar,
+    ):
         for count, shards in workers.map(pieces):
             for name, content in shards.items():
                 (run.item_cache / name).parent.mkdir(parents=True, exist_ok=True)
