@@ -21,6 +21,8 @@ MEMBERS = {
     "content_only": "content alone",
     "likeness": "likeness of content",
     "gru4rec": "GRU4Rec",
+    "sasrecf": "SASRecF",
+    "gru4recf": "GRU4RecF",
     "bias": "how often it was chosen",
 }
 CSS = """

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from tiny_runs import TINY, tiny_recipe
 
 from mllm_msr import stages
 from mllm_msr.evaluation.coded_tasks import CodedTasks
 from mllm_msr.evaluation.evaluate import evaluate
-from mllm_msr.evaluation.heads import load_heads, train_heads
+from mllm_msr.evaluation.heads import head_ranker, load_heads, train_heads
 from mllm_msr.evaluation.rankers import training_interactions, training_log
-from mllm_msr.records.recipe import Recipe, parse_recipe, with_settings
+from mllm_msr.evaluation.variants import VARIANTS
+from mllm_msr.rank import Ranking, rank_user
+from mllm_msr.records.recipe import parse_recipe, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_VECTORS, ITEMS, POPULARITY
 from mllm_msr.records.sections import HEAD_VARIANTS, HeadOptions
@@ -73,19 +76,51 @@ def test_every_head_is_a_variant_of_the_table(headed: RunFolder) -> None:
     assert config["sequence_head"]["fusion"]["members"] == MEMBERS
 
 
-def test_the_fused_score_has_the_members_that_are_wanted(headed: RunFolder, tmp_path: Path) -> None:
-    def recipe(members: list[str]) -> Recipe:
-        return parse_recipe(with_settings(headed.recipe.to_dict(), {"head.members": members}))
+def with_members(run: RunFolder, path: Path, members: list[str]) -> RunFolder:
+    """A copy of a run whose heads are to be fused anew, with these members."""
+    recipe = parse_recipe(with_settings(run.recipe.to_dict(), {"head.members": members}))
+    return RunFolder.create(shutil.copytree(run.path, path), recipe)
 
-    run = RunFolder.create(shutil.copytree(headed.path, tmp_path / "run"), recipe(["identity_only", "gru4rec"]))
-    heads = train_heads(run, tmp_path / "head")
+
+def test_the_fused_score_has_the_members_that_are_wanted(headed: RunFolder, tmp_path: Path) -> None:
+    run = with_members(headed, tmp_path / "run", ["identity_only", "gru4rec"])
+    stages.head(run)
+    heads = load_heads(run)
     assert heads.item_ranker.fusion.members == ("identity_only", "gru4rec")
-    tasks = CodedTasks(headed.tasks("test"), heads.items)
+    assert set(heads.item_ranker.members) == {"sequence_head", "identity_only", "gru4rec", "likeness"}
+    tasks = CodedTasks(run.tasks("test"), heads.items)
     assert np.isfinite(heads.ranker("fused").score_catalogue(tasks.histories)).all()
-    assert set(heads.item_ranker.members) == set(MEMBERS)
+    # a variant that is no member is what it was
+    left_out = [head_ranker(each, "content_only").score(tasks.histories, tasks.candidates) for each in (run, headed)]
+    np.testing.assert_allclose(*left_out, rtol=1e-5)
     for wrong in ([], ["gru4rec", "gru4rec"], ["knn"]):
         with pytest.raises(ValueError, match="members"):
-            recipe(wrong)
+            with_members(headed, tmp_path / "wrong", wrong)
+
+
+def test_networks_with_features_are_members_and_are_trained_once(headed: RunFolder, tmp_path: Path) -> None:
+    run = with_members(headed, tmp_path / "run", ["sequence_head", "sasrecf", "gru4recf"])
+    stages.head(run)
+    trained = {path.name for path in run.trained_baselines.glob("*.pt")}
+    assert {name.split("-")[0] for name in trained} == {"sasrec", "gru4rec", "sasrecf", "gru4recf"}
+    tasks = run.tasks("test")
+    for name in ("sasrecf", "gru4recf"):
+        theirs = VARIANTS[name].scorer(run).score(tasks)["logit"].to_numpy()
+        np.testing.assert_allclose(head_ranker(run, name)(tasks), theirs, rtol=1e-4, atol=1e-5)
+    assert {path.name for path in run.trained_baselines.glob("*.pt")} == trained
+
+    ranker, history = load_heads(run).item_ranker, tasks["history"][0].to_list()
+    known = ranker.score([history], history)
+    ranker.put_items(["new"], ranker.content[:1].float() + 0.5)  # of which nothing is known but its vector
+    shares = ranker.shares([history], [*history, "new"])
+    assert set(shares) == {"sequence_head", "sasrecf", "gru4recf", "bias"}
+    fused = ranker.score([history], [*history, "new"])
+    torch.testing.assert_close(sum(shares.values()), fused)
+    torch.testing.assert_close(fused[:, :-1], known)
+    assert fused.isfinite().all()
+    ranked = rank_user(run, tasks["user_id"][0], Ranking(top_k=3))
+    assert ranked.select("sequence_head", "sasrecf", "gru4recf").null_count().row(0) == (0, 0, 0)
+    assert ranked["gru4rec"].null_count() == len(ranked)
 
 
 def test_other_vectors_make_the_heads_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

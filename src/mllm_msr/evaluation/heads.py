@@ -1,8 +1,8 @@
 """The heads of a run: what ranks by item vectors, trained and fused, saved beside the model and read again to rank.
 
-Members of the fused score are the sequence head (content and identity), the same network with identity alone and with
-content alone, a recurrent one with identity alone, and the likeness of content as it is. ``RUN/head`` holds all of them
-as an ``ItemRanker``.
+Members of the fused score can be the sequence head (content and identity), the same network with identity alone and
+with content alone, a recurrent one with identity alone, both with item features (SASRecF, GRU4RecF), and the likeness
+of content as it is. ``RUN/head`` holds the members, the sequence head and the likeness as an ``ItemRanker``.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ import torch
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.fusion import catalogue_lists, fit_fusion, settle_bias
 from mllm_msr.evaluation.likeness import LikenessRanker, likeness
-from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_log
-from mllm_msr.evaluation.sequential_baselines import SequenceRanker, train_ranker
+from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_counts, training_log
+from mllm_msr.evaluation.sequential_baselines import FEATURED, SequenceRanker, train_ranker
 from mllm_msr.modeling.item_ranking import LIKENESS, ItemRanker
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion
 from mllm_msr.records.run import RunFolder
@@ -30,8 +30,12 @@ TRAINED: dict[str, dict[str, Any]] = {  # options of their own
     "identity_only": {},
     "content_only": {"identity": False},
     "gru4rec": {"encoder": "gru"},
+    "sasrecf": FEATURED,
+    "gru4recf": {**FEATURED, "encoder": "gru"},
 }
-BASELINES = {"identity_only": "sasrec", "gru4rec": "gru4rec"}  # members that are these, and are trained once for both
+# members that are these baselines, and are trained once for both
+BASELINES = {"identity_only": "sasrec", "gru4rec": "gru4rec", "sasrecf": "sasrecf", "gru4recf": "gru4recf"}
+WITHOUT_CONTENT = ("identity_only", "gru4rec")
 BLOCK = 128  # users whose histories are padded together
 
 
@@ -79,23 +83,37 @@ class FusedRanker(Ranker):
 def train_heads(run: RunFolder, folder: Path) -> Heads:
     """Train the heads of a prepared run with item vectors, fit their fusion on validation tasks, and save all of it."""
     options, items = run.recipe.head, run.read(ITEMS, ["item_id"])
-    content = torch.from_numpy(item_vectors(run))
-    training, tasks, members = training_log(run), run.tasks("validation"), dict[str, Any]()
-    for name, own in TRAINED.items():
-        read, folder_of = (None, run.trained_baselines) if name in BASELINES else (content, run.trained_heads)
-        settings: dict[str, Any] = {"head": options, "seed": options.seed, "folder": folder_of}
-        members[name] = train_ranker(BASELINES.get(name, name), own, tasks, items, training, read, **settings)
-    members[LIKENESS] = likeness(tasks, items, content)
-    fusion = fitted(members, CodedTasks(tasks, items), members["sequence_head"].head.counts, options)
-    parts = {name: members[name].head for name in TRAINED}
-    ranker = ItemRanker.of(items["item_id"].sort().to_list(), {**parts, LIKENESS: members[LIKENESS].likeness}, fusion)
+    names = [name for name in (*TRAINED, LIKENESS) if name in ("sequence_head", LIKENESS, *options.members)]
+    rankers = {name: train_member(run, name) for name in names}
+    counts = torch.from_numpy(training_counts(run).sort("item_id")["count"].to_numpy(writable=True))
+    fusion = fitted(rankers, CodedTasks(run.tasks("validation"), items), counts, options)
+    parts = {name: each.likeness if isinstance(each, LikenessRanker) else each.head for name, each in rankers.items()}
+    ranker = ItemRanker.of(items["item_id"].sort().to_list(), parts, fusion)
     ranker.save_pretrained(folder)
     return Heads(items, ranker)
+
+
+def train_member(run: RunFolder, name: str) -> SequenceRanker | LikenessRanker:
+    """What can be a member of the fused score; of what the run has trained already the epochs are only read."""
+    tasks, items, options = run.tasks("validation"), run.read(ITEMS, ["item_id"]), run.recipe.head
+    content = torch.from_numpy(item_vectors(run))
+    if name == LIKENESS:
+        return likeness(tasks, items, content)
+    read = None if name in WITHOUT_CONTENT else content
+    folder = run.trained_baselines if name in BASELINES else run.trained_heads
+    settings: dict[str, Any] = {"head": options, "seed": options.seed, "folder": folder}
+    return train_ranker(BASELINES.get(name, name), TRAINED[name], tasks, items, training_log(run), read, **settings)
 
 
 def load_heads(run: RunFolder) -> Heads:
     """What :func:`train_heads` has saved in a run."""
     return Heads(run.read(ITEMS, ["item_id"]), ItemRanker.from_pretrained(run.head))
+
+
+def head_ranker(run: RunFolder, name: str) -> Ranker:
+    """A head of a run, or "fused"; one that is no member of the fused score is trained for itself."""
+    heads = load_heads(run)
+    return heads.ranker(name) if name in ("fused", *heads.item_ranker.members) else train_member(run, name)
 
 
 def fitted(members: Mapping[str, Any], tasks: CodedTasks, counts: torch.Tensor, options: HeadOptions) -> ScoreFusion:

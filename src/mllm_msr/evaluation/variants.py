@@ -137,9 +137,9 @@ def headed(name: str) -> Callable[[RunFolder], Scorer]:
     """What scores by one of the run's heads, or by all of them fused, without the answer."""
 
     def make(run: RunFolder) -> Ranker:
-        from mllm_msr.evaluation.heads import load_heads
+        from mllm_msr.evaluation.heads import head_ranker
 
-        return load_heads(run).ranker(name)
+        return head_ranker(run, name)
 
     return ranked_by(make)
 
@@ -181,7 +181,7 @@ VARIANTS = {
         Variant(
             "fused",
             "fused",
-            "the answer, the heads with and without content, GRU4Rec, likeness of content, weighted by validation",
+            "the answer, networks over histories with and without content, likeness of content, weighted by validation",
             "head",
             fused,
             "blue",

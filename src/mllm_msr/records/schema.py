@@ -289,7 +289,10 @@ WAYS_OF_COMPUTING = Table(
     "",  # among the scores of our model
     "the logits of one model computed in several ways",
 )
-RANKING_MEMBERS = ("answer", "sequence_head", "identity_only", "content_only", "gru4rec", "likeness")
+RANKING_MEMBERS = (
+    "answer",
+    *("sequence_head", "identity_only", "content_only", "gru4rec", "sasrecf", "gru4recf", "likeness"),
+)
 RANKINGS = Table(
     "rankings",
     {

@@ -5,14 +5,15 @@ The section ``training`` alone is not one of them: its fields are the flags of `
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mllm_msr.records.typed import check_types
 
 OnBadRows = Literal["error", "skip"]
 DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "ndcg@10", "map")
 OURS = "mllm_msr"  # the variant that is our model, trained
-FusionMember = Literal["sequence_head", "identity_only", "content_only", "gru4rec", "likeness"]
+FusionMember = Literal["sequence_head", "identity_only", "content_only", "gru4rec", "sasrecf", "gru4recf", "likeness"]
+FUSED: list[FusionMember] = ["sequence_head", "identity_only", "content_only", "gru4rec", "likeness"]
 HEAD_VARIANTS = ("sequence_head", "fused", "content_only", "identity_only", "likeness")  # which rank by item vectors
 DEFAULT_VARIANTS = (
     *(OURS, "sequence_head", "fused", "sasrec"),
@@ -199,7 +200,7 @@ class HeadOptions:
     stop_by: Literal["candidates", "catalogue"] = "candidates"
     seed: int = 0
     # fusion
-    members: list[FusionMember] = field(default_factory=lambda: list(get_args(FusionMember)))  # of the fused score
+    members: list[FusionMember] = field(default_factory=lambda: list(FUSED))  # of the fused score
     fusion_tasks: int = 4000  # validation tasks on which weights are fitted, at most
     hidden_share: float = 0.1  # of trained items, taken as never chosen while weights are fitted
     answer: bool = True  # the trained model's answer is a member of the fused score, if the recipe trains one
