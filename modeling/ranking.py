@@ -9,7 +9,7 @@ are not plain, prompts are scored whole.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,11 +163,11 @@ class Recommender:
         kept = len(catalogue) - len(missing)
         return IndexReport(len(missing), kept, deleted, self.cache.folder, self.cache.nbytes)
 
-    def not_indexed(self, catalogue: Mapping[str, Candidate]) -> list[str]:
-        """The items that the ``cache`` has not, of equal ones the last."""
+    def not_indexed(self, catalogue: Mapping[str, Candidate], items: Iterable[str] | None = None) -> list[str]:
+        """Those of ``items``, or of the whole catalogue, that the ``cache`` has not; of equal ones the last."""
         if self.cache is None or not isinstance(self.plan, LatePlan):
             raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
-        keys = {self.plan.keys.of(catalogue, item): item for item in catalogue}
+        keys = {self.plan.keys.of(catalogue, item): item for item in (catalogue if items is None else items)}
         self.cache.refresh()
         return [item for key, item in keys.items() if key not in self.cache.places]
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from mllm_msr.data.new_items import NewItems
@@ -17,15 +18,19 @@ def put_new_items(ranker: ItemRanker, recipe: Recipe, new: NewItems) -> None:
         ValueError: there is no model that makes their vectors, or their vectors are not as those of the catalogue; the
             message names the file and the remedy.
     """
-    vectors = _computed(recipe, new) if new.vectors is None else torch.from_numpy(new.vectors)
+    vectors = with_vectors(recipe, new).vectors
+    assert vectors is not None
     try:
-        ranker.put_items(list(new.candidates), vectors)
+        ranker.put_items(list(new.candidates), torch.from_numpy(vectors))
     except ValueError as error:
         raise ValueError(f"{new.path}: {error}; vectors must be made as those of the run's items were") from error
 
 
-def _computed(recipe: Recipe, new: NewItems) -> torch.Tensor:
+def with_vectors(recipe: Recipe, new: NewItems) -> NewItems:
+    """New items with vectors, computed if their file has none; ValueError if there is no model that makes them."""
     options = recipe.vectors
+    if new.vectors is not None:
+        return new
     if options.own:
         raise ValueError(
             f"{new.path}: this run's item vectors are its owner's ({options.file or options.column}), so no model can "
@@ -37,4 +42,5 @@ def _computed(recipe: Recipe, new: NewItems) -> torch.Tensor:
     if not options.images:
         items = [replace(item, image=None) for item in items]
     steps = range(0, len(items), options.batch_size)
-    return torch.cat([torch.from_numpy(encode(items[begin : begin + options.batch_size])) for begin in steps])
+    vectors = np.concatenate([encode(items[begin : begin + options.batch_size]) for begin in steps])
+    return replace(new, vectors=vectors.astype(np.float32))

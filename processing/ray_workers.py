@@ -31,6 +31,9 @@ AHEAD = 2  # pieces of a worker: one in work, one on its way
 LOOK = 5.0  # seconds after which the size of the cluster is looked at again
 PATIENCE = 120.0  # seconds until it is said that there is still no worker
 LIVES = 4  # workers that may be lost over one piece
+ANSWER = 5.0  # seconds in which the head of a cluster answers
+SETTINGS = b"\x04"  # kind of the frame with which both sides of HTTP/2 begin, and the client with a preface (RFC 9113)
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
 STORE = 500_000_000  # bytes for pieces and results on a cluster of this machine alone; more of them go to its disk
 
 
@@ -96,7 +99,7 @@ class RayWorkers(Generic[Piece, Result]):
     ) -> None:
         self.cluster, self.make, self.folders = cluster, make, folders
         self.hands: list[_Hand] = []
-        self.connected = self.is_ours = False
+        self.connected = False
         self.source: Any = None  # once connected
         self.looked = -LOOK  # at the size of the cluster, by the clock
         self.failed_starts = 0  # in a row
@@ -110,8 +113,6 @@ class RayWorkers(Generic[Piece, Result]):
             ray.kill(hand.actor)
         if self.connected:
             ray.kill(self.source)
-        if self.is_ours:
-            ray.shutdown()
         self.hands, self.connected = [], False
 
     def map(self, pieces: Iterable[Piece]) -> Iterator[Result]:
@@ -214,9 +215,7 @@ class RayWorkers(Generic[Piece, Result]):
     def _connect(self) -> None:
         if self.connected:
             return
-        if not ray.is_initialized():
-            connect(self.cluster.address)
-            self.is_ours = True
+        connect(self.cluster.address)
         self.machine = ray.get_runtime_context().get_node_id()
         place = NodeAffinitySchedulingStrategy(self.machine, soft=False)
         self.source = ray.remote(Source).options(num_cpus=0, scheduling_strategy=place).remote(self.folders)
@@ -234,17 +233,28 @@ def share_of(sizes: Sequence[int], count: int) -> int:
 
 
 def connect(address: str) -> None:
-    """Join a cluster, or for ``local`` make one; ValueError if none answers."""
+    """Join a cluster, or for ``local`` make one, if this process is in none; ValueError if none answers."""
+    if ray.is_initialized():
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     how: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE} if address == "local" else {}
-    host, _, port = address.rpartition(":")
     try:
-        if host and "/" not in host:
-            socket.create_connection((host, int(port)), timeout=5).close()  # Ray itself would wait for a minute
+        if ":" in address:
+            _knock(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
     except (OSError, GetTimeoutError, ValueError, RuntimeError) as error:
         remedy = "start one by `ray start --head`, give its HOST:PORT, or use --ray local"
         raise ValueError(f"--ray {address}: no cluster answers there ({type(error).__name__}): {remedy}") from error
+
+
+def _knock(address: str) -> None:
+    """OSError if no server of gRPC answers; Ray itself would wait for minutes, or for ever for one that is silent."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER) as server:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("1", "true", "True"):
+            server.sendall(HTTP2)
+            if server.recv(9, socket.MSG_WAITALL)[3:4] != SETTINGS:
+                raise ConnectionError("something else answers")
 
 
 def _reason(error: Exception) -> str:

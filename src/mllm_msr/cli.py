@@ -14,6 +14,7 @@ from mllm_msr.parser import build_parser
 
 if TYPE_CHECKING:
     from mllm_msr.opening import Overrides
+    from mllm_msr.records.cluster import Cluster
     from mllm_msr.records.run import RunFolder
 
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # titles may have what the terminal has not
     try:
-        COMMANDS[options.command](options)
+        do(options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,6 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"mllm-msr: {in_words(error)}")
 
 
+def do(options: argparse.Namespace) -> None:
+    """The command; one that shares its work belongs to a cluster meanwhile."""
+    if cluster := cluster_of(options):
+        from mllm_msr.processing.open_workers import joined
+
+        with joined(cluster):
+            COMMANDS[options.command](options)
+    else:
+        COMMANDS[options.command](options)
+
+
 def wrong_usage(options: argparse.Namespace) -> str | None:
     """What no single argument shows: options that need each other."""
     if options.command in ("run", "prepare", "check") and not (options.recipe or options.interactions):
@@ -52,6 +64,8 @@ def wrong_usage(options: argparse.Namespace) -> str | None:
         return "--workers are those of a cluster: say which one by --ray"
     if options.command == "rank" and options.ray and not options.users:
         return "--ray shares the ranking of many users: name them by --users"
+    if options.command == "index" and options.ray and options.export:
+        return "--export is written by this process alone: leave --ray out"
     if options.command == "rank" and options.users and not (options.output or options.format):
         return "name a folder or a file for the rankings of --users: --output DIR, or FILE.csv"
     return None
@@ -67,12 +81,17 @@ def in_words(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {text}; run again with --debug to see where it comes from"
 
 
-def on_cluster(run: "RunFolder", options: argparse.Namespace) -> "RunFolder":
-    """The run, its map-like work shared as the options say."""
+def cluster_of(options: argparse.Namespace) -> "Cluster | None":
+    """Whose workers share the work; None: this process alone."""
     from mllm_msr.records.cluster import Cluster
 
     address = getattr(options, "ray", None)
-    return replace(run, cluster=Cluster(address, options.workers)) if address else run
+    return Cluster(address, options.workers) if address else None
+
+
+def on_cluster(run: "RunFolder", options: argparse.Namespace) -> "RunFolder":
+    """The run, its map-like work shared as the options say."""
+    return replace(run, cluster=cluster_of(options))
 
 
 def existing_run(options: argparse.Namespace, stage: str | None = None) -> "RunFolder":

@@ -237,7 +237,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
     ray = "share the work on Ray ([ray]): local (all of this machine), auto (the cluster it is in) or HOST:PORT"
-    parser.add_argument("--ray", metavar="ADDRESS", type=text_of, help=ray)
+    parser.add_argument("--ray", metavar="ADDRESS", type=cluster_address, help=ray)
     share = "how many share the cluster's GPUs or, without any, its cores (default: one a GPU, or one a core)"
     parser.add_argument("--workers", metavar="N", type=positive, help=share)
 
@@ -291,6 +291,14 @@ def port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 (any that is free) to 65535")
     return int(text)
+
+
+def cluster_address(text: str) -> str:
+    host, _, number = text.rpartition(":")
+    is_place = host and "/" not in host and number.isdecimal() and 0 < int(number) < 65536
+    if text not in ("local", "auto") and not is_place:
+        raise argparse.ArgumentTypeError(f"{text!r} is not local, auto or HOST:PORT")
+    return text
 
 
 def amount(text: str) -> float:

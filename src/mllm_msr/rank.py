@@ -41,6 +41,7 @@ class Ranking:
         memory_gb: what may be kept of users and items; None is half of what is free.
         rerank: of how many of a user's best candidates "fused" asks the answer; 0 leaves the answer out.
         new: items that the run has never seen, candidates among those of its catalogue.
+        index: folder of what a late model keeps of items; None: the run's own, where it has one.
     """
 
     items: Sequence[str] | None = None
@@ -49,6 +50,7 @@ class Ranking:
     memory_gb: float | None = None
     rerank: int = 100
     new: NewItems | None = None
+    index: Path | None = None
 
     def catalogue(self, run: RunFolder) -> Catalogue:
         """The run's items and the new ones."""
@@ -93,8 +95,7 @@ class AnswerRanker:
     """Ranks by the trained model's answer, with the index where there is one."""
 
     def __init__(self, run: RunFolder, how: Ranking) -> None:
-        cache = run.item_cache if run.item_cache.is_dir() and is_late(run) else None
-        self.recommender = load_recommender(run, Computing(cache=cache, memory_gb=how.memory_gb))
+        self.recommender = load_recommender(run, Computing(cache=how.index or index_of(run), memory_gb=how.memory_gb))
 
     def score(self, users: Sequence[RunUser], names: Sequence[str], catalogue: Catalogue) -> Scores:
         words = [user.words for user in users]
@@ -255,17 +256,26 @@ class Shard:
 
 
 def spread(run: RunFolder, by: By, how: Ranking, shards: Sequence[Shard]) -> Iterator[tuple[Shard, pl.DataFrame]]:
-    """The rankings of shards of users, as workers finish them."""
-    work = partial(ranking_worker, run, by, how, has_words(run, by, how))
-    with open_workers(run.cluster, work, run_folders(run)) as workers:
+    """The rankings of shards of users, as workers finish them.
+
+    Vectors of new items are computed here, once for all workers, which need not have the model that makes them.
+    """
+    if how.new and by != "answer" and run.cluster and shards:
+        from mllm_msr.processing.new_vectors import with_vectors
+
+        how = replace(how, new=with_vectors(run.recipe, how.new))
+    index = index_of(run) if run.cluster and reads_words(run, by, how) else None
+    work = partial(ranking_worker, run, by, how, has_words(run, by, how), index is not None)
+    with open_workers(run.cluster, work, run_folders(run, index=index)) as workers:
         yield from tqdm(workers.map(iter(shards)), total=len(shards), desc="ranking", unit="shard", leave=False)
 
 
 def ranking_worker(
-    run: RunFolder, by: By, how: Ranking, in_words: bool, *paths: Path
+    run: RunFolder, by: By, how: Ranking, in_words: bool, indexed: bool, *paths: Path
 ) -> Callable[[Shard], tuple[Shard, pl.DataFrame]]:
     """What ranks the users of a file; ``paths``: see :func:`~mllm_msr.evaluation.spread_scoring.run_at`."""
-    run = run_at(run, *paths)
+    run, index = run_at(run, indexed, *paths)
+    how = replace(how, index=index)
     catalogue, ranker = how.catalogue(run), load_ranker(run, by, how)
     names = how.candidates(catalogue)
 
@@ -324,6 +334,11 @@ def best_of(
     return RANKINGS.frame(rows)
 
 
+def index_of(run: RunFolder) -> Path | None:
+    """The folder of what the run's late model keeps of items, if there is one."""
+    return run.item_cache if run.item_cache.is_dir() and is_late(run) else None
+
+
 def index(run: RunFolder, memory_gb: float | None) -> None:
     """Compute ahead what a ``late`` model keeps of every item, and drop what is no more."""
     run.require("train")
@@ -336,7 +351,7 @@ def index(run: RunFolder, memory_gb: float | None) -> None:
     catalogue = load_catalogue(run)
     missing = ranker.not_indexed(catalogue) if run.cluster else []
     if missing:
-        spread_index(run, memory_gb, missing)
+        spread_index(run, missing, run.item_cache, memory_gb=memory_gb)
     done = ranker.index(catalogue, progress="items" if run.cluster is None else None)
     done = replace(done, computed=done.computed + len(missing), kept=done.kept - len(missing))
     size = done.nbytes / max(1, done.computed + done.kept)

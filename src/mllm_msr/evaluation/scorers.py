@@ -1,26 +1,23 @@
 """What scores a variant of the results table: our model under a view, a ranker of histories, or the truth."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import polars as pl
 
-from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.sources.demo import DemoSource, true_utilities
 from mllm_msr.data.sources.registry import source_options
 from mllm_msr.evaluation.coded_tasks import Array
-from mllm_msr.evaluation.loading import load_catalogue, load_recommender
+from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
 from mllm_msr.evaluation.rankers import Ranker
-from mllm_msr.evaluation.scoring import as_it_is, own_context, pairs, score_with_model, score_with_values
-from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.evaluation.scoring import Show, as_it_is, own_context, pairs, score_with_model, score_with_values
 from mllm_msr.processing.examples import users_of
-from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.records.run import RunFolder
 
 if TYPE_CHECKING:
@@ -51,15 +48,15 @@ class Scorer(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.held.close()
+    def __exit__(self, *error: Any) -> None:
+        self.held.__exit__(*error)
 
 
 @dataclass(frozen=True)
 class ModelView:
     """What a model is shown of the items and of the users, and which model it is."""
 
-    items: Callable[[Catalogue, int], Mapping[str, Candidate]] = as_it_is
+    items: Show = as_it_is
     users: Callable[[pl.DataFrame, int], pl.DataFrame] = own_context
     load: Callable[[RunFolder], "Recommender"] = load_recommender
 
@@ -73,11 +70,14 @@ class ModelScorer(Scorer):
         if run.cluster is None:
             self.recommender = view.load(run)
             return
-        from mllm_msr.evaluation.spread_scoring import SpreadRecommender, run_folders
+        from mllm_msr.evaluation.spread_index import ViewIndex
+        from mllm_msr.evaluation.spread_scoring import SpreadRecommender
 
-        work = partial(_scoring_worker, view, run)
-        workers = self.held.enter_context(open_workers(run.cluster, work, run_folders(run)))
-        self.recommender = SpreadRecommender(workers)
+        index = None
+        if view.load is load_recommender and is_late(run):
+            index = self.held.enter_context(ViewIndex(run, view.items, self.catalogue))
+        work = partial(_scoring_worker, view, run, index is not None)
+        self.recommender = self.held.enter_context(SpreadRecommender(run, work, index))
 
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
         return score_with_model(self.recommender, self.view.users(tasks, self.seed), self.catalogue, PROGRESS)
@@ -87,11 +87,12 @@ class ModelScorer(Scorer):
         return np.stack(self.recommender.score(users, [items] * len(users), self.catalogue, progress=PROGRESS))
 
 
-def _scoring_worker(view: ModelView, run: RunFolder, *paths: Path) -> "Callable[[Question], Logits]":
+def _scoring_worker(view: ModelView, run: RunFolder, indexed: bool, *paths: Path) -> "Callable[[Question], Logits]":
     from mllm_msr.evaluation.spread_scoring import answer, run_at
 
-    run = run_at(run, *paths)
-    return answer(view.load(run), view.items(load_catalogue(run), run.recipe.evaluation.seed))
+    run, index = run_at(run, indexed, *paths)
+    recommender = load_recommender(run, Computing(cache=index)) if index else view.load(run)
+    return answer(recommender, view.items(load_catalogue(run), run.recipe.evaluation.seed))
 
 
 class RankerScorer(Scorer):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
 
 GREY = (128, 128, 128)
+Show = Callable[[Catalogue, int], Mapping[str, Candidate]]  # a view of the catalogue, by a seed
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,11 @@ class RunFolder:
         return self.path / "cache/late_items"
 
     @property
+    def view_cache(self) -> Path:
+        """The same of items as variants show them, each in a folder, while workers score by it."""
+        return self.path / "cache/late_views"
+
+    @property
     def trained_baselines(self) -> Path:
         """The epochs of sequential baselines, so that a killed evaluation does not train them again."""
         return self.path / "cache/baselines"
