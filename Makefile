@@ -28,8 +28,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: .venv/installed ## run the whole method on the embedded data set; results in demo_output/
 	$(BIN)/mllm-msr demo --output demo_output
 
-test: .venv/developing ## run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: .venv/developing ## run the whole test suite; DEVICE=cuda: on a GPU; DEVICE=other: on none, but as if (CONTRIBUTING.md)
+	OMP_NUM_THREADS=1 MLLM_MSR_TEST_DEVICE=$(or $(DEVICE),cpu) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Type checkers do not see the package-dir mapping, so they read a copy that is laid out by it.
 check: .venv/developing ## lint, formatting and types

@@ -8,8 +8,8 @@ attention has to know. Whatever it indexes by is a table of integers that `packi
 so no layer has shapes that depend on values, for which the host would wait.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -84,23 +85,13 @@ class KVCache:
             chosen = slice(int(rows[0]), int(rows[0]) + len(rows))
         return KVCache([(keys[chosen], values[chosen]) for keys, values in self.layers], self.inside[chosen])
 
-    @classmethod
-    def join(cls, parts: Sequence["KVCache"]) -> "KVCache":
-        """The prefixes of several, padded to the longest."""
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.width for part in parts)
-
-        def padded(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-            return torch.cat(
-                [nn.functional.pad(tensor, [0, 0] * (-1 - dim) + [0, width - tensor.shape[dim]]) for tensor in tensors]
-            )
-
-        layers = [
-            (padded([keys for keys, _ in same], -2), padded([values for _, values in same], -2))
-            for same in zip(*(part.layers for part in parts), strict=True)
-        ]
-        return cls(layers, padded([part.inside for part in parts], -1))
+    def padded(self, width: int) -> "KVCache":
+        """The same with room for so many tokens."""
+        if (more := width - self.width) == 0:
+            return self
+        pad = nn.functional.pad
+        layers = [(pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))) for keys, values in self.layers]
+        return KVCache(layers, pad(self.inside, (0, more)))
 
 
 @dataclass
@@ -112,29 +103,53 @@ class PrefixGroup:
         prefix_of: (P,) the prefix that each suffix sees.
         suffixes: (N, M) the suffixes of each prefix, any suffix where it has fewer than M.
         slots: (P,) where each suffix stands in the flattened ``suffixes``.
+        rows: (N,) which of ``prefixes`` the N are; None: all, in their order.
     """
 
     prefixes: Segments | KVCache
     prefix_of: torch.Tensor
     suffixes: torch.Tensor
     slots: torch.Tensor
+    rows: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, prefixes: Segments | KVCache, prefix_of: torch.Tensor) -> "PrefixGroup":
+    def of(cls, prefixes: Segments | KVCache, prefix_of: torch.Tensor, part: slice = slice(None)) -> "PrefixGroup":
+        """``prefix_of``: (P,) of all suffixes, of which ``part`` are meant."""
+        rows = None
+        if len(prefix_of[part]) < len(prefix_of):
+            rows, prefix_of = prefix_of[part].unique(return_inverse=True)
         order = prefix_of.argsort(stable=True)
-        counts = prefix_of.bincount(minlength=len(prefixes.inside))
+        counts = prefix_of.bincount(minlength=len(prefixes.inside) if rows is None else len(rows))
         rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[prefix_of[order]]
         most = int(counts.max())
         suffixes = order.new_zeros(len(counts), most)
         suffixes[prefix_of[order], rank] = order
         slots = torch.empty_like(prefix_of)
         slots[order] = prefix_of[order] * most + rank
-        return cls(prefixes, prefix_of, suffixes, slots)
+        return cls(prefixes, prefix_of, suffixes, slots, rows)
 
     def to(self, device: torch.device, prefixes: Segments | KVCache) -> "PrefixGroup":
         """With ``prefixes`` that are there already."""
-        tables = (self.prefix_of, self.suffixes, self.slots)
-        return PrefixGroup(prefixes, *(table.to(device, non_blocking=True) for table in tables))
+        tables = (self.prefix_of, self.suffixes, self.slots, self.rows)
+        moved: Any = (None if table is None else table.to(device, non_blocking=True) for table in tables)
+        return PrefixGroup(prefixes, *moved)
+
+    def pick(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a tensor of all ``prefixes`` those of the N."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+
+@dataclass
+class SuffixPart:
+    """Suffixes whose attention is computed together.
+
+    Args:
+        places: which of the row's.
+        groups: what they see beside themselves, the row's prefixes before those of caches.
+    """
+
+    places: slice
+    groups: list[PrefixGroup]
 
 
 @dataclass
@@ -145,7 +160,7 @@ class BlockLayout:
         prefixes: those of the row, group by group.
         visible: of each group's prefixes what the suffixes see: the same object, or their memory tokens only.
         suffixes: those of the row, if there are any; their mask is never None.
-        groups: what the suffixes see beside themselves, the row's prefixes before those of caches.
+        parts: the suffixes, as many together as their scores may take room.
         order: (T,) where each token of the row stands among the flattened ``prefixes`` and ``suffixes``.
         kept: where the keys and values of what is visible of the first group are put, layer by layer, in a row without
             suffixes; its forward then ends with :class:`PrefixesComputed`.
@@ -154,7 +169,7 @@ class BlockLayout:
     prefixes: list[Segments]
     visible: list[Segments]
     suffixes: Segments | None
-    groups: list[PrefixGroup]
+    parts: list[SuffixPart]
     order: torch.Tensor
     kept: KVCache | None = None
 
@@ -163,17 +178,22 @@ class BlockLayout:
         """The most tokens that any token of the row sees, itself included."""
         widths = [segments.inside.shape[1] for segments in self.prefixes]
         if self.suffixes is not None:
-            parts = (self.suffixes, *(group.prefixes for group in self.groups))
-            widths.append(sum(part.inside.shape[1] for part in parts))
+            seen = (self.suffixes, *(group.prefixes for group in self.parts[0].groups))
+            widths.append(sum(each.inside.shape[1] for each in seen))
         return max(widths)
 
     def to(self, device: torch.device) -> "BlockLayout":
         """All tables on the device of the model."""
         moved = {id(each): each.to(device) for each in [*self.prefixes, *self.visible]}
         prefixes, visible = ([moved[id(each)] for each in some] for some in (self.prefixes, self.visible))
-        groups = [group.to(device, moved.get(id(group.prefixes), group.prefixes)) for group in self.groups]
+        parts = [
+            SuffixPart(
+                part.places, [group.to(device, moved.get(id(group.prefixes), group.prefixes)) for group in part.groups]
+            )
+            for part in self.parts
+        ]
         suffixes = self.suffixes.to(device) if self.suffixes is not None else None
-        return BlockLayout(prefixes, visible, suffixes, groups, self.order.to(device, non_blocking=True))
+        return BlockLayout(prefixes, visible, suffixes, parts, self.order.to(device, non_blocking=True), self.kept)
 
     def keep(self, key: torch.Tensor, value: torch.Tensor, layers: int) -> None:
         """Keep a layer's keys and values (T, heads, d); the last of so many layers ends the forward."""
@@ -211,17 +231,22 @@ def block_attention(
         output = _sdpa(queries, keys, values, segments.mask, scaling, dropout)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         seen.append((keys, values) if visible is segments else (visible.gather(k), visible.gather(v)))
-    suffixes, groups = block_layout.suffixes, block_layout.groups
+    suffixes, parts = block_layout.suffixes, block_layout.parts
     if suffixes is not None:
         layer: Any = module.layer_idx
         # not by type: this file may be loaded twice, from the package and from a repository, and the last is registered
-        cached: list[Any] = [group.prefixes for group in groups if hasattr(group.prefixes, "layers")]
+        cached: list[Any] = [group.prefixes for group in parts[0].groups if hasattr(group.prefixes, "layers")]
         seen += [prefixes.layers[layer] for prefixes in cached]
         own = [suffixes.gather(tensor) for tensor in (q, k, v)]
         scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         attend = _attend_in_place if suffixes.inside.shape[1] <= SHORT else _attend_to_copies
-        output = attend(suffixes.mask, groups, own, seen, scale, dropout)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        if len(parts) > 1 and torch.is_grad_enabled():  # the scores of one part at a time are kept for its gradients
+            attend = partial(checkpoint, attend, use_reentrant=False)
+        for part in parts:
+            some: Any = [tensor[part.places] for tensor in own]
+            mask: Any = suffixes.mask
+            output = attend(mask if len(mask) == 1 else mask[part.places], part.groups, some, seen, scale, dropout)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[block_layout.order][None], None
 
 
@@ -235,10 +260,14 @@ def _attend_to_copies(
 ) -> torch.Tensor:
     """(P, heads, L, d): each suffix beside copies of its prefixes' keys and values."""
     query, width = own[0], own[0].shape[2]
-    masks = [group.prefixes.inside[group.prefix_of][:, None, None].expand(-1, -1, width, -1) for group in groups]
+    masks = [
+        group.pick(group.prefixes.inside)[group.prefix_of][:, None, None].expand(-1, -1, width, -1) for group in groups
+    ]
     mask = torch.cat([*masks, own_mask.expand(len(query), -1, -1, -1)], -1)
     keys, values = (
-        torch.cat([*(pair[side][group.prefix_of] for group, pair in zip(groups, seen, strict=True)), tensor], 2)
+        torch.cat(
+            [*(group.pick(pair[side])[group.prefix_of] for group, pair in zip(groups, seen, strict=True)), tensor], 2
+        )
         for side, tensor in enumerate(own[1:])
     )
     return _sdpa(query, keys, values, mask, scale, dropout)
@@ -284,7 +313,8 @@ def _attend_in_place(
     scores = [_hide(_products(query, key[:, :, None]), own_mask[:, :, None])]
     for group, (keys, _) in zip(groups, seen, strict=True):
         queries = query[group.suffixes].movedim(2, 1)  # (N, key heads, M, heads for each, L, d)
-        by_prefix = _hide(_products(queries.flatten(2, 4), keys), group.prefixes.inside[:, None, None])
+        inside = group.pick(group.prefixes.inside)[:, None, None]
+        by_prefix = _hide(_products(queries.flatten(2, 4), group.pick(keys)), inside)
         scores.append(by_prefix.unflatten(2, queries.shape[2:5]).movedim(1, 2).flatten(0, 1)[group.slots])
     weights = torch.cat(scores, -1).mul_(scale).softmax(-1).to(value.dtype)
     weights = drop(weights, dropout) if dropout else weights
@@ -292,7 +322,7 @@ def _attend_in_place(
     output = (own_weights @ value[:, :, None]).float()
     for group, (_, values), part in zip(groups, seen, parts, strict=True):
         by_prefix = part[group.suffixes].movedim(2, 1)
-        product = (by_prefix.flatten(2, 4) @ values).unflatten(2, by_prefix.shape[2:5])
+        product = (by_prefix.flatten(2, 4) @ group.pick(values)).unflatten(2, by_prefix.shape[2:5])
         output = output + product.movedim(1, 2).flatten(0, 1)[group.slots]
     return output.to(value.dtype).reshape(count, heads, width, size)
 

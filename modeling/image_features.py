@@ -1,7 +1,7 @@
 """Images that prompts show: each prepared once and encoded once, whatever the number of prompts."""
 
 import inspect
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import BatchFeature, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .families import FAMILIES
-from .inputs import Candidate
+from .inputs import Candidate, content_key
 from .interfaces import PreparedImage, RecommendationProcessor
 
 
@@ -126,15 +126,10 @@ class ImageFeatureCache:
         while self._stand_ins and not (
             (max_images is None or len(self) <= max_images) and (max_bytes is None or self.nbytes <= max_bytes)
         ):
-            self.forget([next(iter(self._stand_ins))])
-
-    def forget(self, keys: Iterable[Hashable]) -> None:
-        """Drop the images with these keys."""
-        for key in keys:
-            if (stand_in := self._stand_ins.pop(key, None)) is not None:
-                self.nbytes -= self.size(stand_in)
-                self._pixels.pop(stand_in, None)
-                self._features.pop(stand_in, None)
+            stand_in = self._stand_ins.pop(next(iter(self._stand_ins)))
+            self.nbytes -= self.size(stand_in)
+            self._pixels.pop(stand_in, None)
+            self._features.pop(stand_in, None)
 
 
 class PreparedCatalogue:
@@ -149,25 +144,19 @@ class PreparedCatalogue:
         self.images, self.catalogue = images, catalogue
         self._shows_image = images.processor.prints_image(prompt)
         self._candidates: dict[str, Candidate] = {}
-        self._keys: set[Hashable] = set()
 
     def __getitem__(self, item_id: str) -> Candidate:
         if item_id not in self._candidates:
             candidate = Candidate.of(self.catalogue[item_id])
             if candidate.image is not None:
-                image = self._stand_in(item_id, candidate.image) if self._shows_image else None
-                candidate = replace(candidate, image=image)
+                candidate = replace(candidate, image=self._stand_in(candidate.image) if self._shows_image else None)
             self._candidates[item_id] = candidate
         return self._candidates[item_id]
 
-    def _stand_in(self, item_id: str, image: Any) -> PreparedImage:
-        """An image that came prepared is known as itself, in other catalogues as well."""
-        key: Hashable = image if hasattr(image, "tensors") else item_id
-        self._keys.add(key)
-        return self.images.stand_in(key, image)
+    def _stand_in(self, image: Any) -> PreparedImage:
+        """An image is known by its content, or, if it came prepared, as itself; in other catalogues as well."""
+        return self.images.stand_in(image if hasattr(image, "tensors") else content_key(image), image)
 
-    def clear(self, keep_prepared: bool = False) -> None:
-        """Forget all candidates and their images, perhaps but for those that came prepared."""
+    def clear(self) -> None:
+        """Forget all candidates, but not their images."""
         self._candidates.clear()
-        self.images.forget(key for key in self._keys if not (keep_prepared and hasattr(key, "tensors")))
-        self._keys.clear()

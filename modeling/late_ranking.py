@@ -7,6 +7,7 @@ the next chunk only where they do not all fit.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -16,12 +17,13 @@ import torch
 from transformers import BatchFeature
 
 from .block_attention import KVCache
+from .compiled_answers import CompiledAnswers
 from .image_features import ImageFeatureCache, PreparedCatalogue
 from .inputs import User
 from .interfaces import RecommendationModel, RecommendationProcessor
 from .item_cache import ItemKeys
 from .item_store import ItemStore
-from .packing import compute_late_prefixes, pack_late_answers
+from .packing import RowTooWide, compute_late_prefixes, pack_late_answers
 
 PART = 128  # users kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward
@@ -81,10 +83,12 @@ class LatePlan:
         memory: int,
         keys: ItemKeys,
         store: ItemStore,
+        compile: str | None = None,
     ) -> None:
         self.model, self.processor, self.token_budget, self.memory = model, processor, token_budget, memory
         self.keys, self.store, self.users = keys, store, ItemStore(model.device, memory // 4, None)
         self.answer_ids = processor.late_answer_ids
+        self.compiled = None if compile is None else CompiledAnswers(model, self.answer_ids, compile)
         self.longest = {"user": 0, "item": 0}  # tokens of one that was computed
 
     def scores(
@@ -177,6 +181,10 @@ class LatePlan:
 
     def _pair_scores(self, users: KVCache, items: KVCache, pairs: Pairs) -> Iterator[Scores]:
         """The logits of some users and some candidates."""
+        if self.compiled is not None and len(pairs) <= self.compiled.most:
+            with suppress(RowTooWide):  # as it is padded; or it is refused again
+                yield from _compiled_scores(self.compiled, users, items, pairs)
+                return
         pairs = pairs.take(np.argsort(pairs.items, kind="stable"))  # one forward needs few candidates, and neighbours
         heads = self.model.config.get_text_config(decoder=True).num_attention_heads
         width = len(self.answer_ids)
@@ -195,3 +203,11 @@ class LatePlan:
             )
             logits = self.model.score(**packed).logits.cpu().numpy()
             yield Scores(part.users, part.places, logits)
+
+
+def _compiled_scores(compiled: CompiledAnswers, users: KVCache, items: KVCache, pairs: Pairs) -> Iterator[Scores]:
+    """The logits of a few pairs, user by user."""
+    for user in np.unique(pairs.users):
+        part = pairs.take(np.flatnonzero(pairs.users == user))
+        logits = compiled(users.select(np.array([user])), items, part.items)
+        yield Scores(part.users, part.places, logits.cpu().numpy())

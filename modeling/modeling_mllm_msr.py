@@ -221,7 +221,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """Score the B pairs of a batch from the processor, padded on the left, or of a packed row.
 
         Args:
-            batch: the arguments of `forward` that the processor or `packing.py` made, without labels.
+            batch: the arguments of `forward` that the processor or `packing.py` made, without labels, on any device.
 
         Raises:
             ValueError: the batch has labels, or whole prompts for a model with `interaction="late"`.
@@ -233,6 +233,9 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
                 "a model with interaction='late' scores no whole prompts: give it what pack_late makes of the "
                 "processor's late_blocks, or use Recommender"
             )
+        batch = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+        }
         logits = self.answer_logits(self(**{"logits_to_keep": 1, **batch}).logits.flatten(0, 1))
         return RecommendationOutput(logits=logits, probabilities=logits.sigmoid())
 

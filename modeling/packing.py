@@ -14,11 +14,12 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .block_attention import BLOCK_ATTENTION, BlockLayout, KVCache, PrefixesComputed, PrefixGroup, Segments
+from .block_attention import BLOCK_ATTENTION, BlockLayout, KVCache, PrefixesComputed, PrefixGroup, Segments, SuffixPart
 from .families import FAMILIES
 from .interfaces import RecommendationModel
 
 SHIFTING_ROPE = frozenset({"dynamic", "longrope"})  # rotations that depend on the length of the whole prompt
+SCORES = 2**30  # bytes of attention scores that are computed together
 TEXTUAL = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a batch; the rest is of images
 
 Batch = Mapping[str, torch.Tensor]
@@ -254,7 +255,8 @@ def _packed(
     types = None
     if any(part.types is not None for part in parts):
         types = torch.cat([torch.zeros_like(part.ids) if part.types is None else part.types for part in parts])
-    layout = _layout(prefixes, suffixes, prefix_of, caches, types)
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    layout = _layout(prefixes, suffixes, prefix_of, caches, types, heads)
     window = block_limits(model.config.vlm_config)[1]
     if window is not None and layout.width > window:
         raise RowTooWide(f"prompts of {layout.width} tokens are longer than the sliding window of {window}")
@@ -283,8 +285,10 @@ def _layout(
     prefix_of: list[torch.Tensor],
     caches: list[KVCache],
     types: torch.Tensor | None,
+    heads: int,
 ) -> BlockLayout:
-    """The layout of a row of these tokens. ``types``: (T,) 1 for images whose tokens see each other."""
+    """The layout of a row of these tokens. ``types``: (T,) 1 for images whose tokens see each other; ``heads``: of
+    queries."""
     images = None  # (T,) the number of the image that a token belongs to, -1 elsewhere
     if types is not None:
         shown = types == 1
@@ -305,8 +309,16 @@ def _layout(
         start, slot = start + len(part.ids), slot + inside.numel()
     in_row, visible = segments[: len(prefixes)], visible[: len(prefixes)]
     all_prefixes: list[Segments | KVCache] = [*visible, *caches]
-    groups = [PrefixGroup.of(*pair) for pair in zip(all_prefixes, prefix_of, strict=bool(prefix_of))]
-    return BlockLayout(in_row, visible, segments[-1] if suffixes is not None else None, groups, torch.cat(slots))
+    parts = []
+    if suffixes is not None:
+        shapes = [each.inside.shape for each in (segments[-1], *all_prefixes)]
+        count, length = shapes[0]
+        size = max(1, SCORES // (4 * heads * length * sum(width for _, width in shapes)))
+        for begin in range(0, count, size):
+            some = slice(begin, min(begin + size, count))
+            groups = [PrefixGroup.of(*pair, some) for pair in zip(all_prefixes, prefix_of, strict=True)]
+            parts.append(SuffixPart(some, groups))
+    return BlockLayout(in_row, visible, segments[-1] if suffixes is not None else None, parts, torch.cat(slots))
 
 
 def _mask(images: torch.Tensor | None, places: torch.Tensor, inside: torch.Tensor, always: bool) -> torch.Tensor | None:

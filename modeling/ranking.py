@@ -57,6 +57,8 @@ class Recommender:
             its files are mapped, and count neither as kept nor as free memory.
         share_prefix: ``joint`` only; by default wherever it changes nothing; `False` never; `True` refuses, with the
             reason, where scores would change. `shares_prefix` and `obstacle` say what became of it.
+        compile: ``late`` only; how ``torch.compile`` is to make the forward of a few answers, such as
+            ``reduce-overhead`` or ``cudagraphs`` on a GPU; the first request of each size waits for it.
 
     Raises:
         ValueError: the backbone cannot do what is asked for, or ``cache`` is given for a joint model.
@@ -70,6 +72,7 @@ class Recommender:
         memory_gb: float | None = None,
         cache: str | os.PathLike | None = None,
         share_prefix: bool | None = None,
+        compile: str | None = None,
     ) -> None:
         self.model, self.processor = model.eval(), processor
         self.obstacle, self.window = block_limits(model.config.vlm_config)
@@ -78,6 +81,8 @@ class Recommender:
             raise ValueError(f"prompts cannot share what they have in common: {self.obstacle}")
         if cache is not None and not self.late:
             raise ValueError("a joint model computes candidates anew for every user: leave `cache` out")
+        if compile is not None and not self.late:
+            raise ValueError("what a joint model computes has too many shapes to be compiled: leave `compile` out")
         self.shares_prefix = self.obstacle is None and share_prefix is not False
         if self.shares_prefix:
             model.use_block_attention()
@@ -86,7 +91,7 @@ class Recommender:
         self.plan: Plan
         if self.late:
             store = ItemStore(model.device, memory // 2, self.cache)
-            self.plan = LatePlan(model, processor, token_budget, memory, ItemKeys(model.device), store)
+            self.plan = LatePlan(model, processor, token_budget, memory, ItemKeys(model.device), store, compile)
         else:
             self.plan = JointPlan(model, processor, token_budget, memory, self.shares_prefix, bool(share_prefix))
 
@@ -186,7 +191,7 @@ class JointPlan:
     """See :class:`Recommender`, whose arguments these are.
 
     Args:
-        memory: bytes of image features that may be kept; half of it from call to call, of images that came prepared.
+        memory: bytes of image features that may be kept; half of it from call to call.
         shares: whether the prompts of a user share what they begin with.
         demanded: whether it is an error if they cannot.
     """
@@ -222,9 +227,9 @@ class JointPlan:
             for first in range(0, len(names), chunk):
                 if first:
                     prepared.clear()
+                    self.images.evict(max_bytes=self.memory // 2)
                 yield from self._chunk(users, Pairs.within(rows, first, chunk), names[first : first + chunk], prepared)
         finally:
-            prepared.clear(keep_prepared=True)
             self.images.evict(max_bytes=self.memory // 2)
 
     def _chunk(

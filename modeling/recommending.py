@@ -145,7 +145,7 @@ def _best_by_heads(ranker: ItemRanker, history: Sequence[str], wanted: Wanted) -
     """The best items of the catalogue that are neither chosen nor left out, as many as are of use."""
     member = "sequence_head" if wanted.by == "head" else "fused"
     scores = ranker.score([history], by=member)[0]
-    mask = torch.ones(len(ranker), dtype=torch.bool)
+    mask = torch.ones(len(ranker), dtype=torch.bool, device=scores.device)
     if wanted.only is not None or wanted.allowed is not None:
         ids = ranker.item_ids if wanted.only is None else [item for item in wanted.only if item in ranker]
         mask[:] = False
@@ -209,9 +209,9 @@ def fused_scores(
     """The fused score of each of some items, by their answers; None for one that has no vector."""
     places = [place for place, item in enumerate(item_ids) if item in ranker]
     codes = ranker.codes_of([item_ids[place] for place in places])
-    values = ranker.score_codes(ranker.read([history])[0], codes)[0]
+    values = ranker.score_codes(ranker.read([history])[0], codes)[0].cpu()
     if ranker.answer_fusion is not None:
-        values = ranker.answer_fusion.join(torch.from_numpy(logits[places]), values, ranker.buckets(codes))
+        values = ranker.answer_fusion.join(torch.from_numpy(logits[places]), values, ranker.buckets(codes).cpu())
     scores: list[float | None] = [None] * len(item_ids)
     for place, value in zip(places, values.tolist(), strict=True):
         scores[place] = value
@@ -222,7 +222,7 @@ def explain(ranker: ItemRanker, history: Sequence[str], found: Sequence[Recommen
     """Add to each item the nearest of the history, and what each member adds to its fused score."""
     ids, heads, whole = [each.item_id for each in found], ranker.fusion, ranker.answer_fusion
     whole = None if whole is None else whole.spread(heads)
-    scores = torch.stack([values[0] for values in ranker.member_scores([history], ids).values()], dim=-1)
+    scores = torch.stack([values[0] for values in ranker.member_scores([history], ids).values()], dim=-1).cpu()
     for each, row in zip(found, scores, strict=True):
         fusion, names = heads, list(heads.members)
         if whole is not None and each.logit is not None:

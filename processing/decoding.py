@@ -1,17 +1,43 @@
-"""A decoding loop for ``generate(custom_generate=decode)`` that does no work twice, nor for a text that has ended."""
+"""A decoding loop for ``generate(custom_generate=decode)`` that does no work twice, nor for a text that has ended.
 
+Beside it are two ways of transformers' own for greedy texts on a GPU, where a step waits for its launches: a static
+cache with a compiled step, and continuous batching.
+"""
+
+import copy
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from mllm_msr.modeling.compiled_answers import padded_size
 
 ROOM = 64  # tokens
 BY_ROW = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")  # (..., B, L)
 OF_ALL = ("past_key_values", "use_cache", "logits_to_keep")  # other arguments of prompts without images
 SHORTER = 0.9  # prompts that are so much shorter than others are read apart from them,
 WORTH = 128  # where that saves so many tokens of padding
+PAGE = 64  # tokens
+
+
+@dataclass
+class Speed:
+    """How long :func:`decode` has taken for how many tokens: prompts that were read, and texts that were written."""
+
+    read: int = 0
+    written: int = 0
+    reading: float = 0.0  # seconds
+    writing: float = 0.0
+
+    def __str__(self) -> str:
+        reading, writing = (
+            count / max(spent, 1e-9) for count, spent in ((self.read, self.reading), (self.written, self.writing))
+        )
+        return f"read {self.read:,} tokens, {reading:,.0f} a second; wrote {self.written:,}, {writing:,.0f} a second"
 
 
 class OwnSeeds:
@@ -109,6 +135,7 @@ def decode(
     stopping_criteria: Any,
     generation_config: Any,
     own_seeds: OwnSeeds | None = None,
+    speed: Speed | None = None,
     **inputs: Any,
 ) -> list[list[int]]:
     """The new tokens of each of B rows: the most likely ones, or random samples if there are ``own_seeds``.
@@ -118,13 +145,16 @@ def decode(
 
     Args:
         input_ids: (B, L) prompts, padded on the left.
+        speed: is added to.
         inputs: whatever else ``generate`` has prepared, such as the (dynamic) KV cache and the positions.
     """
     start = input_ids.shape[1]
     texts: list[list[int]] = [[] for _ in input_ids]
     places = list(range(len(input_ids)))  # of each remaining row its place in the whole batch
     cache, first = inputs["past_key_values"], True
-    step = key_step(model)
+    step, speed, begun = key_step(model), speed or Speed(), time.perf_counter()
+    mask = inputs.get("attention_mask")
+    speed.read += input_ids.numel() if mask is None else int(mask.sum())
     cache.layers = [RoomyLayer(step) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     while places:
         if first:
@@ -136,8 +166,11 @@ def decode(
         scores = logits_processor(input_ids, outputs.logits[:, -1].float())
         tokens = (own_seeds(scores) if own_seeds else scores).argmax(-1, keepdim=True)
         input_ids = torch.cat([input_ids, tokens], dim=-1)
+        ended = stopping_criteria(input_ids, None).tolist()  # for which the host waits anyway
+        spent, begun = time.perf_counter() - begun, time.perf_counter()
+        speed.written += len(places)
+        speed.reading, speed.writing = speed.reading + spent * first, speed.writing + spent * (not first)
         first = False
-        ended = stopping_criteria(input_ids, None).tolist()
         if not any(ended):
             continue
         for row, place in enumerate(places):
@@ -157,6 +190,64 @@ def decode(
             if own_seeds:
                 own_seeds.keep(left)
     return texts
+
+
+def decode_static(
+    model: Any, batch: dict[str, Any], limit: int, compiling: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """The greedy tokens of each row, by a static cache; on an accelerator transformers compiles each step after the
+    first, once for all batches of a size.
+
+    Args:
+        batch: arguments of ``generate``, prompts padded on the left.
+        limit: the most new tokens of a text.
+        compiling: options of ``CompileConfig``, also on a CPU then; by default those of transformers.
+    """
+    config: Any = None
+    if compiling is not None:
+        config = CompileConfig(**compiling)
+        config._compile_all_devices = True
+    start = batch["input_ids"].shape[1]
+    ids = model.generate(
+        **batch,
+        max_new_tokens=limit,
+        do_sample=False,
+        cache_implementation="static",
+        max_cache_len=padded_size(start + limit),
+        compile_config=config,
+    )
+    return [up_to_end(row, model) for row in ids[:, start:].tolist()]
+
+
+def decode_continuously(model: Any, prompts: list[list[int]], limit: int, **options: Any) -> list[list[int]]:
+    """The greedy tokens for each prompt of any number, by transformers' continuous batching: a text that ends makes
+    room for the next.
+
+    Args:
+        prompts: token ids, without images.
+        limit: the most new tokens of a text.
+        options: of ``ContinuousBatchingConfig``.
+    """
+    config = copy.deepcopy(model.generation_config)
+    config.update(do_sample=False, max_new_tokens=limit)
+    if model.device.type == "cpu":  # where it would take all memory that is free
+        pages = sum(-(-(len(prompt) + limit) // PAGE) + 1 for prompt in prompts)
+        options = {"page_size": PAGE, "num_blocks": pages, "max_batch_tokens": 1024, **options}
+    how = ContinuousBatchingConfig(drop_unsupported_processors=False, **options)
+    with torch.inference_mode(False):  # as the thread that it computes in is
+        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=how)
+    if len(outputs) < len(prompts) or any(output.error is not None for output in outputs.values()):
+        errors = {str(output.error) for output in outputs.values()} - {"None"}
+        raise RuntimeError(f"continuous batching has failed: {', '.join(errors) or 'texts are missing'}")
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def up_to_end(tokens: list[int], model: Any) -> list[int]:
+    """The tokens of a text up to the first that ends it."""
+    end = model.generation_config.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
 
 
 def _read(model: Any, input_ids: torch.Tensor, inputs: dict[str, Any]) -> Any:

@@ -101,6 +101,7 @@ def _transformers(options: SummaryOptions, prompts: Mapping[str, str], noun: str
         device_map=options.device_map,
         attn_implementation=options.attn_implementation,
         quantization_config=options.quantization_config,
+        decoding=options.decoding,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mllm_msr.modeling.generated_text import marks_reasoning, tidy
 from mllm_msr.modeling.image_features import ImageFeatureCache, encoder_outputs
 from mllm_msr.modeling.inputs import content_key
-from mllm_msr.processing.decoding import OwnSeeds, decode
+from mllm_msr.processing.decoding import OwnSeeds, Speed, decode, decode_continuously, decode_static
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor, PromptBatch
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, Task
@@ -48,6 +48,11 @@ class TransformersEngine:
         device_map: as for ``from_pretrained``; without one the model goes to this process's accelerator
             (``LOCAL_RANK``), if there is one.
         dtype, attn_implementation, quantization_config: as for ``from_pretrained``.
+        decoding: how greedy texts are written: "dropping" rows that have ended; "static", by a static cache and, on a
+            GPU, a compiled step; "continuous", by transformers' continuous batching where a prompt shows no image.
+            Sampled texts, and those with a penalty, are written by dropping.
+
+    ``speed`` says what reading and writing have taken where rows are dropped.
     """
 
     def __init__(
@@ -66,13 +71,14 @@ class TransformersEngine:
         device_map: Any = None,
         attn_implementation: str | None = None,
         quantization_config: Any = None,
+        decoding: Literal["dropping", "static", "continuous"] = "dropping",
     ) -> None:
         self.name_or_path, self.generator = name_or_path, label or name_or_path
         self.batch_size, self.token_budget = batch_size, token_budget
         self.max_new_tokens = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
         self.temperature, self.top_p = temperature, top_p
         self.dtype, self.device_map, self.attn_implementation = dtype, device_map, attn_implementation
-        self.quantization_config = quantization_config
+        self.quantization_config, self.decoding, self.speed = quantization_config, decoding, Speed()
         self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
         self.config = AutoConfig.from_pretrained(name_or_path, revision=revision)
         self._asked_revision = revision
@@ -179,7 +185,23 @@ class TransformersEngine:
         if temperature:
             top_p = min(self.top_p, AGAIN["top_p"]) if again else self.top_p
             steps += [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
-        new: list[list[int]] = model.generate(
+        greedy = not temperature and penalty <= 1
+        if greedy and self.decoding == "continuous" and not batch.images:
+            rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True)
+            new = decode_continuously(model, [row[-count:] for row, count in rows], limit)
+        elif greedy and self.decoding == "static":
+            new = decode_static(model, {**batch}, limit)
+        else:
+            new = self._dropping(batch, limit, steps, OwnSeeds(seeds, model.device) if temperature else None)
+        end = model.generation_config.eos_token_id
+        ends = {end} if isinstance(end, int) else set(end or ())
+        return [Text(self._decode(row), bool(ends.intersection(row))) for row in new]
+
+    def _dropping(
+        self, batch: PromptBatch, limit: int, steps: LogitsProcessorList, own_seeds: OwnSeeds | None
+    ) -> list[list[int]]:
+        """The new tokens of each row, by :func:`decode`."""
+        return self.model.generate(
             **batch,
             max_new_tokens=limit,
             do_sample=False,
@@ -188,11 +210,9 @@ class TransformersEngine:
             logits_processor=steps,
             cache_implementation="dynamic",
             custom_generate=decode,
-            own_seeds=OwnSeeds(seeds, model.device) if temperature else None,
+            own_seeds=own_seeds,
+            speed=self.speed,
         )
-        end = model.generation_config.eos_token_id
-        ends = {end} if isinstance(end, int) else set(end or ())
-        return [Text(self._decode(row), bool(ends.intersection(row))) for row in new]
 
     def _decode(self, row: list[int]) -> str:
         """The text of some tokens, without special ones and without reasoning, whose marks may be special."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import devices
 import hypothesis
 import pytest
 import tiny_models
@@ -22,6 +23,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("suite")
+devices.begin()
 
 LONG = ("front", "training", "hub_cards", "serving", "processing")
 

@@ -178,6 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--deadline", type=amount, default=30.0, help="seconds until a request is given up (30)")
     serve.add_argument("--max-body-mb", type=amount, default=32.0, help="of a request (32)")
     serve.add_argument("--memory-gb", type=amount, help="kept of users and items (default: half of what is free)")
+    graphs = "of torch.compile for small requests to a late model, such as reduce-overhead on a GPU (default: none)"
+    serve.add_argument("--compile", metavar="MODE", type=text_of, help=graphs)
     serve.add_argument("--log-texts", action="store_true", help="log ids and what errors say, not only routes")
 
     publish = command("publish", "release a run on the Hub: model, data set, metric, demo Space")

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from devices import DEVICE
 from packed_rows import packed_recommender
 
 from mllm_msr.modeling import block_attention as blocks
+from mllm_msr.modeling import packing
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.item_shards import ShardFolder
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
@@ -35,7 +37,7 @@ def recommender_of(path, interaction="joint", memory=0):
 
 
 def prompts(processor):
-    return processor([USERS[user] for user, _ in PAIRS], [ITEMS[item] for _, item in PAIRS])
+    return processor([USERS[user] for user, _ in PAIRS], [ITEMS[item] for _, item in PAIRS]).to(DEVICE)
 
 
 def late_batch(model, processor, users=USERS, items=ITEMS, pairs=PAIRS):
@@ -46,13 +48,13 @@ def late_logit(model, processor, user, item):
     """The definition: one sequence, in which the user and the candidate do not see each other, and, where there are
     memory tokens after the candidate, the answer sees of it only these."""
     batch = processor.late_blocks([user], [item], LIMITS)
-    user, item, answer = batch["users"], batch["items"], batch["answer_ids"][None]
+    user, item, answer = batch["users"].to(DEVICE), batch["items"].to(DEVICE), batch["answer_ids"][None].to(DEVICE)
     memory = model.config.item_memory
     widths = [user["input_ids"].shape[1], item["input_ids"].shape[1]]
-    end = torch.arange(memory + answer.shape[1])[None] + sum(LIMITS)
+    end = torch.arange(memory + answer.shape[1], device=DEVICE)[None] + sum(LIMITS)
     starts = [positions(model, user), positions(model, item) + LIMITS[0]]
     where = torch.cat([*starts, end.expand(*starts[0].shape[:-2], 1, -1)], -1)
-    seen = torch.ones(where.shape[-1], where.shape[-1], dtype=torch.bool).tril()
+    seen = torch.ones(where.shape[-1], where.shape[-1], dtype=torch.bool, device=DEVICE).tril()
     begin, cut = widths[0], sum(widths)
     seen[begin : cut + memory, :begin] = False
     if memory:
@@ -70,7 +72,9 @@ def late_logit(model, processor, user, item):
     if memory:
         embedded = model.get_input_embeddings()(ids)
         tokens = {
-            "inputs_embeds": embedded.index_copy(1, torch.arange(cut, cut + memory), model.item_memory.weight[None])
+            "inputs_embeds": embedded.index_copy(
+                1, torch.arange(cut, cut + memory, device=DEVICE), model.item_memory.weight[None]
+            )
         }
     output = model.backbone(**tokens, position_ids=where, attention_mask=seen[None, None], logits_to_keep=1, **more)
     return model.answer_logits(output.logits[:, -1])
@@ -85,7 +89,7 @@ def either_way(request, monkeypatch):
 def test_packed_prompts_have_the_logits_and_gradients_of_whole_ones(backbone, family, either_way):
     model, processor = recommender_of(backbone(family))
     batch, group_ids = prompts(processor), torch.tensor([7, 7, 3, 3, 7, 5])
-    labels = torch.tensor([1, 0, 0, 1, 0, 1], dtype=torch.float32)
+    labels = torch.tensor([1, 0, 0, 1, 0, 1], dtype=torch.float32, device=DEVICE)
     results = []
     for arguments in ({**batch, "logits_to_keep": 1}, pack_joint(model, batch, group_ids)):
         model.zero_grad()
@@ -93,7 +97,7 @@ def test_packed_prompts_have_the_logits_and_gradients_of_whole_ones(backbone, fa
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
         loss.backward()
         gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-        results.append((logits.detach(), gradients))
+        results.append((logits.detach().cpu(), gradients))
     (plain, expected), (packed, gradients) = results
     assert plain.std() > 1e-3
     assert packed == pytest.approx(plain, abs=1e-5)
@@ -107,8 +111,8 @@ def test_packed_prompts_have_the_logits_and_gradients_of_whole_ones(backbone, fa
 def test_late_pairs_are_those_of_the_definition(backbone, family, memory, either_way):
     model, processor = recommender_of(backbone(family), "late", memory)
     with torch.no_grad():
-        expected = torch.cat([late_logit(model, processor, USERS[user], ITEMS[item]) for user, item in PAIRS])
-    logits = model.score(**late_batch(model, processor)).logits
+        expected = torch.cat([late_logit(model, processor, USERS[user], ITEMS[item]) for user, item in PAIRS]).cpu()
+    logits = model.score(**late_batch(model, processor)).logits.cpu()
     assert expected.std() > 1e-3
     assert logits == pytest.approx(expected, abs=1e-5)
 
@@ -121,7 +125,9 @@ def test_ranking_late_gives_the_same_in_any_order_and_memory(backbone, family, m
     expected = [
         model.score(
             **late_batch(model, processor, [user], [CATALOGUE[item] for item in row], [(0, k) for k in range(len(row))])
-        ).logits.numpy()
+        )
+        .logits.cpu()
+        .numpy()
         for user, row in zip(USERS, candidates, strict=True)
     ]
     tight = {"memory_gb": 1e-6, "token_budget": 1}
@@ -147,7 +153,7 @@ def test_autocast_over_float32_weights_changes_no_more_than_rounding(
     candidates = [list(CATALOGUE)] * len(USERS)
     plain = Recommender(model, processor, **cache).score(USERS, candidates, CATALOGUE)
     for again in range(2):  # the second time from the cache
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             mixed = Recommender(model, processor, **cache).score(USERS, candidates, CATALOGUE)
         for ours, theirs in zip(mixed, plain, strict=True):
             assert 0 < np.abs(ours - theirs).max() < 0.3 and np.abs(ours - theirs).mean() < 0.1, (
@@ -162,16 +168,18 @@ def test_half_precision_loses_no_more_in_place_than_in_a_kernel(dtype):
     """Sharp attention of 20 suffixes to 2 users and 5 candidates; rounded scores lose six times as much."""
 
     def draw(count, heads, tokens):
-        return torch.randn(count, heads, tokens, 64).to(dtype)
+        return torch.randn(count, heads, tokens, 64).to(DEVICE, dtype)
 
     sides = [[draw(2, 4, 150), draw(2, 4, 150)], [draw(5, 4, 300), draw(5, 4, 300)]]
     own = [draw(20, 8, 6) * 3, draw(20, 4, 6), draw(20, 4, 6)]
-    prefix_of = [torch.arange(20) % 2, torch.arange(20) % 5]
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    prefix_of = [torch.arange(20, device=DEVICE) % 2, torch.arange(20, device=DEVICE) % 5]
+    causal = torch.ones(6, 6, dtype=torch.bool, device=DEVICE).tril()[None, None]
 
     def attend(how, precision):
         seen = [tuple(tensor.to(precision) for tensor in pair) for pair in sides]
-        caches = [blocks.KVCache([pair], torch.ones(pair[0].shape[::2], dtype=torch.bool)) for pair in seen]
+        caches = [
+            blocks.KVCache([pair], torch.ones(pair[0].shape[::2], dtype=torch.bool, device=DEVICE)) for pair in seen
+        ]
         groups = [blocks.PrefixGroup.of(*pair) for pair in zip(caches, prefix_of, strict=True)]
         return how(causal, groups, [tensor.to(precision) for tensor in own], seen, 64**-0.5, 0.0)
 
@@ -185,7 +193,7 @@ def test_half_precision_loses_no_more_in_place_than_in_a_kernel(dtype):
 def test_a_packed_row_is_trained_under_autocast(backbone):
     model, processor = recommender_of(backbone("llava"), "late")
     model.train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         logits = model(**late_batch(model, processor)).logits
     model.answer_logits(logits).sum().backward()
     gradients = [weight.grad for weight in model.get_decoder().parameters()]
@@ -204,6 +212,30 @@ def test_gradient_checkpointing_changes_nothing(backbone):
         gradients.append([weight.grad.clone() for weight in model.get_decoder().parameters()])
     for plain, again in zip(*gradients, strict=True):
         assert torch.allclose(plain, again, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("family", "interaction"), [("llava", "late"), ("gemma3", "late"), ("qwen2_vl", "joint")])
+def test_attention_in_parts_changes_nothing(backbone, family, interaction, checkpointed, either_way, monkeypatch):
+    model, processor = recommender_of(backbone(family), interaction)
+    model.train()
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    results = []
+    for scores, count in ((packing.SCORES, 1), (1, len(PAIRS))):
+        monkeypatch.setattr(packing, "SCORES", scores)
+        if interaction == "late":
+            packed = late_batch(model, processor)
+        else:
+            packed = pack_joint(model, prompts(processor), torch.tensor([7, 7, 3, 3, 7, 5]))
+        assert len(packed["block_layout"].parts) == count
+        model.zero_grad()
+        logits = model.answer_logits(model(**packed).logits[0])
+        logits.square().sum().backward()
+        gradients = [weight.grad.cpu() for weight in model.get_decoder().parameters() if weight.grad is not None]
+        results.append([logits.detach().cpu(), *gradients])
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_other_calls_are_as_they_were(backbone):

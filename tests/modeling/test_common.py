@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICE
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, draw_image
 from transformers import AutoConfig, BatchFeature, PreTrainedConfig
@@ -23,7 +24,7 @@ FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 def pairs(processor: MllmMsrProcessor, labels: list[int] | None = None, image: bool = True) -> BatchFeature:
     first = Candidate(title="One", text="about ships", image=draw_image(1) if image else None)
-    return processor([User("likes quiet red films"), User()], [first, Candidate(title="Two")], labels=labels)
+    return processor([User("likes quiet red films"), User()], [first, Candidate(title="Two")], labels=labels).to(DEVICE)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_embeddings_can_be_resized_and_tied(build, name: str, tmp_path: Path) ->
         tied = one.get_input_embeddings().weight is one.get_output_embeddings().weight
         assert tied == one.config.vlm_config.tie_word_embeddings
     torch.testing.assert_close(again.score(**batch).logits, before)
-    new = torch.nn.Embedding(5, 32)
+    new = torch.nn.Embedding(5, 32, device=DEVICE)
     model.set_input_embeddings(new)
     assert model.get_input_embeddings() is new is model.backbone.get_input_embeddings()
 

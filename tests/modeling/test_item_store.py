@@ -12,14 +12,14 @@ from stored_items import fill, item
 
 from mllm_msr.modeling import item_shards
 from mllm_msr.modeling.block_attention import KVCache
-from mllm_msr.modeling.item_shards import BrokenShard, Shard, ShardFolder, ShardWriter
-from mllm_msr.modeling.item_store import ItemStore, tensors_of
+from mllm_msr.modeling.item_shards import BrokenShard, Shard, ShardFolder, ShardWriter, join
+from mllm_msr.modeling.item_store import ItemStore, cache_of, tensors_of
 
 CPU = torch.device("cpu")
 
 
 def batch(keys: list[str]) -> KVCache:
-    return KVCache.join([item(key) for key in keys])
+    return cache_of(join([tensors_of(item(key)) for key in keys]))
 
 
 def check(store: ItemStore, keys: list[str]) -> int:

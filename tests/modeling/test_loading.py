@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICE
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tiny_models import FAMILIES, WITHOUT_PACKAGE, draw_image, randomise
@@ -96,7 +97,7 @@ def adapt(model: MllmMsrForRecommendation) -> None:
 
 def pairs(processor: MllmMsrProcessor) -> BatchFeature:
     candidates = [Candidate(title="One", text="t", image=draw_image(1)), Candidate(title="Two")]
-    return processor([User("ships"), User()], candidates)
+    return processor([User("ships"), User()], candidates).to(DEVICE)
 
 
 @FAMILY

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import DEVICE
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, draw_image
 from torch.nn.functional import cross_entropy
@@ -25,7 +26,7 @@ CANDIDATES = [
 
 
 def pairs(processor: MllmMsrProcessor, labels: list[int] | None = None) -> BatchFeature:
-    return processor(USERS, CANDIDATES, labels=labels)
+    return processor(USERS, CANDIDATES, labels=labels).to(DEVICE)
 
 
 @FAMILY
@@ -63,7 +64,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers(build, name: str) -> None:
         loss = model(**pairs(processor, labels)).loss
         logits = model(**pairs(processor)).logits[:, -1]
     answers = processor.answer_token_ids
-    targets = torch.tensor([answers["yes" if label else "no"][0] for label in labels])
+    targets = torch.tensor([answers["yes" if label else "no"][0] for label in labels], device=DEVICE)
     torch.testing.assert_close(loss, cross_entropy(logits, targets), atol=1e-5, rtol=0)
 
 
@@ -112,13 +113,13 @@ def test_the_oldest_images_are_dropped_and_equal_ones_are_one(build, monkeypatch
 @FAMILY
 def test_generates_as_the_backbone_does(build, name: str) -> None:
     model, processor = build(name)
-    batch = processor.item_summary(CANDIDATES)
+    batch = processor.item_summary(CANDIDATES).to(DEVICE)
     added = sorted(processor.tokenizer.added_tokens_decoder)  # or a random model may write image tokens
     settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": added}
     cached, plain = (model.generate(**batch, **settings, use_cache=use) for use in (True, False))
     assert cached.shape[1] > batch["input_ids"].shape[1]
     assert torch.equal(cached, plain)
-    text = processor.preference([[HistoryItem("One", "red")]], ["before"])
+    text = processor.preference([[HistoryItem("One", "red")]], ["before"]).to(DEVICE)
     assert model.generate(**text, **settings).shape[1] > text["input_ids"].shape[1]
 
 

@@ -59,12 +59,12 @@ def test_scores_equal_the_plain_forward_of_each_pair(backbone, family):
 
 def plain_scores(model, processor, items):
     return [
-        model.score(**processor([user] * len(row), [items[item] for item in row])).logits.numpy()
+        model.score(**processor([user] * len(row), [items[item] for item in row])).logits.cpu().numpy()
         for user, row in zip(USERS, CANDIDATES, strict=True)
     ]
 
 
-def test_images_that_come_prepared_are_encoded_once_in_all_calls(backbone, monkeypatch):
+def test_images_are_encoded_once_in_all_calls(backbone, monkeypatch):
     encoded: list[int] = []
 
     def counted(backbone, images, real=image_features.encode_images):
@@ -91,7 +91,13 @@ def test_images_that_come_prepared_are_encoded_once_in_all_calls(backbone, monke
         others = {name: replace(item, image=items["i0"].image) for name, item in items.items()}
         shown = recommender.score(USERS, CANDIDATES, others)  # by the same ids, not prepared: nothing is confused
         assert shown[2].tolist() == pytest.approx(plain_scores(model, processor, others)[2].tolist(), abs=1e-4)
-        assert len(recommender.plan.images) == (5 if memory == 1 else 0)
+        assert len(recommender.plan.images) == (6 if memory == 1 else 0)
+    recommender = Recommender(model, processor, memory_gb=1)
+    for count in (5, 0):  # not prepared, they are known by their content
+        encoded.clear()
+        scores = recommender.score(USERS, CANDIDATES, dict(catalogue()))
+        assert [row.tolist() for row in scores] == [pytest.approx(row.tolist(), abs=1e-4) for row in expected]
+        assert sum(encoded) == count
 
 
 @pytest.mark.parametrize(

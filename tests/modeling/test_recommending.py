@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE
 from tiny_rankers import IDS, fusion, make
 
 from mllm_msr.modeling.item_ranking import ItemRanker
@@ -14,7 +15,7 @@ LEFT = [item for item in IDS if item not in HISTORY]
 
 @pytest.fixture(scope="module")
 def ranker() -> ItemRanker:
-    made = make()
+    made = make().to(DEVICE)
     made.answer_fusion = fusion("mllm_msr", "others")
     return made
 
@@ -33,10 +34,10 @@ class Asked:
 def test_the_best_are_reranked_and_the_others_follow_as_they_do_for_many_users(ranker: ItemRanker) -> None:
     asked = Asked()
     by, found = recommend(ranker, HISTORY, IDS, Wanted(n=40, rerank=8, explain=12), asked)
-    chosen = torch.tensor([[item in HISTORY for item in IDS]])
+    chosen = torch.tensor([[item in HISTORY for item in IDS]], device=DEVICE)
 
     def answers(best: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(Asked()([IDS[code] for code in best[0].tolist()]))[None]
+        return torch.from_numpy(Asked()([IDS[code] for code in best[0].tolist()])).to(DEVICE)[None]
 
     whole = ranker.answer_fusion.rerank(ranker.score([HISTORY]), ranker.buckets(), chosen, 8, answers)[0]
     expected = sorted(LEFT, key=lambda item: -float(whole[IDS.index(item)]))

@@ -95,6 +95,48 @@ def test_texts_alone_are_those_of_stock_search_whatever_their_lengths(backbone, 
     assert family == "gemma3" or sum(read) < 0.9 * batch["input_ids"].numel(), "one layer of its cache has a window"
 
 
+@pytest.mark.parametrize("how", ["static", "continuous"])
+@pytest.mark.parametrize("family", ["language_model", "llava"])
+def test_the_ways_of_transformers_write_the_same_texts(backbone, family, how):
+    engine = engine_of(backbone(family))
+    engine.model.generation_config.no_repeat_ngram_size = 0  # which continuous batching does not know
+    blocks = [HistoryBlock([HistoryItem("One", "red " * n**2)], "ships" if n % 2 else None) for n in range(8)]
+    wanted = engine.generate("preference", blocks)
+    assert len({len(text.text) for text in wanted}) > 2
+    engine.decoding = how
+    assert engine.generate("preference", blocks) == wanted
+    if family != "language_model":  # with images, where batches go on as ever or are static, too
+        engine.decoding = "dropping"
+        described = engine.generate("item_summary", items())
+        engine.decoding = how
+        assert engine.generate("item_summary", items()) == described
+    engine.temperature, seeds = 1.0, range(8)
+    sampled = engine.generate("preference", blocks, seeds)
+    engine.decoding = "dropping"
+    assert engine.generate("preference", blocks, seeds) == sampled
+
+
+def test_a_compiled_step_of_a_static_cache_writes_the_same(backbone):
+    engine = engine_of(backbone("llava"))
+    batch = engine.processor.item_summary(items()).to(engine.model.device)
+    wanted = [text.text for text in stock(engine, batch)]
+    torch.compiler.reset()
+    compiling = {"backend": "eager", "mode": None, "fullgraph": True, "dynamic": False}
+    rows = decoding.decode_static(engine.model, {**batch}, LIMIT, compiling)
+    assert [engine._decode(row) for row in rows] == wanted
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_reading_and_writing_take_is_counted_apart(backbone):
+    engine = engine_of(backbone("llava"))
+    blocks = [HistoryBlock([HistoryItem("One", "red " * n**2)], None) for n in range(5)]
+    batch = engine.processor.preference([block.items for block in blocks])
+    texts = engine.generate("preference", blocks)
+    assert engine.speed.read == int(batch["attention_mask"].sum()) and 5 <= engine.speed.written <= 5 * LIMIT
+    assert engine.speed.reading > 0 and engine.speed.writing > 0 and len(texts) == 5
+    assert str(engine.speed).startswith(f"read {engine.speed.read:,} tokens")
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_neither_seeds_nor_penalties_know_of_rows_that_have_left(backbone, again):
     engine = engine_of(backbone("llava"), temperature=1.0)

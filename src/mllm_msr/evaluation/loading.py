@@ -23,7 +23,7 @@ class Computing:
         dtype: of the weights; None: as they were saved.
         attn_implementation: None: the one the backbone chooses.
         token_budget: tokens of one forward; None: the recipe's.
-        share_prefix, memory_gb, cache: see :class:`~mllm_msr.modeling.ranking.Recommender`.
+        share_prefix, memory_gb, cache, compile: see :class:`~mllm_msr.modeling.ranking.Recommender`.
     """
 
     device: str | None = None
@@ -33,6 +33,7 @@ class Computing:
     share_prefix: bool | None = None
     memory_gb: float | None = None
     cache: Path | None = None
+    compile: str | None = None
 
 
 def is_late(run: RunFolder) -> bool:
@@ -89,6 +90,7 @@ def _recommender(run: RunFolder, model: Any, how: Computing) -> "Recommender":
         memory_gb=how.memory_gb,
         cache=how.cache,
         share_prefix=how.share_prefix,
+        compile=how.compile,
     )
 
 

@@ -77,7 +77,7 @@ class PrepareOptions:
 
 
 # Fields of SummaryOptions by means of which texts are written, and on which none depends.
-MEANS = {"batch_size", "token_budget", "device_map", "attn_implementation", "cache"}
+MEANS = {"batch_size", "token_budget", "device_map", "attn_implementation", "cache", "decoding"}
 MEANS |= {"user_model", "user_revision"}  # which are the model and revision of for_users
 MEANS |= {"base_url", "concurrency", "requests_per_minute", "timeout", "tries"}
 
@@ -110,6 +110,7 @@ class SummaryOptions:
     token_budget: int | None = None  # tokens of a batch, padding and answers included: larger ones are divided
     device_map: Any = None
     attn_implementation: str | None = None
+    decoding: Literal["dropping", "static", "continuous"] = "dropping"  # of greedy texts (transformers; summaries.md)
     base_url: str | list[str] | None = None  # OpenAI-compatible servers of one model; the key: OPENAI_API_KEY
     concurrency: int = 8  # requests in flight
     requests_per_minute: float | None = None

@@ -30,6 +30,7 @@ class ServeOptions:
         deadline: seconds until a request is given up.
         max_body_mb: of a request.
         memory_gb: that the model may keep of items and users.
+        compile: how ``torch.compile`` makes the answers of small requests to a late model; None: not at all.
         log_texts: log paths with their ids, and what errors say.
     """
 
@@ -46,6 +47,7 @@ class ServeOptions:
     deadline: float = 30.0
     max_body_mb: float = 32.0
     memory_gb: float | None = None
+    compile: str | None = None
     log_texts: bool = False
 
 
@@ -75,7 +77,8 @@ def serve(options: ServeOptions) -> None:
     from mllm_msr.serving.service import Service
     from mllm_msr.serving.store import open_store
 
-    run, how = Path(options.source), Computing(device=options.device, memory_gb=options.memory_gb)
+    how = Computing(device=options.device, memory_gb=options.memory_gb, compile=options.compile)
+    run = Path(options.source)
     released = not (run / "config.yaml").is_file() and is_release(options.source)
     if not released:
         RunFolder.open(run)  # or an error, before anything is made

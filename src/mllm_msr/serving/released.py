@@ -47,6 +47,7 @@ def open_release(source: str, dataset: str | None, how: Computing, columns: Path
         MllmMsrProcessor.from_pretrained(name, **where),
         token_budget=how.token_budget or recipe.evaluation.token_budget,
         memory_gb=how.memory_gb,
+        compile=how.compile,
     )
     items = load_table(dataset, "items", "train")
     ids = items["item_id"]
