@@ -52,6 +52,14 @@ def test_no_buckets_targets_are_served_worse_than_by_the_best_member():
     assert worse_buckets(theirs - ours, data.buckets[:, 0])[3]
 
 
+def test_a_bucket_of_few_targets_is_not_worse_by_chance():
+    """Else about every second fusion of four buckets would be refused, and one member alone taken in its place."""
+    few = torch.tensor([0.5] * 5 + [-0.2] * 4)  # 1.6 standard errors above zero
+    buckets = torch.full((9,), 1)
+    assert not worse_buckets(few, buckets).any()
+    assert worse_buckets(few + 0.2, buckets).tolist() == [False, True, False, False]
+
+
 def test_a_member_of_noise_changes_nothing():
     data = world()
     content = data.scores[..., 1]

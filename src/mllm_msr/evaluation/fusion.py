@@ -23,6 +23,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 4
 AHEAD = 2.0  # what is ranked lies further ahead than validation, and more of what is chosen then is new
 LEAST_WEIGHT = 0.01
+WORSE = 1.645  # standard errors: a bucket that is served as well as before passes 19 times of 20; with 1 only 5 of 6
 ROUNDS = 4  # of fits in which the targets of a bucket that did worse weigh twice as much as before
 
 
@@ -165,8 +166,8 @@ def fit_fusion(data: FusionTasks, names: Sequence[str], by_likelihood: bool = Fa
     NDCG would hold it against the first alone.
 
     Tried are the best member alone, weights that all buckets share, and weights and biases of each bucket drawn towards
-    these more or less. A bucket is served worse if the mean log probability of its targets is lower by more than its
-    standard error.
+    these more or less. A bucket is served worse if the mean log probability of its targets is lower by more than
+    ``WORSE`` of its standard errors.
 
     >>> scores = torch.randn(400, 20, 2, generator=torch.Generator().manual_seed(0))
     >>> scores[:, 0] += 1.0  # both members find the positive, each with noise of its own
@@ -218,10 +219,10 @@ def settle_bias(fusion: ScoreFusion, data: FusionTasks) -> ScoreFusion:
 
 
 def worse_buckets(differences: Tensor, buckets: Tensor) -> Tensor:
-    """(K,): whether the mean of (T,) paired differences of a loss is above zero by more than its standard error."""
+    """(K,): whether the mean of (T,) paired differences of a loss is above zero by more than chance would have it."""
     mean = bucket_means(differences, buckets)
     count = torch.bincount(buckets, minlength=len(BUCKETS)).clamp(min=1)
-    return mean > (bucket_means((differences - mean[buckets]).square(), buckets) / count).sqrt()
+    return mean > WORSE * (bucket_means((differences - mean[buckets]).square(), buckets) / count).sqrt()
 
 
 def bucket_means(values: Tensor, buckets: Tensor) -> Tensor:

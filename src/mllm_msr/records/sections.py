@@ -13,7 +13,7 @@ OnBadRows = Literal["error", "skip"]
 DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "ndcg@10", "map")
 OURS = "mllm_msr"  # the variant that is our model, trained
 FusionMember = Literal["sequence_head", "identity_only", "content_only", "gru4rec", "sasrecf", "gru4recf", "likeness"]
-FUSED: list[FusionMember] = ["sequence_head", "identity_only", "content_only", "gru4rec", "likeness"]
+FUSED: list[FusionMember] = ["sequence_head", "identity_only", "content_only", "sasrecf", "gru4recf", "likeness"]
 HEAD_VARIANTS = ("sequence_head", "fused", "content_only", "identity_only", "likeness")  # which rank by item vectors
 DEFAULT_VARIANTS = (
     *(OURS, "sequence_head", "fused", "sasrec"),
