@@ -28,7 +28,7 @@ import psutil
 import yaml
 from PIL import Image
 
-from mllm_msr.processing.engine_registry import build_engine, open_text_workers
+from mllm_msr.processing.engine_registry import open_text_workers
 from mllm_msr.processing.summaries import summarize_items, summarize_users
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.records.cluster import Cluster
@@ -128,12 +128,12 @@ def flat(options: argparse.Namespace, folder: Path) -> None:
     cluster = Cluster("local", options.workers[-1])
 
     def watched(name: str, total: int, work: Callable[..., pl.DataFrame]) -> pl.DataFrame:
-        engine, store = build_engine(settings), TextStore(folder / name)
+        store = TextStore(folder / name)
         watch = Watch(lambda: len(store.rows))
         thread = threading.Thread(target=watch.run)
         thread.start()
         start = time.perf_counter()
-        with open_text_workers(engine, settings, {}, "item", cluster) as workers:
+        with open_text_workers(settings, {}, "item", cluster) as (engine, workers):
             frame = work(engine, store, settings, workers)
         watch.done.set()
         thread.join()

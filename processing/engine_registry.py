@@ -1,12 +1,13 @@
 """The engines by the name that a recipe calls them. Nothing heavy is imported before its engine is wanted."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from mllm_msr.processing.engines import Engine
+from mllm_msr.processing.engines import AbsentAuthor, Author, Engine
 from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, PROMPTS
 from mllm_msr.processing.text_requests import TextRequest, WrittenTexts, write_texts
@@ -28,23 +29,32 @@ def build_engine(options: SummaryOptions, prompts: Mapping[str, str] | None = No
     return ENGINES[str(options.engine)](options, {**PROMPTS, **(prompts or {})}, noun)
 
 
+@contextmanager
 def open_text_workers(
-    engine: Engine, options: SummaryOptions, prompts: Mapping[str, str], noun: str, cluster: Cluster | None
-) -> AbstractContextManager[Workers[TextRequest, WrittenTexts]]:
-    """Who writes texts, as ``engine`` does, which :func:`build_engine` has made of the same: this process with it, or
-    workers of a cluster with their own. The folder of a local model is sent to them."""
+    options: SummaryOptions, prompts: Mapping[str, str], noun: str, cluster: Cluster | None
+) -> Iterator[tuple[Author, Workers[TextRequest, WrittenTexts]]]:
+    """Who writes texts for the block: the engine of a recipe, see :func:`build_engine`, in this process; or workers of
+    a cluster, each with its own, of which this process is told only what it is. The folder of a local model is sent to
+    them."""
     if cluster is None:
-        return nullcontext(InProcess(lambda: partial(write_texts, engine)))
-    folders = [Folder(Path(options.model).resolve())] if options.model and Path(options.model).is_dir() else []
-    return open_workers(cluster, partial(_text_worker, options, dict(prompts), noun), folders)
+        engine = build_engine(options, prompts, noun)
+        yield engine, InProcess(lambda: partial(write_texts, engine))
+        return
+    local = Path(options.model) if options.model and Path(options.model).is_dir() else None
+    folders = [Folder(local.resolve())] if local else []
+    workers: Any
+    with open_workers(cluster, partial(_text_worker, options, dict(prompts), noun), folders) as workers:
+        (author,) = workers.map([None])
+        yield replace(author, generator=local.name) if local else author, workers
 
 
 def _text_worker(
     options: SummaryOptions, prompts: Mapping[str, str], noun: str, *models: Path
-) -> Callable[[TextRequest], WrittenTexts]:
+) -> Callable[[TextRequest | None], WrittenTexts | AbsentAuthor]:
     for model in models:
         options = replace(options, model=str(model))
-    return partial(write_texts, build_engine(options, prompts, noun))
+    engine = build_engine(options, prompts, noun)
+    return lambda request: AbsentAuthor.of(engine) if request is None else write_texts(engine, request)
 
 
 def _extractive(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:

@@ -4,9 +4,9 @@
 and ``titles`` use no model at all. :func:`~mllm_msr.processing.engine_registry.build_engine` makes one from a recipe.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from mllm_msr.modeling.inputs import Candidate, HistoryItem
 from mllm_msr.processing.prompts import Task
@@ -85,8 +85,8 @@ class Failure:
 Answer = Text | Failure | EngineUnavailable
 
 
-class Engine(Protocol):
-    """What the summaries need of whatever writes them."""
+class Author(Protocol):
+    """Who writes, as far as the keys of texts depend on it."""
 
     @property
     def generator(self) -> str:
@@ -111,6 +111,10 @@ class Engine(Protocol):
         """Changes whenever anything else does that the texts of ``task`` depend on."""
         ...
 
+
+class Engine(Author, Protocol):
+    """What the summaries need of whatever writes them."""
+
     def generate(
         self, task: Task, inputs: Sequence[Any], seeds: Sequence[int] | None = None, again: bool = False
     ) -> list[Answer]:
@@ -126,6 +130,32 @@ class Engine(Protocol):
             Exception: no input of this batch can be served; fewer of them, or others, may well be.
         """
         ...
+
+
+@dataclass(frozen=True)
+class AbsentAuthor:
+    """An engine as it is known where it is not: only its workers need what it imports and loads.
+
+    Args:
+        hashes: by task, of its prompt and of its settings.
+    """
+
+    generator: str
+    revision: str
+    batch_size: int
+    hashes: Mapping[Task, tuple[str, str]]
+
+    @classmethod
+    def of(cls, engine: Engine) -> "AbsentAuthor":
+        tasks: tuple[Task, ...] = get_args(Task)
+        hashes = {task: (engine.prompt_hash(task), engine.settings(task)) for task in tasks}
+        return cls(engine.generator, engine.revision, engine.batch_size, hashes)
+
+    def prompt_hash(self, task: Task) -> str:
+        return self.hashes[task][0]
+
+    def settings(self, task: Task) -> str:
+        return self.hashes[task][1]
 
 
 def prompt_digest(prompt: str, noun: str, *more: Any) -> str:

@@ -48,7 +48,7 @@ def open_workers(
     Raises:
         ValueError: no cluster answers at its address.
     """
-    if cluster is None:
+    if cluster is None or cluster == Cluster("local", workers=1):  # who would be this process over again
         return nullcontext(InProcess(lambda: make(*(folder.path for folder in folders))))
     from mllm_msr.processing.ray_workers import RayWorkers
 

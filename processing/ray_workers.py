@@ -100,7 +100,7 @@ class RayWorkers(Generic[Piece, Result]):
         self.cluster, self.make, self.folders = cluster, make, folders
         self.hands: list[_Hand] = []
         self.connected = False
-        self.source: Any = None  # once connected
+        self.source: Any = None  # once connected, where there may be other machines
         self.looked = -LOOK  # at the size of the cluster, by the clock
         self.failed_starts = 0  # in a row
         self.asked = float("inf")  # when the first worker was, by the clock
@@ -111,9 +111,9 @@ class RayWorkers(Generic[Piece, Result]):
     def __exit__(self, *error: object) -> None:
         for hand in self.hands:
             ray.kill(hand.actor)
-        if self.connected:
+        if self.source is not None:
             ray.kill(self.source)
-        self.hands, self.connected = [], False
+        self.hands, self.source, self.connected = [], None, False
 
     def map(self, pieces: Iterable[Piece]) -> Iterator[Result]:
         """See :class:`~mllm_msr.processing.workers.Workers`.
@@ -217,8 +217,9 @@ class RayWorkers(Generic[Piece, Result]):
             return
         connect(self.cluster.address)
         self.machine = ray.get_runtime_context().get_node_id()
-        place = NodeAffinitySchedulingStrategy(self.machine, soft=False)
-        self.source = ray.remote(Source).options(num_cpus=0, scheduling_strategy=place).remote(self.folders)
+        if self.cluster.address != "local":
+            place = NodeAffinitySchedulingStrategy(self.machine, soft=False)
+            self.source = ray.remote(Source).options(num_cpus=0, scheduling_strategy=place).remote(self.folders)
         self.connected, self.asked = True, time.monotonic()
 
 
@@ -237,7 +238,9 @@ def connect(address: str) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    how: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE} if address == "local" else {}
+    how: dict[str, Any] = {}
+    if address == "local":  # Ray's own workers would stand back behind all else on the machine
+        how = {"include_dashboard": False, "object_store_memory": STORE, "_system_config": {"worker_niceness": 0}}
     try:
         if ":" in address:
             _knock(address)

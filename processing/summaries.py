@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mllm_msr.modeling.inputs import HistoryItem
 from mllm_msr.modeling.preference import PreferenceStep, preference_waves, whole_blocks
 from mllm_msr.processing.encoded_items import EncodedItem
-from mllm_msr.processing.engines import Descriptions, Engine, HistoryBlock
+from mllm_msr.processing.engines import Author, Descriptions, HistoryBlock
 from mllm_msr.processing.prompts import Task
 from mllm_msr.processing.text_report import check_texts
 from mllm_msr.processing.text_requests import TextRequest, WrittenTexts
@@ -30,7 +30,7 @@ WITHOUT_MODEL = SummaryOptions(engine="extractive")
 
 def summarize_items(
     items: pl.DataFrame,
-    engine: Engine,
+    engine: Author,
     store: TextStore,
     options: SummaryOptions = WITHOUT_MODEL,
     workers: TextWorkers | None = None,
@@ -155,7 +155,7 @@ def summarize_users(
     interactions: pl.DataFrame,
     titles: Mapping[str, str],
     summaries: Mapping[str, str],
-    engine: Engine,
+    engine: Author,
     store: TextStore,
     options: SummaryOptions = WITHOUT_MODEL,
     workers: TextWorkers | None = None,
@@ -202,7 +202,7 @@ def summarize_users(
     return PREFERENCES.frame(rows).sort("user_id", "step")
 
 
-def _provenance(engine: Engine, tasks: Sequence[Task]) -> tuple[str, str, str]:
+def _provenance(engine: Author, tasks: Sequence[Task]) -> tuple[str, str, str]:
     """Who wrote the texts of ``tasks``, in which version, and from which prompts."""
     hashes = [engine.prompt_hash(task) for task in tasks]
     return engine.generator, engine.revision, hashes[0] if len(hashes) == 1 else digest(*hashes)

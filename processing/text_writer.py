@@ -9,12 +9,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from mllm_msr.processing.encoded_items import EncodedItem
-from mllm_msr.processing.engines import Engine, PromptInput
+from mllm_msr.processing.engines import Author, Engine, PromptInput
 from mllm_msr.processing.prompts import Task
 from mllm_msr.processing.text_report import no_use
 from mllm_msr.processing.text_requests import TextRequest, WrittenTexts, write_texts
@@ -58,10 +58,10 @@ def _says(fact: Any) -> bool:
 class TextWriter:
     """Has an engine write what a store lacks.
 
-    ``workers``: have the same engine; None: this process.
+    ``workers``: have this engine; None: this process, where it is whole.
     """
 
-    engine: Engine
+    engine: Author
     store: TextStore
     seed: int = 0
     workers: Workers[TextRequest, WrittenTexts] | None = None
@@ -90,7 +90,7 @@ class TextWriter:
         rows = self.store.rows
         useful = any(key in rows and not is_useless(rows[key].status) for key in order)
         tried: list[tuple[str, StoredText]] = []  # as long as no text is of use
-        workers = self.workers or InProcess(lambda: partial(write_texts, self.engine))
+        workers = self.workers or InProcess(lambda: partial(write_texts, cast(Engine, self.engine)))
         progress.update(len(keys) - sum(key not in rows for key in order))  # equal inputs are written once
         for written in workers.map(self._requests(task, order, place, inputs)):
             if written.rows:

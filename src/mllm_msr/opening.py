@@ -122,7 +122,8 @@ def read_recipe(
 
 
 def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] | None = None) -> RunFolder:
-    """An existing run; for a stage with its whole recipe checked, under ``settings`` of the sections that it reads.
+    """An existing run; for a stage with its recipe checked, under ``settings`` of the sections that it reads. For
+    ``summarize``, which reads nothing of the section ``training``, that is left as it is.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -143,18 +144,22 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
     origins = [f"vectors.{name}" for name in VECTOR_ORIGINS]
     if any(key in origins for key in settings or {}):  # the one that is named takes the place of the others
         settings = {**dict.fromkeys(origins), **(settings or {})}
-    recipe = check_recipe(with_settings(run.recipe.to_dict(), settings or {}))
+    with_training = not stage.startswith("summarize")
+    recipe = check_recipe(with_settings(run.recipe.to_dict(), settings or {}), with_training)
     return run if recipe == run.recipe else RunFolder.create(path, recipe)
 
 
-def check_recipe(content: Mapping[str, Any]) -> Recipe:
+def check_recipe(content: Mapping[str, Any], with_training: bool = True) -> Recipe:
     """A recipe from its mapping, with all that rooms know of its sections checked; ValueError for the first mistake.
 
-    Raw data is not looked for: later stages can do without.
+    Raw data is not looked for: later stages can do without. ``with_training``: see :func:`open_run`.
     """
-    from mllm_msr.training.arguments import effective_flags  # here, as TRL takes a while to load
+    if with_training:
+        from mllm_msr.training.arguments import effective_flags  # here, as TRL takes seconds to load
 
-    recipe = parse_recipe(content, effective_flags)
+        recipe = parse_recipe(content, effective_flags)
+    else:
+        recipe = parse_recipe(content)
     recipe = replace(recipe, source=effective_source(recipe.source))
     check_templates(recipe.prompts)
     check_names(recipe.summaries.max_new_tokens, MAX_NEW_TOKENS, "summaries.max_new_tokens")

@@ -83,15 +83,14 @@ def prepare(run: RunFolder) -> None:
 @contextmanager
 def text_tools(run: RunFolder, name: str, options: SummaryOptions) -> Iterator[Any]:
     """Engine, store, options and workers for the texts called ``name``; no other process writes to the store then."""
-    from mllm_msr.processing.engine_registry import build_engine, open_text_workers
+    from mllm_msr.processing.engine_registry import open_text_workers
     from mllm_msr.processing.text_store import TextStore
 
     folder, prompts, noun = run.texts / name, run.recipe.prompts, run.recipe.item_noun
-    engine = build_engine(options, prompts, noun)
     folder.mkdir(parents=True, exist_ok=True)
     with (
         write_lock(folder, f"mllm-msr summarize, in {run.path}"),
-        open_text_workers(engine, options, prompts, noun, run.cluster) as workers,
+        open_text_workers(options, prompts, noun, run.cluster) as (engine, workers),
     ):
         yield engine, TextStore(folder), options, workers
 
