@@ -100,9 +100,10 @@ def test_the_fused_score_has_the_members_that_are_wanted(headed: RunFolder, tmp_
 
 def test_networks_with_features_are_members_and_are_trained_once(headed: RunFolder, tmp_path: Path) -> None:
     run = with_members(headed, tmp_path / "run", ["sequence_head", "sasrecf", "gru4recf"])
+    shutil.rmtree(run.trained_baselines)
     stages.head(run)
     trained = {path.name for path in run.trained_baselines.glob("*.pt")}
-    assert {name.split("-")[0] for name in trained} == {"sasrec", "gru4rec", "sasrecf", "gru4recf"}
+    assert {name.split("-")[0] for name in trained} == {"sasrecf", "gru4recf"}
     tasks = run.tasks("test")
     for name in ("sasrecf", "gru4recf"):
         theirs = VARIANTS[name].scorer(run).score(tasks)["logit"].to_numpy()
