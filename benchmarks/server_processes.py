@@ -1,8 +1,8 @@
 """Server processes for ``serving.py``: the real one, and two that are the same code with less in it.
 
 As a script it is one of the two: ``python benchmarks/server_processes.py KIND RUN STATE``. "one at a time" takes the
-requests one after another; "naive" computes every pair as a whole prompt as well, and decodes and encodes every image
-anew, as a server around a model of transformers does.
+requests one after another; "naive" computes every pair as a whole as well, prompt or blocks, decodes and encodes every
+image anew, and leaves matrix products and memory to torch, as a server around a model of transformers does.
 """
 
 import asyncio
@@ -20,6 +20,9 @@ import aiohttp
 import numpy as np
 import psutil
 
+from mllm_msr.records.run import RunFolder
+
+AT_ONCE = 100  # pairs of the naive server
 OURS, ONE_AT_A_TIME, NAIVE = "ours", "one at a time", "naive"
 THREADS = {"OMP_NUM_THREADS": str(os.cpu_count()), "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
 
@@ -62,26 +65,62 @@ def server(kind: str, run: Path, state: Path | str) -> Iterator[Server]:
         process.wait()
 
 
+class WholePairs:
+    """Scores every pair by itself: its prompt, or of a ``late`` model the user's block, the candidate's, the answer."""
+
+    def __init__(self, recommender: Any) -> None:
+        self.model, self.processor, self.late = recommender.model, recommender.processor, recommender.late
+
+    def scores(self, users: Any, rows: Any, names: Any, catalogue: Any) -> Iterator[Any]:
+        from mllm_msr.modeling.inputs import Candidate
+        from mllm_msr.modeling.late_ranking import Scores
+
+        for user, row in enumerate(rows):
+            for start in range(0, len(row), AT_ONCE):
+                shown = [Candidate.of(catalogue[names[item]]) for item in row[start : start + AT_ONCE]]
+                batch = self.batch([users[user]] * len(shown), shown)
+                places = np.arange(start, start + len(shown))
+                yield Scores(np.full(len(shown), user), places, self.model.score(**batch).logits.numpy())
+
+    def batch(self, users: list[Any], candidates: list[Any]) -> Any:
+        import torch
+
+        from mllm_msr.modeling.packing import pack_late
+
+        if not self.late:
+            return self.processor(users, candidates)
+        limits = self.model.config.user_limit, self.model.config.item_limit
+        blocks = self.processor.late_blocks(users, candidates, limits)
+        pairs = torch.arange(len(users)).expand(2, -1)
+        return pack_late(self.model, blocks["users"], blocks["items"], blocks["answer_ids"], pairs)
+
+
 def serve_less(kind: str, run: Path, state: str) -> None:
     """Serve in this process with batching off and, if naive, with nothing shared or kept."""
-    from mllm_msr.evaluation.loading import load_recommender
-    from mllm_msr.serving import catalogue, opening, service
+    from mllm_msr.evaluation.loading import Computing, is_late, load_recommender
+    from mllm_msr.modeling import onednn_linear
+    from mllm_msr.serving import catalogue, main, opening, service
     from mllm_msr.serving.batching import Call, ModelQueue, Scoring
-    from mllm_msr.serving.main import ServeOptions, serve
 
     class OneAtATime(ModelQueue):
         def _take(self) -> tuple[Call | None, list[tuple[Scoring, int]]]:
             job = self._jobs.popleft()
             return (job, []) if isinstance(job, Call) else (None, [(job, len(job.names))])
 
+    def load_naive(run: RunFolder, how: Computing) -> Any:
+        recommender = load_recommender(run, replace(how, cache=None, share_prefix=None if is_late(run) else False))
+        recommender.plan, recommender.cache = WholePairs(recommender), None
+        return recommender
+
     patched: Any = service
     patched.ModelQueue = OneAtATime
     if kind == NAIVE:
         patched.Service._prepared = lambda self, image: image
         patched, patched_catalogue = opening, catalogue
-        patched.load_recommender = lambda run, how: load_recommender(run, replace(how, share_prefix=False))
+        patched.load_recommender = load_naive
         patched_catalogue.KEPT = 0
-    serve(ServeOptions(run, port=0, device="cpu", state=state, deadline=600))
+        onednn_linear.onednn_is_quicker, main.keep_freed_memory = (lambda: False), (lambda: None)
+    main.serve(main.ServeOptions(str(run), port=0, device="cpu", state=state, deadline=600))
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """What serving costs, over real HTTP on loopback, with real server processes; ratios within one run:
 
-    python benchmarks/serving.py RUN --seconds 20 --clients 1 8 32 --output benchmarks/serving.json
+    python benchmarks/serving.py RUN ... --seconds 5 --clients 1 8 32 --output benchmarks/serving.json
 
-RUN is a finished run, such as `mllm-msr demo --output RUN` makes. Measured are 100 candidates for a known user beside
-the same code with batching off and beside a naive server (``server_processes.py``), for users asked about anew and
-again; the whole of a catalogue of 100,000 items by the heads, with the best 100 reranked by the answer; how soon an
-event shows in the recommendations while 50 others come in a second; and the server's memory with the state of 100,000
-users. `cpu_ms` is what the server computes for a request, whatever else the machine does. `--soak MINUTES` does
+Each RUN is a finished run, such as `mllm-msr demo --output RUN --interaction late` makes; it is copied first, and stays
+as it is. Measured are, of each run, 100 candidates for a known user beside the same code with batching off and beside a
+naive server (``server_processes.py``), for users asked about anew and again; the whole of a catalogue of 100,000 items
+by the heads, with the best 100 reranked by the answer; how soon an event shows in the recommendations while 50 others
+come in a second; and, of the last run, the server's memory with the state of 100,000 users. `cpu_ms` is what the server
+computes for a request, whatever else the machine does. `--only PART` measures less. `--soak MINUTES` does
 ``serving_soak.py`` in place of all that, and `--flood` sends more requests at once than a server takes.
 """
 
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -30,8 +32,7 @@ import torch
 from server_processes import NAIVE, ONE_AT_A_TIME, OURS, THREADS, Server, Took, load, server
 from serving_soak import soak
 
-from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.evaluation.loading import load_catalogue
+from mllm_msr.evaluation.loading import is_late, load_catalogue
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEM_VECTORS, ITEMS
 from mllm_msr.serving.store import EVENTS, USERS, StoredItem, open_store
@@ -40,6 +41,7 @@ CANDIDATES = 100
 WARM = 10  # users of the large catalogue who are asked about after each of their events
 AGAIN = 32  # users who are asked about again and again
 EVENTS_PER_SECOND = 50
+PARTS = ("candidates", "catalogue", "users")
 FLOOD = 1000  # requests, of which 512 may be in flight
 
 
@@ -178,7 +180,7 @@ async def _after_events(running: Server, log: Log, seconds: float) -> Took:
     return took
 
 
-def freshness(running: Server, log: Log, catalogue: Catalogue, options: argparse.Namespace) -> dict[str, Any]:
+def freshness(running: Server, log: Log, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds from sending an event to holding recommendations that have changed by it, under a stream of others."""
     took: list[float] = []
     sent = itertools.count()
@@ -263,6 +265,27 @@ def users_in_state(run: RunFolder, log: Log, folder: Path, options: argparse.Nam
     return found
 
 
+def measure(run: RunFolder, folder: Path, options: argparse.Namespace, last: bool) -> dict[str, Any]:
+    """What is asked for of a run."""
+    log, found = Log(run), dict[str, Any]()
+    if options.soak:
+        return {"soak": tell("soak", soak(run, log.items, options.state or folder / "soak.sqlite", options.soak))}
+    if options.flood:
+        with server(OURS, run.path, folder / "flood.sqlite") as running:
+            return {"flood": flood(running, log)}
+    if "candidates" in options.only:
+        found["candidates"] = candidates(run, log, folder, options)
+    if "catalogue" in options.only:
+        state = str(folder / "items.sqlite")
+        put_items(run, state, options.items)
+        with server(OURS, run.path, state) as running:
+            found["catalogue"] = whole_catalogue(running, log, options)
+            found["freshness, large catalogue"] = freshness(running, log, options)
+    if "users" in options.only and last:
+        found["users"] = users_in_state(run, log, folder, options)
+    return found
+
+
 def tell(name: str, figures: Any) -> Any:
     print(f"  {name:<60} {json.dumps(figures)}", flush=True)
     return figures
@@ -270,7 +293,8 @@ def tell(name: str, figures: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="of the measurements")
     parser.add_argument("--seconds", type=float, default=20, help="of each measurement (20)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--items", type=int, default=100_000, help="of the large catalogue (100,000)")
@@ -280,25 +304,16 @@ def main() -> None:
     parser.add_argument("--state", help="database URL for --soak (default: an SQLite file)")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
-    run = RunFolder.open(options.run)
-    log = Log(run)
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     results: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "threads": THREADS["OMP_NUM_THREADS"]}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if options.soak:
-            results["soak"] = tell("soak", soak(run, log.items, options.state or folder / "soak.sqlite", options.soak))
-        elif options.flood:
-            with server(OURS, run.path, folder / "flood.sqlite") as running:
-                results["flood"] = flood(running, log)
-        else:
-            results["candidates"] = candidates(run, log, folder, options)
-            state = str(folder / "items.sqlite")
-            put_items(run, state, options.items)
-            with server(OURS, run.path, state) as running:
-                results["catalogue"] = whole_catalogue(running, log, options)
-                results["freshness, large catalogue"] = freshness(running, log, load_catalogue(run), options)
-            results["users"] = users_in_state(run, log, folder, options)
+    for path in options.runs:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            shutil.copytree(path, folder / "run", ignore=shutil.ignore_patterns("late_items", "state.sqlite*"))
+            run = RunFolder.open(folder / "run")
+            kind = "late" if is_late(run) else "joint"
+            print(f"{path}, {kind}", flush=True)
+            results[path.name] = {"interaction": kind, **measure(run, folder, options, last=path == options.runs[-1])}
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

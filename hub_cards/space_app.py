@@ -189,6 +189,7 @@ def build_app(demo: Demo, name: str) -> gr.Blocks:
     """The page, and the two functions that it has for programs."""
     view, noun = View(demo), demo.noun
     private: dict[str, Any] = {"api_visibility": "private"}
+    in_turn = {**private, "concurrency_id": "page"}  # or what was asked for first might be shown last
 
     def find(words: str) -> list[dict[str, str]]:
         """Find items of the catalogue, whose ids are what a history consists of.
@@ -250,17 +251,22 @@ def build_app(demo: Demo, name: str) -> gr.Blocks:
             text = gr.Checkbox(True, label="the answer reads titles and texts", elem_id="text")
             heads = gr.Checkbox(True, label="the heads rank", elem_id="heads", visible=demo.ranker is not None)
         ranking = gr.HTML(elem_id="ranking")
-        more = gr.Button(f"Show {SHOWN} more", elem_id="more")
+        more = gr.Button(f"Show {SHOWN} more", elem_id="more", visible=False)
 
-        toggles, everything = [image, text, heads], [user, history, steps, shown, who, past, ranking]
+        toggles, everything = [image, text, heads], [user, history, steps, shown, who, past, ranking, more]
 
         def page(user: str | None, history: list[str], steps: list[str], shown: int, *ways: bool) -> tuple:
             image, text, heads = ways
-            ranked = view.ranking(user, history, steps, image, text, heads, shown)
-            return user, history, steps, shown, user, view.story(history, steps), ranked
+            ranked, more_left = view.ranking(user, history, steps, image, text, heads, shown)
+            story = view.story(history, steps)
+            return user, history, steps, shown, user, story, ranked, gr.update(visible=more_left)
 
         def choose(user: str | None, *ways: bool) -> tuple:
             return page(user, *(demo.written(user) if user else ([], [])), SHOWN, *ways)
+
+        def begin() -> tuple:
+            """Everything as it is without a history, the boxes ticked."""
+            return *choose(None, True, True, True), True, True, True
 
         def add(
             user: str | None,
@@ -273,28 +279,28 @@ def build_app(demo: Demo, name: str) -> gr.Blocks:
         ) -> Iterator[tuple]:
             history = [*([] if user else history), shelf[clicked.index]]
             steps: list[str] = []
-            yield None, history, steps, SHOWN, None, view.story(history, steps), gr.skip()
+            yield None, history, steps, SHOWN, None, view.story(history, steps), gr.skip(), gr.skip()
             for steps in demo.write(history):
-                yield None, history, steps, SHOWN, None, view.story(history, steps), gr.skip()
+                yield None, history, steps, SHOWN, None, view.story(history, steps), gr.skip(), gr.skip()
             yield page(None, history, steps, SHOWN, image, text, heads)
 
         def search(words: str) -> tuple:
             found, said = demo.find(words)
             return found, said, demo.tiles(found)
 
-        app.load(lambda *ways: choose(demo.example, *ways), toggles, everything, **private)
-        who.input(choose, [who, *toggles], everything, **private)
+        app.load(lambda *ways: choose(demo.example, *ways), toggles, everything, **in_turn)
+        who.input(choose, [who, *toggles], everything, **in_turn)
         words.change(search, words, [shelf, which, tiles], trigger_mode="always_last", **private)
         # a click while the one before is still being written waits for its turn; by default it would be lost
-        tiles.select(add, [user, history, shelf, *toggles], everything, trigger_mode="multiple", **private)
-        clear.click(lambda *ways: page(None, [], [], SHOWN, *ways), toggles, everything, **private)
+        tiles.select(add, [user, history, shelf, *toggles], everything, trigger_mode="multiple", **in_turn)
+        clear.click(begin, None, [*everything, *toggles], **in_turn)
         for box in toggles:
-            box.change(page, [user, history, steps, shown, *toggles], everything, trigger_mode="always_last", **private)
+            box.input(page, [user, history, steps, shown, *toggles], everything, trigger_mode="always_last", **in_turn)
         more.click(
             lambda user, history, steps, shown, *ways: page(user, history, steps, shown + SHOWN, *ways),
             [user, history, steps, shown, *toggles],
             everything,
-            **private,
+            **in_turn,
         )
         gr.api(find, api_name="find")
         gr.api(recommend, api_name="recommend")

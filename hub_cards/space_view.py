@@ -32,9 +32,9 @@ CSS = """
 .chapter { border-left: 4px solid var(--color-accent); padding: .1rem .8rem; margin: .6rem 0 }
 .chapter.since { border-color: var(--border-color-primary) }
 .quiet { opacity: .75; font-size: .85rem }
-.cards { display: grid; align-items: start; gap: .8rem; padding: 0;
-  grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)) }
-.card { list-style: none; display: grid; grid-template-columns: 6rem 1fr; gap: .8rem; align-items: start;
+.cards { display: grid; gap: .8rem; padding: 0;
+  grid-template-columns: repeat(auto-fill, minmax(max(270px, (100% - 1.6rem) / 3), 1fr)) }
+.card { list-style: none; display: grid; grid-template-columns: 6rem 1fr; gap: .8rem; place-content: start stretch;
   border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .7rem;
   background: var(--background-fill-secondary); color: var(--body-text-color) }
 .card.chosen { border: 2px solid var(--color-accent) }
@@ -49,6 +49,7 @@ CSS = """
 #shelf .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)) !important }
 #shelf .thumbnail-item { display: block; width: 100%; height: auto; aspect-ratio: auto }
 #shelf .thumbnail-item img { height: auto; aspect-ratio: 1; object-fit: contain }
+#shelf .thumbnail-item.selected { border-color: var(--border-color-primary); box-shadow: none }
 #shelf .caption-label { position: static; max-width: 100%; border: 0; white-space: normal; overflow: visible }
 @media (max-width: 640px) {
   .cards { grid-template-columns: 1fr }
@@ -118,10 +119,10 @@ class View:
 
     def ranking(
         self, user: str | None, history: list[str], steps: list[str], image: bool, text: bool, heads: bool, shown: int
-    ) -> str:
-        """The best of all items after a history, and what is to be said of them."""
+    ) -> tuple[str, bool]:
+        """The best of all items after a history with what is to be said of them; and whether there are more."""
         if not history:
-            return '<p class="quiet">Nothing is ranked before something is chosen.</p>'
+            return '<p class="quiet">Nothing is ranked before something is chosen.</p>', False
         found, said = self.demo.rank(history, steps, image, text, heads, shown)
         target, places = self.demo.chosen_next(user), {each.item_id: place for place, each in enumerate(found, 1)}
         if target in places:
@@ -135,7 +136,7 @@ class View:
         cards = "".join(self.card(place, each, each.item_id == target, widest) for place, each in enumerate(best, 1))
         shown_of = [f"Shown are the first {len(best)} of {len(found)}."] if len(best) < len(found) else []
         words = html.escape(" ".join([*said, *shown_of]))
-        return f'<p class="said quiet">{words}</p><ol class="cards">{cards}</ol>'
+        return f'<p class="said quiet">{words}</p><ol class="cards">{cards}</ol>', len(best) < len(found)
 
 
 def thumbnail(image: Image.Image | None) -> str:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -26,29 +26,20 @@ class IndexReport:
     nbytes: int
 
 
-@runtime_checkable
-class ContentAddressed(Protocol):
-    """A catalogue that remembers what its items are made of, so that none is decoded only to be found."""
-
-    def content(self, item_id: str) -> str:
-        """``Candidate.content`` of an item."""
-        ...
-
-
 class ItemKeys:
     """Names for the keys and values of candidates and users: after what they say, and under autocast others than
     without.
 
-    So what is new or has changed is simply not there yet.
+    So what is new or has changed is simply not there yet. A catalogue may have a method ``content``, which gives
+    ``Candidate.content`` of an item, so that none is decoded only to be found.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.kind = device.type
 
     def of(self, catalogue: Mapping[str, Any], item_id: str) -> str:
-        if isinstance(catalogue, ContentAddressed):
-            return catalogue.content(item_id) + self._precision
-        return Candidate.of(catalogue[item_id]).content + self._precision
+        content: Any = getattr(catalogue, "content", None)
+        return (content(item_id) if content else Candidate.of(catalogue[item_id]).content) + self._precision
 
     def of_user(self, user: User) -> str:
         return user.content + self._precision

@@ -18,6 +18,7 @@ from transformers import BatchFeature
 
 from .block_attention import KVCache
 from .compiled_answers import CompiledAnswers
+from .core_rows import cores, each_on_a_core, rows_of
 from .image_features import ImageFeatureCache, PreparedCatalogue
 from .inputs import User
 from .interfaces import RecommendationModel, RecommendationProcessor
@@ -185,13 +186,16 @@ class LatePlan:
             with suppress(RowTooWide):  # as it is padded; or it is refused again
                 yield from _compiled_scores(self.compiled, users, items, pairs)
                 return
-        pairs = pairs.take(np.argsort(pairs.items, kind="stable"))  # one forward needs few candidates, and neighbours
+        device = self.model.device
+        # one forward needs few candidates, and neighbours; on a CPU those of one user
+        by_user = pairs.users if device.type == "cpu" else np.zeros(len(pairs))
+        pairs = pairs.take(np.lexsort([pairs.items, by_user]))
         heads = self.model.config.get_text_config(decoder=True).num_attention_heads
         width = len(self.answer_ids)
         seen = width + users.width + items.width
-        count = max(1, min(self.token_budget // width, SCORES // (4 * heads * width * seen)))
-        for start in range(0, len(pairs), count):
-            part = pairs.take(slice(start, start + count))
+        tokens = min(self.token_budget, SCORES // (4 * heads * seen))
+
+        def scores(part: Pairs) -> Scores:
             user_rows, user_of = np.unique(part.users, return_inverse=True)
             item_rows, item_of = np.unique(part.items, return_inverse=True)
             packed = pack_late_answers(
@@ -201,8 +205,10 @@ class LatePlan:
                 self.answer_ids,
                 torch.from_numpy(np.stack([user_of, item_of])),
             )
-            logits = self.model.score(**packed).logits.cpu().numpy()
-            yield Scores(part.users, part.places, logits)
+            return Scores(part.users, part.places, self.model.score(**packed).logits.cpu().numpy())
+
+        rows = rows_of(pairs.users, device, tokens, lambda: width)
+        yield from each_on_a_core(scores, map(pairs.take, rows), cores(device))
 
 
 def _compiled_scores(compiled: CompiledAnswers, users: KVCache, items: KVCache, pairs: Pairs) -> Iterator[Scores]:

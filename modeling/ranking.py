@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from .core_rows import cores, each_on_a_core, rows_of
 from .image_features import ImageFeatureCache, PreparedCatalogue
 from .inputs import Candidate, User, as_candidates, as_users
 from .interfaces import RecommendationModel, RecommendationProcessor
@@ -26,6 +28,7 @@ from .item_cache import IndexReport, ItemKeys, fingerprint
 from .item_shards import ShardFolder
 from .item_store import ItemStore
 from .late_ranking import LatePlan, Pairs, Scores
+from .onednn_linear import use_onednn
 from .packing import RowTooWide, block_limits, pack_joint
 
 SAMPLE = 8  # candidates whose images tell how many may be kept
@@ -86,6 +89,8 @@ class Recommender:
         self.shares_prefix = self.obstacle is None and share_prefix is not False
         if self.shares_prefix:
             model.use_block_attention()
+        if model.device.type == "cpu":
+            use_onednn(model.backbone)
         memory = int(memory_gb * 1e9) if memory_gb is not None else _free_memory(model.device) // 2
         self.cache = ShardFolder(Path(cache) / fingerprint(model, processor)) if cache is not None else None
         self.plan: Plan
@@ -209,6 +214,7 @@ class JointPlan:
         self.shares, self.demanded = shares, demanded
         self.images = ImageFeatureCache(model.backbone, processor)
         self.pair_tokens = 64  # that a pair of the longest batch so far has cost
+        self.lock = Lock()
 
     def scores(
         self, users: Sequence[User], rows: Sequence[np.ndarray], names: Sequence[str], catalogue: Mapping[str, Any]
@@ -235,16 +241,25 @@ class JointPlan:
     def _chunk(
         self, users: Sequence[User], pairs: Pairs, names: Sequence[str], prepared: PreparedCatalogue
     ) -> Iterator[Scores]:
-        start = 0
-        while start < len(pairs):  # as many pairs as the budget allows, going by what the last ones took
-            part = pairs.take(slice(start, start + max(1, self.token_budget // self.pair_tokens)))
-            candidates = [prepared[names[item]] for item in part.items]
-            batch = self.processor([users[user] for user in part.users], candidates)
-            packed = self._packed(batch, part.users)
-            if self._fits(packed["input_ids"].numel(), len(part)):
-                output = self.model.score(**packed, image_features=self.images.features(batch.images))
-                yield Scores(part.users, part.places, output.logits.cpu().numpy())
-                start += len(part)
+        """As many pairs at a time as the budget allows, going by what the last ones took."""
+
+        def scores(part: Pairs) -> list[Scores]:
+            with self.lock:  # what is kept of images, and the processor, are for one thread at a time
+                candidates = [prepared[names[item]] for item in part.items]
+                batch = self.processor([users[user] for user in part.users], candidates)
+                packed = self._packed(batch, part.users)
+                fits = self._fits(packed["input_ids"].numel(), len(part))
+                features = self.images.features(batch.images) if fits else []
+            if not fits:
+                half = len(part) // 2
+                return [*scores(part.take(slice(half))), *scores(part.take(slice(half, None)))]
+            output = self.model.score(**packed, image_features=features)
+            return [Scores(part.users, part.places, output.logits.cpu().numpy())]
+
+        device = self.model.device
+        rows = rows_of(pairs.users, device, self.token_budget, lambda: self.pair_tokens)
+        for found in each_on_a_core(scores, map(pairs.take, rows), cores(device)):
+            yield from found
 
     def _packed(self, batch: BatchFeature, users: np.ndarray) -> Mapping[str, torch.Tensor]:
         """The batch as it is computed: in one row, or as it is where prompts cannot share."""

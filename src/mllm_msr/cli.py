@@ -175,7 +175,7 @@ def demo(options: argparse.Namespace) -> None:
 
     if options.serve:
         check_serving(options.port)
-    run = demo(options.output)
+    run = demo(options.output, options.interaction)
     if options.serve:
         serve(run, options.port)
 

@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = command("demo", "run the whole method on the embedded data set")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="its run (default: demo_output)")
+    how = "how the model reads user and candidate; late is what to serve (default: joint, as in the paper)"
+    demo.add_argument("--interaction", choices=("joint", "late"), default="joint", help=how)
     demo.add_argument("--serve", action="store_true", help="then show it in the browser (needs the extra [demo])")
     demo.add_argument("--port", type=port, default=7860, help="of --serve (default: 7860)")
 

@@ -321,16 +321,16 @@ def best_of(
     rows = []
     for number, (user, items) in enumerate(zip(users, best, strict=True)):
         for rank, item in enumerate(items, 1):
-            logit = float(scores.logits[number, item])
             answer = None if scores.answers is None else float(scores.answers[number, item])
             own: dict[str, float | None] = {
                 name: float(values[number, column[item]]) for name, values in members.items()
             }
-            own["answer"] = None if answer is None or np.isnan(answer) else answer
-            score = 1 / (1 + float(np.exp(-np.float64(logit))))
+            own["answer"] = answer = None if answer is None or np.isnan(answer) else answer
+            probability = None if answer is None else 1 / (1 + float(np.exp(-np.float64(answer))))
             said = [own.get(name) for name in RANKING_MEMBERS]
-            title = catalogue.titles[names[item]]
-            rows.append((user.user_id, rank, names[item], title, logit, score, item, *said, user.words.preference))
+            which = (user.user_id, rank, names[item], catalogue.titles[names[item]])
+            score = float(scores.logits[number, item])
+            rows.append((*which, score, probability, item, *said, user.words.preference))
     return RANKINGS.frame(rows)
 
 

@@ -58,8 +58,8 @@ def ranking_table(frame: pl.DataFrame, after: str = "") -> str:
     members = [name for name in RANKING_MEMBERS if frame[name].count()]
     parts = []
     for (user,), part in frame.group_by("user_id", maintain_order=True):
-        by_answer = part["logit"].equals(part["answer"], check_names=False)
-        shown = "score" if by_answer else "logit"  # a probability, or a score that is none
+        by_answer = part["score"].equals(part["answer"], check_names=False)
+        shown = "probability" if by_answer else "score"
         own = [] if by_answer else members
         rows = [("rank", shown, "item", *own, "title")]
         for row in part.iter_rows(named=True):

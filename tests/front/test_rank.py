@@ -53,7 +53,7 @@ def test_many_users_are_ranked_into_files_by_workers_as_by_one_process(late, tmp
     assert frame.equals(ranking(alone))
     assert frame.height == 70 * 4 and frame["user_id"].n_unique() == 70
     for _, part in frame.group_by("user_id"):
-        assert part["rank"].to_list() == [1, 2, 3, 4] and part["logit"].is_sorted(descending=True)
+        assert part["rank"].to_list() == [1, 2, 3, 4] and part["score"].is_sorted(descending=True)
     seen = pl.read_parquet(late / "data/interactions.parquet")
     assert frame.join(seen, on=["user_id", "item_id"]).is_empty()
 
@@ -124,8 +124,8 @@ def test_equal_scores_keep_the_order_given_and_the_best_are_numbered_from_1(fini
     names = [item for item in finished.read(INTERACTIONS)["item_id"].unique(maintain_order=True)]
     best = best_of([user], Constant(), names, load_catalogue(finished), 3)
     fresh = [item for item in names if item not in user.chosen]
-    assert best.select("user_id", "rank", "item_id", "logit", "score", "index", "likeness", "answer").rows() == [
-        ("u0000", place, item, 0.0, 0.5, names.index(item), 1.0, None) for place, item in enumerate(fresh[:3], 1)
+    assert best.select("user_id", "rank", "item_id", "score", "probability", "index", "likeness", "answer").rows() == [
+        ("u0000", place, item, 0.0, None, names.index(item), 1.0, None) for place, item in enumerate(fresh[:3], 1)
     ]
     assert set(best["preference"]) == {user.words.preference}
 

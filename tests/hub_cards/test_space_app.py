@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -143,13 +144,15 @@ def test_each_toggle_takes_something_away_and_says_so(demo: space_app.Demo) -> N
 
 def test_what_cannot_be_ranked_or_shown_is_told(demo: space_app.Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     view, (history, steps) = View(demo), demo.written("u1")
-    page = view.ranking("u1", history, steps, *ALL, 5)
+    page, more = view.ranking("u1", history, steps, *ALL, 5)
     left = len(demo.place) - len(history)
-    assert f"Shown are the first 5 of {left}." in page and page.count('<li class="card') == 5
+    assert f"Shown are the first 5 of {left}." in page and page.count('<li class="card') == 5 and more
+    assert view.ranking("u1", history, steps, *ALL, left)[1] is view.ranking(None, [], [], *ALL, 5)[1] is False
     assert f"{demo.titles[demo.chosen_next('u1')]}, is at place " in page
     monkeypatch.setattr(space_app, "ANSWERED", 5)
-    assert f"{left} things are too many for the answer alone" in view.ranking(
-        "u1", history, steps, True, True, False, 5
+    assert (
+        f"{left} things are too many for the answer alone"
+        in view.ranking("u1", history, steps, True, True, False, 5)[0]
     )
     monkeypatch.setattr(space_app, "RERANKED", 4)
     monkeypatch.setattr(demo, "place", {**demo.place, "new": 99})
@@ -238,8 +241,11 @@ def test_it_opens_on_a_worked_example_whose_toggles_work(browser: Any, url: str)
             page.wait_for_timeout(200)
         seen.append(shown)
     assert seen[0] != seen[1] != seen[2]
-    page.click("#more")
-    expect(page.locator("#ranking .card")).not_to_have_count(SHOWN)
+    left = int(re.search(r"all (\d+) things", page.locator("#ranking .said").inner_text())[1])
+    for shown in [*range(2 * SHOWN, left, SHOWN), left]:
+        page.click("#more")
+        expect(page.locator("#ranking .card")).to_have_count(shown)
+    expect(page.locator("#more")).to_be_hidden()
     page.close()
 
 
@@ -255,7 +261,15 @@ def test_click_a_history_on_a_phone_and_see_its_preference_written(browser: Any,
         expect(page.locator("#past .step")).to_have_count((number + 1) // 3)
         expect(page.locator("#ranking .said")).to_contain_text(f"all {29 - number} things")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click("#text input")
     page.click("#clear")
     expect(page.locator("#past img")).to_have_count(0)
     expect(page.locator("#ranking")).to_contain_text("Nothing is ranked before something is chosen")
+    page.mouse.move(0, 0)
+    borders = page.locator("#shelf .thumbnail-item").evaluate_all(
+        "all => all.map(e => getComputedStyle(e).borderColor)"
+    )
+    assert len(set(borders)) == 1  # also of the tile that was clicked last
+    expect(page.locator("#text input")).to_be_checked()
+    expect(page.locator("#more")).to_be_hidden()
     page.close()

@@ -162,8 +162,9 @@ def test_recommendations_are_filtered_and_explained(run: RunFolder, served: Live
         nearest = ranker.nearest(each["item_id"], ["i0010", "i0011"])
         assert [alike["item_id"] for alike in each["explanation"]["nearest"]] == [alike.item_id for alike in nearest]
         assert sum(each["explanation"]["shares"].values()) == pytest.approx(each["fused"], abs=1e-4)
-    only = served.ask("POST", "/v1/recommendations", json={"history": ["i0010"], "only": ["i0004", "i0010", "none"]})
-    assert [each["item_id"] for each in only["results"]] == ["i0004"]
+    named = {"only": ["i0004", "i0010", "none"], "exclude": ["gone", "i0011", "none"]}
+    only = served.ask("POST", "/v1/recommendations", json={"history": ["i0010"], **named})
+    assert [each["item_id"] for each in only["results"]] == ["i0004"] and only["unknown"] == ["none", "gone"]
     wrong = served.ask("POST", "/v1/recommendations", 422, json={"history": ["i0010"], "where": {"yeer": [1]}})
     assert wrong["errors"][0] == {"field": "where.yeer", "message": "no item has a column 'yeer'"}
 
@@ -261,6 +262,9 @@ def test_keys_that_may_read_may_not_write(served: Live, key: str | None, method:
         ("/v1/score", {"preference": "a", "items": ["i0001"], "itens": 1}, "itens: is not known: leave it out"),
         ("/v1/score", {"preference": "a"}, "items: is missing: send it"),
         ("/v1/rerank", {"query": "a", "documents": [{"title": 3}]}, "documents.0.title: input should be a valid str"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": True}, "top_n: input should be a valid integer"),
+        ("/v1/recommendations", {"history": ["i0001"], "n": "3"}, "n: input should be a valid integer"),
+        ("/v1/recommendations", {"history": ["i0001"], "explain": 1}, "explain: input should be a valid boolean"),
         ("/v1/rerank", {"query": "a", "documents": [{"image": "http://a.b/x"}]}, "fetches no URLs: send it"),
         ("/v1/rerank", {"query": "a", "documents": [{"image": "bm90IGFuIGltYWdl"}]}, "not an image"),
         ("/v1/rerank", {"query": "a\0", "documents": ["b"]}, "query: has a NUL character"),

@@ -4,17 +4,20 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from mllm_msr.opening import check_recipe
-from mllm_msr.records.recipe import demo_recipe, load_content
+from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.stages import run_all
 
+Interaction = Literal["joint", "late"]
 
-def demo(output: Path) -> RunFolder:
+
+def demo(output: Path, interaction: Interaction = "joint") -> RunFolder:
     """Run every stage and exit with an error if what the method rests on did not show."""
     start = time.monotonic()
-    run = demo_run(output)
+    run = demo_run(output, interaction)
     run_all(run)
     auc = {variant: metrics["auc"].value for variant, metrics in run.results().variants.items()}
     print(f"\ndone in {time.monotonic() - start:.0f} s; the best achievable AUC (oracle) is {auc['oracle']:.3f}")
@@ -25,12 +28,20 @@ def demo(output: Path) -> RunFolder:
     return run
 
 
-def demo_run(output: Path) -> RunFolder:
+def recipe_of(interaction: Interaction) -> Recipe:
+    """The demo's recipe for a model that reads user and candidate jointly, or keeps each and joins them late."""
+    content = load_content(demo_recipe())
+    if interaction == "late":
+        content = with_settings(content, load_content(Path(__file__).with_name("late.yaml"))) | {"name": "demo-late"}
+    return check_recipe(content)
+
+
+def demo_run(output: Path, interaction: Interaction = "joint") -> RunFolder:
     """The demo's run in ``output``; one that is there keeps the variants that it has been evaluated with.
 
     Raises ValueError if ``output`` holds a run of another recipe.
     """
-    recipe = check_recipe(load_content(demo_recipe()))
+    recipe = recipe_of(interaction)
     if (output / "config.yaml").is_file():
         earlier = RunFolder.open(output).recipe
         variants = list(dict.fromkeys([*recipe.evaluation.rows, *earlier.evaluation.rows]))

@@ -300,15 +300,15 @@ RANKINGS = Table(
         "rank": pl.Int64,
         "item_id": pl.String,
         "title": pl.String,
-        "logit": pl.Float32,
         "score": pl.Float32,
+        "probability": pl.Float32,
         "index": pl.Int64,
         **dict.fromkeys(RANKING_MEMBERS, pl.Float32),
         "preference": pl.String,
     },
     "rankings.parquet",
     "the best items of each user, best first",
-    notes="`logit`: by what they are ranked; `score`: its sigmoid, a probability where the answer ranks; `index`: the "
+    notes="`score`: by what they are ranked; `probability`: of the answer, null where it was not asked; `index`: the "
     "place among the candidates, from 0; `preference`: that in force, in words; the others: what each member of the "
     "fused score says, null where it was not asked",
 )

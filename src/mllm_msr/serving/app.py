@@ -38,6 +38,7 @@ OFFLINE_DOCS = (
 )
 REFRESH = 1.0  # seconds between looks at items that other servers have put
 logger = logging.getLogger(__name__)
+TOLD = 100  # unknown items that a reply names
 USER = "user:"  # what a query begins with that names a user
 
 
@@ -152,7 +153,9 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         by, found = service.recommend(user, wanted, where, until)
         results = [result_of(service, place, each, body.explain) for place, each in enumerate(found, 1)]
         said: dict[str, Any] = {"preference": user.words.preference, "recent": list(user.recent)}
-        return schemas.RecommendReply(by=by, results=results, **(said if body.explain else {}), **told)
+        named = dict.fromkeys([*(body.only or []), *body.exclude])
+        unknown = [item for item in named if item not in service.catalogue][:TOLD]
+        return schemas.RecommendReply(by=by, unknown=unknown, results=results, **(said if body.explain else {}), **told)
 
     @app.post("/v1/recommendations", tags=["recommendations"])
     def recommend_anyone(body: schemas.RecommendHistoryRequest, until: Until) -> schemas.RecommendReply:

@@ -1,15 +1,18 @@
 """`mllm-msr serve`: open a run, and answer over HTTP until told to stop."""
 
+import ctypes
 import ipaddress
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from mllm_msr.serving.auth import Keys, read_keys
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX, KEPT = -1, -3, -8, 2**30  # of glibc's malloc.h; bytes
 NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
 
 
@@ -64,6 +67,7 @@ def serve(options: ServeOptions) -> None:
     check_exposure(options.host, keys, options.open_to_all)
     listener = listen(options.host, options.port)
     os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a log
+    keep_freed_memory()
     start_log()
     import uvicorn
 
@@ -100,6 +104,16 @@ def serve(options: ServeOptions) -> None:
         timeout_graceful_shutdown=int(options.deadline) + 5,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def keep_freed_memory() -> None:
+    """Let what a forward frees be there for the next. By default glibc hands large pieces back to the system each time,
+    which clears them, page by page, when they are asked for again."""
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        if mallopt(M_MMAP_THRESHOLD, KEPT):
+            mallopt(M_TRIM_THRESHOLD, KEPT)
+            mallopt(M_ARENA_MAX, 1)
 
 
 def start_log() -> None:

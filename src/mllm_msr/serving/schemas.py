@@ -26,7 +26,15 @@ Words = Annotated[str, Field(max_length=200_000), AfterValidator(storable)]
 ImageText = Annotated[str, Field(description="base64, a data: URL or, if the server fetches them, an http(s) URL")]
 
 
-class Strict(BaseModel):
+class Body(BaseModel):
+    """What is sent: no value passes for one of another type, as `true` would for 1."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Strict(Body):
+    """What is sent, without fields of the client's own."""
+
     model_config = ConfigDict(extra="forbid")
 
 
@@ -41,11 +49,11 @@ class Reply(BaseModel):
 # ---- reranking -----------------------------------------------------------------------------------------------------
 
 
-class ImageUrl(BaseModel):
+class ImageUrl(Body):
     url: ImageText
 
 
-class Part(BaseModel):
+class Part(Body):
     """A part of a document, as chats have it."""
 
     type: Literal["text", "image", "image_url"]
@@ -54,7 +62,7 @@ class Part(BaseModel):
     image_url: ImageUrl | ImageText | None = None
 
 
-class Document(BaseModel):
+class Document(Body):
     """A candidate. Of title, text and image one is enough."""
 
     model_config = ConfigDict(extra="allow")  # clients send fields of their own, and get them back
@@ -64,7 +72,7 @@ class Document(BaseModel):
     image: ImageText | None = None
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(Body):
     """Order documents for a user. Fields that are unknown, such as Cohere's `max_chunks_per_doc`, are left alone."""
 
     query: Words | dict[str, Words] = Field(description="a preference in words, or `user:` and the id of a user")
@@ -239,6 +247,9 @@ class RecommendReply(Reply):
     preference: str | None = Field(default=None, description="with `explain`: what the answer was told of the user")
     recent: list[str] | None = Field(
         default=None, description="with `explain`: items chosen since, which it was told as well"
+    )
+    unknown: list[str] = Field(
+        default=[], description="ids of `only` and `exclude` that no item of the catalogue has, the first 100 of them"
     )
     results: list[Recommended]
 

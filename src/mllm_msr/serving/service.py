@@ -72,7 +72,8 @@ class Service:
         self.condenser = Condenser(self.users, store, self.writer, self.described, lambda: self.queue.busy)
         self._numbers = itertools.count()
         self._item_cost = self._cost_of(next(iter(opened.items.values()), Candidate()))
-        self.refresh()
+        # of items that were put before, a late model's cache has what it needs, or gets it when they are first asked of
+        _result(self.queue.call(self._apply_changes), float("inf"))
 
     def _prepared(self, image: Any) -> Any:
         (prepared,) = self.opened.recommender.processor.prepare_images([image])
