@@ -96,7 +96,7 @@ class ItemStore:
         assert self.shards is not None
         for name, (places, rows) in _by_part(keys, self.shards.places).items():
             part = self._read(self.shards, name, rows)
-            if len(rows) >= VIEW:
+            if len(rows) >= VIEW and rows[-1] - rows[0] < len(rows):  # others are copied anyway, best into one part
                 yield np.array(places), cache_of(part)
             else:
                 scattered.append((places, part))

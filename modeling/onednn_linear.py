@@ -26,7 +26,8 @@ class OneDnnLinear(nn.Linear):
         plain = (
             input.dtype == self.weight.dtype == torch.float32 and input.device.type == self.weight.device.type == "cpu"
         )
-        if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        usual = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if usual or not plain:
             return super().forward(input)
         product: Any = torch.ops.mkldnn._linear_pointwise
         return product(input, self.weight, self.bias, "none", [], "")
