@@ -28,6 +28,7 @@ from .packing import RowTooWide, compute_late_prefixes, pack_late_answers
 
 PART = 128  # users kept as one tensor
 SCORES = 2**28  # bytes of attention scores in one forward
+CPU_BUDGET = 4096  # tokens of a forward that the caches of a CPU are best used by
 
 Thing = TypeVar("Thing")
 exhaust: Callable[[Iterable[Any]], Any] = partial(deque, maxlen=0)  # an iterator that is run for what it does
@@ -165,11 +166,13 @@ class LatePlan:
         side: Literal["user", "item"],
     ) -> Iterator[int]:
         """Compute what a store lacks of these, by their keys; yields how many are done."""
-        missing = store.missing(list(wanted))
+        missing, budget = store.missing(list(wanted)), self.token_budget
+        if self.model.device.type == "cpu":
+            budget = min(budget, CPU_BUDGET)
         start = 0
         try:
             while start < len(missing):
-                batch = missing[start : start + max(1, self.token_budget // (self.longest[side] or self.token_budget))]
+                batch = missing[start : start + max(1, budget // (self.longest[side] or budget))]
                 store.put(batch, encode([wanted[key] for key in batch]))
                 yield len(batch)
                 start += len(batch)

@@ -233,9 +233,10 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
                 "a model with interaction='late' scores no whole prompts: give it what pack_late makes of the "
                 "processor's late_blocks, or use Recommender"
             )
-        batch = {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-        }
+        if (device := self.device).type != "meta":  # where its first layers are not on a disk
+            batch = {
+                key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+            }
         logits = self.answer_logits(self(**{"logits_to_keep": 1, **batch}).logits.flatten(0, 1))
         return RecommendationOutput(logits=logits, probabilities=logits.sigmoid())
 

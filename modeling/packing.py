@@ -275,8 +275,9 @@ def _packed(
         (arguments["memory_places"],) = [
             visible.places for visible, part in zip(layout.visible, prefixes, strict=True) if part.memory
         ]
-    moved = {name: value.to(model.device, non_blocking=True) for name, value in arguments.items()}
-    return {"logits_to_keep": 1, **moved, "block_layout": layout.to(model.device), "use_cache": False}
+    device = model.device  # for which all weights are gone through
+    moved = {name: value.to(device, non_blocking=True) for name, value in arguments.items()}
+    return {"logits_to_keep": 1, **moved, "block_layout": layout.to(device), "use_cache": False}
 
 
 def _layout(

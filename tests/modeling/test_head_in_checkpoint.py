@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICE
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny_models import FAMILIES, WITHOUT_PACKAGE
@@ -110,7 +111,9 @@ def test_a_trainer_neither_trains_nor_loses_it(headed, processor_of, tmp_path: P
     expected, processor = headed.item_ranker.score(HISTORIES), processor_of("llava")
     assert not any("item_ranker" in name for name, _ in [*headed.named_parameters(), *headed.named_buffers()])
     batch = processor([User("ships")], [Candidate(title="One")], labels=[1])
-    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=True)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], save_strategy="no", use_cpu=DEVICE.type == "cpu"
+    )
     trainer = Trainer(headed, arguments, train_dataset=[{}], data_collator=lambda rows: dict(batch))
     trainer.train()
     check(headed, expected)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from devices import DEVICE
 from transformers import AutoModel
 
 from mllm_msr.modeling.inputs import Candidate
@@ -29,9 +30,9 @@ def test_a_vector_is_that_of_the_item_alone(tmp_path: Path, family: str) -> None
     for budget in (1, 60):
         apart = encode_items(model, processor, ITEMS, token_budget=budget)
         np.testing.assert_allclose(apart.astype(np.float32), together.astype(np.float32), atol=2e-3)
-    one = processor.late_items(ITEMS[:1])
+    one = processor.late_items(ITEMS[:1]).to(DEVICE)
     states = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(**one).last_hidden_state
-    np.testing.assert_allclose(states[0].mean(dim=0).detach().numpy(), together[0].astype(np.float32), atol=2e-3)
+    np.testing.assert_allclose(states[0].mean(dim=0).detach().cpu().numpy(), together[0].astype(np.float32), atol=2e-3)
 
 
 def test_an_image_changes_a_vector_and_the_id_does_not(tmp_path: Path) -> None:

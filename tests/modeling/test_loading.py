@@ -82,7 +82,7 @@ def run(code: str, *arguments: str, home: Path, **environment: str) -> str:
 
 def scores(output: str) -> list[torch.Tensor]:
     lines = [line.split()[1:] for line in output.splitlines() if line.startswith("SCORES")]
-    return [torch.tensor([float(part) for part in line]) for line in lines]
+    return [torch.tensor([float(part) for part in line], device=DEVICE) for line in lines]
 
 
 def make(path: Path) -> tuple[MllmMsrForRecommendation, MllmMsrProcessor]:
@@ -289,25 +289,25 @@ def test_quantisation_passes_through(backbone, tmp_path: Path) -> None:
     )
     layer = model.get_decoder().layers[0].self_attn.q_proj
     assert type(layer.weight).__name__ == "Int8Tensor" and model.hf_quantizer is not None
-    expected = model.score(**batch).logits
-    torch.testing.assert_close(expected, full.score(**batch).logits, atol=0.05, rtol=0)
+    expected = model.score(**batch).logits.cpu()
+    torch.testing.assert_close(expected, full.score(**batch).logits.cpu(), atol=0.05, rtol=0)
     model.save_pretrained(tmp_path / "full")
     again = AutoModel.from_pretrained(tmp_path / "full")
     assert type(again.get_decoder().layers[0].self_attn.q_proj.weight).__name__ == "Int8Tensor"
-    torch.testing.assert_close(again.score(**batch).logits, expected)
+    torch.testing.assert_close(again.score(**batch).logits.cpu(), expected)
     model.export_backbone(tmp_path / "stock")
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock")
     with torch.no_grad():
-        torch.testing.assert_close(model.answer_logits(stock(**batch).logits[:, -1]), expected)
+        torch.testing.assert_close(model.answer_logits(stock(**batch.to(stock.device)).logits[:, -1]).cpu(), expected)
 
     adapt(model)
-    expected = model.score(**batch).logits
+    expected = model.score(**batch).logits.cpu()
     model.save_pretrained(tmp_path / "adapter")
     assert "quantization_config" not in json.loads((tmp_path / "adapter" / "config.json").read_text())
     loaded = AutoModel.from_pretrained(tmp_path / "adapter", quantization_config=eight_bits)
-    torch.testing.assert_close(loaded.score(**batch).logits, expected)
+    torch.testing.assert_close(loaded.score(**batch).logits.cpu(), expected)
     whole = AutoModel.from_pretrained(tmp_path / "adapter")
-    torch.testing.assert_close(whole.score(**batch).logits, expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(whole.score(**batch).logits.cpu(), expected, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

@@ -24,7 +24,8 @@ def begin() -> None:
     def load_there(cls: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = load(cls, *args, **kwargs)
         if kwargs.get("device_map") is None and kwargs.get("quantization_config") is None:
-            (loaded[0] if isinstance(loaded, tuple) else loaded).to(DEVICE)
+            model = (loaded[0] if isinstance(loaded, tuple) else loaded).to(DEVICE)
+            model.tie_weights()  # which not every device keeps
         return loaded
 
     PreTrainedModel.from_pretrained = classmethod(load_there)

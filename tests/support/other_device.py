@@ -29,4 +29,4 @@ def begin() -> None:
     torch.utils.rename_privateuse1_backend("other")
     torch._register_device_module("other", module)
     extension.begin()
-    torch.utils.generate_methods_for_privateuse1_backend()
+    torch.utils.generate_methods_for_privateuse1_backend(for_module=False)
