@@ -158,7 +158,9 @@ def draw_lists(
     return codes, listed.log()
 
 
-def fit_fusion(data: FusionTasks, names: Sequence[str], by_likelihood: bool = False) -> ScoreFusion:
+def fit_fusion(
+    data: FusionTasks, names: Sequence[str], n_whole: int | None = None, by_likelihood: bool = False
+) -> ScoreFusion:
     """The best fusion, cross-validated, of those that serve no bucket's targets worse than the best member.
 
     What is best is told by NDCG@10 in the lists, or ``by_likelihood`` of the targets, which weighs each candidate by
@@ -168,6 +170,11 @@ def fit_fusion(data: FusionTasks, names: Sequence[str], by_likelihood: bool = Fa
     Tried are the best member alone, weights that all buckets share, and weights and biases of each bucket drawn towards
     these more or less. A bucket is served worse if the mean log probability of its targets is lower by more than
     ``WORSE`` of its standard errors.
+
+    Args:
+        n_whole: after so many tasks come those with hidden items; None: there are none. Weights that all buckets share
+            are fitted without them: members that know items by their identity do not find such targets, and would
+            weigh less for trained items, too, where few items are new.
 
     >>> scores = torch.randn(400, 20, 2, generator=torch.Generator().manual_seed(0))
     >>> scores[:, 0] += 1.0  # both members find the positive, each with noise of its own
@@ -187,17 +194,24 @@ def fit_fusion(data: FusionTasks, names: Sequence[str], by_likelihood: bool = Fa
     best = max(range(n_members), key=lambda member: float(quality(alone[member], data).mean()))
     least = listwise_loss(alone[best], data)
 
-    fits: list[Callable[[FusionTasks], ScoreFusion]] = [lambda part: fit_shared(part, blank, range(n_members))]
-    fits += [partial(fit_fairly, best=alone[best], penalty=penalty) for penalty in PENALTIES]
+    def shared(tasks: Tensor) -> ScoreFusion:
+        return fit_shared(data.part(tasks & whole), blank, range(n_members))
+
+    def by_bucket(tasks: Tensor, penalty: float) -> ScoreFusion:
+        return fit_fairly(data.part(tasks), alone[best], shared(tasks), penalty)
+
+    fits: list[Callable[[Tensor], ScoreFusion]] = [shared]
+    fits += [partial(by_bucket, penalty=penalty) for penalty in PENALTIES]
     chosen, value = alone[best], float(quality(alone[best], data).mean())
-    fold = torch.arange(len(data)) % FOLDS
+    place = torch.arange(len(data))
+    whole, fold = place < (len(data) if n_whole is None else n_whole), place % FOLDS
     for fit in fits:
         gained, loss = torch.zeros(len(data)), torch.zeros(len(data))
         for number in range(min(FOLDS, len(data))):
-            fusion, rest = fit(data.part(fold != number)), data.part(fold == number)
+            fusion, rest = fit(fold != number), data.part(fold == number)
             gained[fold == number], loss[fold == number] = quality(fusion, rest), listwise_loss(fusion, rest)
         if float(gained.mean()) > value and not worse_buckets(loss - least, data.buckets[:, 0]).any():
-            chosen, value = fit(data), float(gained.mean())
+            chosen, value = fit(place >= 0), float(gained.mean())
     return chosen
 
 
@@ -243,13 +257,12 @@ def fit_shared(data: FusionTasks, blank: ScoreFusion, members: Sequence[int]) ->
     return replace(blank, weights=fusion().weights.detach().clone())
 
 
-def fit_fairly(data: FusionTasks, best: ScoreFusion, penalty: float) -> ScoreFusion:
+def fit_fairly(data: FusionTasks, best: ScoreFusion, towards: ScoreFusion, penalty: float) -> ScoreFusion:
     """As :func:`fit_buckets`, with weights of the targets under which, if it can be, none of a bucket does worse."""
-    shared = fit_shared(data, best, range(len(best.members)))
     least, target = listwise_loss(best, data), data.buckets[:, 0]
     counted = torch.ones(len(BUCKETS))
     for _ in range(ROUNDS):
-        fusion = fit_buckets(data, shared, penalty, counted[target])
+        fusion = fit_buckets(data, towards, penalty, counted[target])
         worse = worse_buckets(listwise_loss(fusion, data) - least, target)
         if not worse.any():
             break

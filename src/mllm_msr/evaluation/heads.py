@@ -131,5 +131,5 @@ def fitted(members: Mapping[str, Any], tasks: CodedTasks, counts: torch.Tensor, 
         hidden_share=options.hidden_share,
         seed=options.seed,
     )
-    fusion, n_whole = fit_fusion(lists, names), min(len(tasks), options.fusion_tasks)
-    return settle_bias(fusion, lists.part(torch.arange(len(lists)) < n_whole))
+    n_whole = min(len(tasks), options.fusion_tasks)
+    return settle_bias(fit_fusion(lists, names, n_whole), lists.part(torch.arange(len(lists)) < n_whole))
