@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from grouped_heads import compare
 from PIL import Image as Images
 from random_llava import drawn, random_llava, random_qwen
 from training_ways import Training
 
+from mllm_msr.modeling.compiled_answers import CompiledAnswers
 from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.inputs import Candidate, User
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
@@ -224,7 +226,9 @@ def measure(
         rows.add("plain", bench.plain)
         for count in counts:
             if count <= 100:
-                rows.add(f"joint, {count}", partial(bench.ranked, partial(bench.recommender, "joint"), count))
+                joint = partial(bench.recommender, "joint")
+                rows.add(f"joint, {count}, new images", partial(bench.ranked, joint, count, warm=False))
+                rows.add(f"joint, {count}", partial(bench.ranked, joint, count))
         clock.begin_section()
         for memory in (0, 4):
             late(bench, memory, counts, f"{folder}/cache", rows, result)
@@ -256,6 +260,8 @@ def late(bench: Bench, memory: int, counts: list[int], folder: str, rows: Rows, 
         rows.add(f"{name}, index of {count}", partial(index, count))
         rows.add(f"{name}, {count}, from disk", partial(bench.ranked, on_disk, count, warm=False))
         rows.add(f"{name}, {count}", partial(bench.ranked, lambda: kept, count))
+        for how in bench.options.compile if count <= CompiledAnswers.most else ():
+            rows.add(f"{name}, {count}, {how}", partial(bench.ranked, partial(cold, compile=how), count))
     rows.add(f"{name}, {counts[0]}, 16 users", partial(bench.ranked, lambda: kept, counts[0], users=16))
 
 
@@ -264,6 +270,7 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     ms = result["ms_per_pair"]
     pairs = {
         "joint, 21, vs usual (30 tokens)": ("usual, 30 tokens", "joint, 21"),
+        "joint, 21, new images, vs usual (30 tokens)": ("usual, 30 tokens", "joint, 21, new images"),
         "joint, 21, vs usual (2 tokens)": ("usual, 2 tokens", "joint, 21"),
         "joint, 21, vs plain": ("plain", "joint, 21"),
         "late, 21, cache warm, vs usual (30 tokens)": ("usual, 30 tokens", "late, 21"),
@@ -291,12 +298,15 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--minutes", type=float, help="in which to end, about; the sizes `gpu` have 8.5 by default")
+    graphs = "ways of torch.compile for small late requests; the sizes `gpu` have cudagraphs and reduce-overhead"
+    parser.add_argument("--compile", nargs="*", default=[], help=graphs)
     parser.add_argument("--all-training", action="store_true", help="measure training of the large model, too")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
     if "gpu" in options.sizes:
         options.sizes = [size for size in options.sizes if size != "gpu"] + ON_GPU
         options.minutes = options.minutes or 8.5
+        options.compile = options.compile or ["cudagraphs", "reduce-overhead"]
     machine = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
     )
@@ -307,6 +317,9 @@ def main() -> None:
         if options.output:
             options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
+    gpu = set(ON_GPU) & set(options.sizes)
+    if gpu or torch.cuda.is_available():
+        results["grouped_heads"] = compare(getattr(torch, options.dtype), options.repeats)
     clock = Clock(options.minutes, 3 * len(options.sizes) * len(options.prompts))
     for size in options.sizes:
         for tokens in options.prompts:

@@ -7,10 +7,16 @@ from collections import Counter
 
 import pytest
 import torch
+from devices import DEVICE
+from packed_rows import packed_recommender
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny_models import draw_image
 
+from mllm_msr.modeling.inputs import Candidate, User
+from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
-from mllm_msr.modeling.packing import pack_joint
+from mllm_msr.modeling.packing import pack_joint, pack_late
 from mllm_msr.modeling.ranking import Recommender
 from mllm_msr.processing.examples import user_of
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
@@ -62,7 +68,7 @@ def test_packed_loss_and_gradients_are_those_of_rows(small_run, examples, tasks,
     model = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), processor=processor, dtype=torch.float32)
     model.train()
     rows = AnswerCollator(processor, small_run.items)(chosen)
-    plain = model(**rows).loss
+    plain = model(**{name: value.to(DEVICE) for name, value in rows.items()}).loss
     plain.backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
@@ -72,7 +78,7 @@ def test_packed_loss_and_gradients_are_those_of_rows(small_run, examples, tasks,
     assert [item for item, _ in batch["images"]] == items
     model.use_block_attention()
     packed = pack_joint(model, batch["prompts"], batch["group_ids"])
-    loss = answer_loss(model(**packed).logits[0], batch["labels"], model.config.answer_token_ids)
+    loss = answer_loss(model(**packed).logits[0], batch["labels"].to(DEVICE), model.config.answer_token_ids)
     loss.backward()
     assert len(batch["labels"]) == len(chosen)
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
@@ -191,6 +197,28 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     candidates = list(small_run.items.values())[:5]
     (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], candidates)
     assert len({one.logit for one in ranked}) == 5
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_late_training_computes_no_more_than_it_needs(backbone, checkpointed):
+    """Each image once and outside the graph of gradients, the head of the language model for the answers only."""
+    model, processor = packed_recommender(backbone("llava"), "late", (160, 240))
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=language_model_lora_targets(model))).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    seen, heads = [], []
+    model.base_model.vision_tower.register_forward_hook(
+        lambda module, _, output: seen.append((len(output.last_hidden_state), output.last_hidden_state.requires_grad))
+    )
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, given: heads.append(given[0].shape[:2]))
+    items = [Candidate(str(number), "The Sea", image=draw_image(number)) for number in range(5)]
+    blocks = processor.late_blocks([User("ships"), User("red"), User("blue films")], items, (160, 240))
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(5)).T
+    logits = peft(**pack_late(model, **blocks, pairs=pairs)).logits[0]
+    answer_loss(logits, pairs[1].to(DEVICE) % 2, processor.answer_token_ids).backward()
+    assert seen == [(5, False)] and heads == [(1, 15)]
+    assert all(weight.grad is not None for name, weight in peft.named_parameters() if "lora_" in name)
 
 
 def test_packed_training_is_training_on_rows(small_run, tmp_path):
