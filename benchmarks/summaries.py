@@ -68,6 +68,7 @@ class Bench:
         self, model: Path, parameters: int, dtype: str, batch_size: int, peak: float | None, users: int
     ) -> None:
         self.model, self.parameters, self.dtype, self.batch_size, self.peak = model, parameters, dtype, batch_size, peak
+        self.decoding: Any = "dropping"
         raw = read_demo(n_users=max(400, 2 * users), n_items=360)
         self.items, self.users = pl.LazyFrame(raw.items).collect(), users
         self.items = self.items.with_columns(
@@ -84,6 +85,7 @@ class Bench:
             dtype=self.dtype,
             batch_size=batch_size or self.batch_size,
             max_new_tokens=LIMITS,
+            decoding=self.decoding,
         )
         self.loaded = made.model = self.loaded or made.model  # once for all
         made.model.generation_config.eos_token_id = list(range(8, len(made.processor.tokenizer), ends))
@@ -156,7 +158,7 @@ def preferences(bench: Bench) -> None:
         )  # fmt: skip
         print(f"identical texts: {same} of {alone.height}")
         rows = [
-            [what, name, f"{seconds:.1f}", f"{tokens:.0f}", f"{tokens / seconds:.0f}"]
+            [what, name, f"{seconds:.1f}", f"{tokens:.0f}", f"{tokens / max(seconds, 1e-9):.0f}"]
             for what, spent in (("one user at a time", apart), (f"batches of {bench.batch_size}", together))
             for name, (seconds, tokens) in spent.items()
         ]
@@ -330,12 +332,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--decoding", default="dropping", choices=("dropping", "static", "continuous"))
     parser.add_argument("--peak", type=float, help="of the accelerator, in TFLOP/s")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         parameters = save_random_llava(Path(folder), *SIZES[options.size], getattr(torch, options.dtype))
         print(f"{machine()}\nrandom Llava, {parameters / 1e6:.1f} million parameters, {options.dtype}")
         bench = Bench(Path(folder), parameters, options.dtype, options.batch_size, options.peak, options.users)
+        bench.decoding = options.decoding
         for part in options.parts or PARTS:
             PARTS[part](bench)
 

@@ -45,7 +45,7 @@ def engine_of(folder, **options) -> TransformersEngine:
 
 def stock(engine: TransformersEngine, batch) -> list[Text]:
     """The texts of transformers' own greedy search, without the control characters that random weights write."""
-    tokenizer = engine.processor.tokenizer
+    tokenizer, batch = engine.processor.tokenizer, batch.to(engine.model.device)
     ids = engine.model.generate(**batch, do_sample=False, max_new_tokens=LIMIT, pad_token_id=tokenizer.pad_token_id)
     new = ids[:, batch["input_ids"].shape[1] :]
     ends = set(engine.model.generation_config.eos_token_id)
