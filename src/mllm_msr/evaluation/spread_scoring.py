@@ -86,13 +86,14 @@ class SpreadRecommender(Recommender):
     def __init__(
         self, run: RunFolder, work: Callable[..., Callable[[Question], Logits]], index: ItemIndex | None
     ) -> None:
-        self.cache, self.plan = None, _SpreadPlan(run, work, index)
+        self.spread = _SpreadPlan(run, work, index)
+        self.cache, self.plan = None, self.spread
 
     def __enter__(self) -> "SpreadRecommender":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.plan.held.close()
+        self.spread.held.close()
 
 
 class _SpreadPlan:
@@ -102,7 +103,8 @@ class _SpreadPlan:
         self, run: RunFolder, work: Callable[..., Callable[[Question], Logits]], index: ItemIndex | None
     ) -> None:
         self.run, self.work, self.index = run, work, index
-        self.held, self.workers = ExitStack(), None
+        self.held = ExitStack()
+        self.workers: Workers[Question, Logits] | None = None
 
     def scores(
         self, users: Sequence[User], rows: Sequence[np.ndarray], names: Sequence[str], catalogue: Mapping[str, Any]
