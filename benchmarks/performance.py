@@ -153,7 +153,7 @@ class Bench:
         """On the one model, which is ``interaction`` from now on."""
         self.model.config.interaction = interaction
         if self.model.config.item_memory != memory:
-            self.model.set_item_memory(memory, self.processor.late_answer_ids)
+            self.model.set_item_memory(memory)
             self.model.to(self.device)
         return Recommender(self.model, self.processor, token_budget=self.options.token_budget, **how)
 

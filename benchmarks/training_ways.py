@@ -27,7 +27,7 @@ class Training:
         self.model, self.processor, self.folder = bench.model, bench.processor, bench.folder
         self.users, self.items, self.names, self.device = bench.users, bench.items, bench.names, bench.device
         self.repeats, self.best, self.limits = bench.repeats, best, limits
-        self.model.set_item_memory(0, bench.processor.late_answer_ids)
+        self.model.set_item_memory(0)
         self.peft = get_peft_model(self.model, LoraConfig(r=8, target_modules=language_model_lora_targets(self.model)))
 
     def trained(self, make: Callable[[Any], tuple[Callable[[], dict[str, Any]], int]], interaction: str) -> float:

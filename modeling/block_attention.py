@@ -153,6 +153,29 @@ class SuffixPart:
 
 
 @dataclass
+class Memory:
+    """Where the m memory tokens of N candidates of a packed row stand, and which tokens they begin as the mean of.
+
+    Args:
+        places: (N, m). pools: (N, m, W) as many tokens for each, any where there are fewer; shares: (N, m, W) of the
+            mean, 0 for those that do not count.
+    """
+
+    places: torch.Tensor
+    pools: torch.Tensor
+    shares: torch.Tensor
+
+    def to(self, device: torch.device) -> "Memory":
+        return Memory(*(each.to(device, non_blocking=True) for each in (self.places, self.pools, self.shares)))
+
+    def put(self, embedded: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+        """(1, T, D) with the memory tokens in it, each a mean and what is ``learned``: (m, D)."""
+        means = (embedded[0, self.pools] * self.shares[..., None].to(embedded.dtype)).sum(2)
+        memory = (means + learned.to(embedded.dtype)).flatten(0, 1)
+        return embedded.index_copy(1, self.places.flatten(), memory[None])
+
+
+@dataclass
 class BlockLayout:
     """Which tokens of a packed row of T see which.
 
@@ -164,6 +187,7 @@ class BlockLayout:
         order: (T,) where each token of the row stands among the flattened ``prefixes`` and ``suffixes``.
         kept: where the keys and values of what is visible of the first group are put, layer by layer, in a row without
             suffixes; its forward then ends with :class:`PrefixesComputed`.
+        memory: the memory tokens among the prefixes, if there are any.
     """
 
     prefixes: list[Segments]
@@ -172,6 +196,7 @@ class BlockLayout:
     parts: list[SuffixPart]
     order: torch.Tensor
     kept: KVCache | None = None
+    memory: Memory | None = None
 
     @property
     def width(self) -> int:
@@ -193,7 +218,8 @@ class BlockLayout:
             for part in self.parts
         ]
         suffixes = self.suffixes.to(device) if self.suffixes is not None else None
-        return BlockLayout(prefixes, visible, suffixes, parts, self.order.to(device, non_blocking=True), self.kept)
+        order, memory = self.order.to(device, non_blocking=True), self.memory.to(device) if self.memory else None
+        return BlockLayout(prefixes, visible, suffixes, parts, order, self.kept, memory)
 
     def keep(self, key: torch.Tensor, value: torch.Tensor, layers: int) -> None:
         """Keep a layer's keys and values (T, heads, d); the last of so many layers ends the forward."""

@@ -54,6 +54,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected: Any = (rf"^{re.escape(PREFIX)}",)  # loaded beside the model, see `attach`
     item_ranker: ItemRanker | None = None
+    _packs = False  # whether the decoder has been made to compute packed rows
     item_memory: Any  # an embedding (`config.item_memory`, D), or None
 
     def __init__(self, config: MllmMsrConfig):
@@ -158,21 +159,20 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """
         decoder: Any = self.get_decoder()
         decoder.set_attn_implementation(BLOCK_ATTENTION)
+        if not self._packs:
+            decoder.register_forward_pre_hook(self._insert_memory, with_kwargs=True)
+            self._packs = True
 
-    @torch.no_grad()
-    def set_item_memory(self, count: int, like: torch.Tensor) -> None:
+    def set_item_memory(self, count: int) -> None:
         """Give a `late` model so many new memory tokens; 0 takes those that it has away.
 
-        Args:
-            like: ids of the tokens with which they begin, over and over, the last one last. Those that ask for the
-                answer (`processor.late_answer_ids`) are used to reading what a candidate is; random ones do not learn.
+        Each begins as the mean of a stretch of the candidate's tokens, its image's included; what is learned is added.
         """
         self.config.item_memory, self.item_memory = count, None
         if count:
-            vocabulary: Any = self.get_input_embeddings()
-            ids = like.repeat(-(-count // len(like)))[-count:]
-            begin = vocabulary(ids.to(vocabulary.weight.device))
-            self.item_memory = nn.Embedding(count, begin.shape[1], _weight=begin.clone())
+            weight = self.get_input_embeddings().weight
+            begin = torch.zeros(count, weight.shape[1], dtype=weight.dtype, device=weight.device)
+            self.item_memory = nn.Embedding(*begin.shape, _weight=begin)
 
     def forward(
         self,
@@ -181,7 +181,6 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_features: Sequence[torch.Tensor] | None = None,
-        memory_places: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The backbone's forward pass and output.
@@ -191,22 +190,23 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only (0: of all), or of these positions.
             image_features: what `encode_images` returned for the batch's images, in their order, in place of
                 `pixel_values` and its companions.
-            memory_places: (N, `config.item_memory`) the places of a packed row where the memory tokens of N candidates
-                stand.
             kwargs: the backbone's; `packing.py` makes all arguments for rows in which prompts share what they can.
         """
         if image_features:
             kwargs.pop("pixel_values", None)
             kwargs["mm_encoder_outputs"] = encoder_outputs(self.backbone, image_features)
-        if memory_places is not None:
-            embedded = self.get_input_embeddings()(input_ids)
-            count = memory_places.shape[1]
-            memory = self.item_memory(torch.arange(count, device=memory_places.device).repeat(len(memory_places)))
-            input_ids = None
-            kwargs["inputs_embeds"] = embedded.index_copy(1, memory_places.flatten(), memory[None].to(embedded.dtype))
         return self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, labels=labels, logits_to_keep=logits_to_keep, **kwargs
         )
+
+    def _insert_memory(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Before the decoder's forward, when images are in their places: put a packed row's memory tokens in theirs."""
+        memory = getattr(kwargs.get("block_layout"), "memory", None)
+        if memory is None:
+            return None
+        learned = self.item_memory(torch.arange(memory.places.shape[1], device=memory.places.device))
+        embedded = memory.put(kwargs["inputs_embeds"], learned)
+        return args, {**kwargs, "inputs_embeds": embedded}
 
     def answer_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., V) logits at the answer's position to (...) float32: logsumexp over Yes less logsumexp over No."""
@@ -279,7 +279,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _load_item_memory(self, count: int, file: Any) -> None:
         """Memory tokens from the file that lies beside an adapter."""
-        self.set_item_memory(count, torch.zeros(1, dtype=torch.long))
+        self.set_item_memory(count)
         with safe_open(file, framework="pt") as weights:
             self.item_memory.weight.copy_(weights.get_tensor("weight"))
 

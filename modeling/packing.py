@@ -14,7 +14,16 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .block_attention import BLOCK_ATTENTION, BlockLayout, KVCache, PrefixesComputed, PrefixGroup, Segments, SuffixPart
+from .block_attention import (
+    BLOCK_ATTENTION,
+    BlockLayout,
+    KVCache,
+    Memory,
+    PrefixesComputed,
+    PrefixGroup,
+    Segments,
+    SuffixPart,
+)
 from .families import FAMILIES
 from .interfaces import RecommendationModel
 
@@ -271,10 +280,9 @@ def _packed(
         arguments["logits_to_keep"] = layout.suffixes.places.amax(1)
     if types is not None:
         arguments["token_type_ids"] = types[None]
-    if any(part.memory for part in prefixes):
-        (arguments["memory_places"],) = [
-            visible.places for visible, part in zip(layout.visible, prefixes, strict=True) if part.memory
-        ]
+    for segments, visible, part in zip(layout.prefixes, layout.visible, prefixes, strict=True):
+        if part.memory:
+            layout.memory = Memory(visible.places, *_pools(segments, part))
     device = model.device  # for which all weights are gone through
     moved = {name: value.to(device, non_blocking=True) for name, value in arguments.items()}
     return {"logits_to_keep": 1, **moved, "block_layout": layout.to(device), "use_cache": False}
@@ -320,6 +328,19 @@ def _layout(
             groups = [PrefixGroup.of(*pair, some) for pair in zip(all_prefixes, prefix_of, strict=True)]
             parts.append(SuffixPart(some, groups))
     return BlockLayout(in_row, visible, segments[-1] if suffixes is not None else None, parts, torch.cat(slots))
+
+
+def _pools(segments: Segments, part: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, m, W) each: of which tokens each memory token begins as the mean, and their shares of it.
+
+    The stretches of a candidate are as those of adaptive average pooling: about as long as each other, none empty.
+    """
+    own, number = part.counts[:, None] - part.memory, torch.arange(part.memory)
+    begin, end = number * own // part.memory, ((number + 1) * own + part.memory - 1) // part.memory  # (N, m)
+    columns = begin[..., None] + torch.arange(int((end - begin).max()))
+    inside = columns < end[..., None]
+    rows = torch.arange(len(own))[:, None, None]
+    return segments.places[rows, torch.where(inside, columns, 0)], inside / (end - begin)[..., None]
 
 
 def _mask(images: torch.Tensor | None, places: torch.Tensor, inside: torch.Tensor, always: bool) -> torch.Tensor | None:

@@ -175,7 +175,7 @@ def pair_trainer(
         limits = (user or measured[0], item or measured[1])
         model.config.interaction, (model.config.user_limit, model.config.item_limit) = "late", limits
         if script_args.item_memory not in (None, model.config.item_memory):
-            model.set_item_memory(script_args.item_memory or 0, like=processor.late_answer_ids)
+            model.set_item_memory(script_args.item_memory or 0)
         if peft_config is not None and model.config.item_memory:  # trained whole beside the adapter
             adapters: Any = peft_config
             adapters.modules_to_save = [*(adapters.modules_to_save or []), "item_memory"]

@@ -8,6 +8,7 @@ import tiny_models
 import torch
 from devices import DEVICE
 from packed_rows import packed_recommender
+from torch.nn.functional import adaptive_avg_pool1d
 
 from mllm_msr.modeling import block_attention as blocks
 from mllm_msr.modeling import packing
@@ -68,15 +69,20 @@ def late_logit(model, processor, user, item):
     textual = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
     more |= {name: value for name, value in item.items() if name not in textual}
     ids = torch.cat([user["input_ids"], item["input_ids"], answer], 1)
-    tokens = {"input_ids": ids}
-    if memory:
-        embedded = model.get_input_embeddings()(ids)
-        tokens = {
-            "inputs_embeds": embedded.index_copy(
-                1, torch.arange(cut, cut + memory, device=DEVICE), model.item_memory.weight[None]
-            )
-        }
-    output = model.backbone(**tokens, position_ids=where, attention_mask=seen[None, None], logits_to_keep=1, **more)
+
+    def with_memory(decoder, args, arguments):
+        """Each begins as the mean of a stretch of the candidate, images included, and what it has learned."""
+        embedded = arguments["inputs_embeds"].clone()
+        means = adaptive_avg_pool1d(embedded[:, begin:cut].mT, memory).mT
+        embedded[:, cut : cut + memory] = means + model.item_memory.weight
+        return args, {**arguments, "inputs_embeds": embedded}
+
+    hook = model.get_decoder().register_forward_pre_hook(with_memory, with_kwargs=True) if memory else None
+    output = model.backbone(
+        input_ids=ids, position_ids=where, attention_mask=seen[None, None], logits_to_keep=1, **more
+    )
+    if hook is not None:
+        hook.remove()
     return model.answer_logits(output.logits[:, -1])
 
 

@@ -314,7 +314,7 @@ def test_quantisation_passes_through(backbone, tmp_path: Path) -> None:
 def test_memory_tokens_are_part_of_every_kind_of_repository(backbone, name: str, tmp_path: Path) -> None:
     model, processor = make(backbone(name))
     model.config.interaction, model.config.user_limit, model.config.item_limit = "late", 64, 96
-    model.set_item_memory(2, processor.late_answer_ids)
+    model.set_item_memory(2)
     items = [Candidate(title="One", text="t", image=draw_image(1)), Candidate(title="Two")]
 
     def ranked(other: MllmMsrForRecommendation) -> torch.Tensor:

@@ -14,7 +14,9 @@ def packed_recommender(
     processor = MllmMsrProcessor.from_backbone(path)
     model = MllmMsrForRecommendation.from_backbone(path, dtype=torch.float32, processor=processor).eval()
     model.config.interaction, (model.config.user_limit, model.config.item_limit) = interaction, limits
-    model.set_item_memory(memory, processor.late_answer_ids)
+    model.set_item_memory(memory)
+    if memory:
+        torch.nn.init.normal_(model.item_memory.weight, std=0.1)
     text = model.get_decoder().config
     if getattr(text, "sliding_window", None):
         text.sliding_window = 4096  # beyond these prompts

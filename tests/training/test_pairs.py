@@ -192,7 +192,7 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     assert model.config.item_memory == memory
     if memory:
         start = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), processor=processor)
-        start.set_item_memory(memory, processor.late_answer_ids)
+        start.set_item_memory(memory)
         assert (model.item_memory.weight - start.item_memory.weight).abs().min() > 1e-6  # all of it was trained
     candidates = list(small_run.items.values())[:5]
     (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], candidates)
