@@ -331,16 +331,14 @@ def _layout(
 
 
 def _pools(segments: Segments, part: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, m, W) each: of which tokens each memory token begins as the mean, and their shares of it.
-
-    The stretches of a candidate are as those of adaptive average pooling: about as long as each other, none empty.
-    """
-    own, number = part.counts[:, None] - part.memory, torch.arange(part.memory)
-    begin, end = number * own // part.memory, ((number + 1) * own + part.memory - 1) // part.memory  # (N, m)
+    """(N, m, W) each, for each memory token the places of the tokens whose mean it begins with, and their shares of it:
+    the candidate's own tokens in m stretches of about the same length, as adaptive average pooling has them."""
+    own, number = (part.counts - part.memory)[:, None], torch.arange(part.memory)
+    begin, end = number * own // part.memory, ((number + 1) * own + part.memory - 1) // part.memory
     columns = begin[..., None] + torch.arange(int((end - begin).max()))
     inside = columns < end[..., None]
-    rows = torch.arange(len(own))[:, None, None]
-    return segments.places[rows, torch.where(inside, columns, 0)], inside / (end - begin)[..., None]
+    places = segments.places[torch.arange(len(own))[:, None, None], torch.where(inside, columns, 0)]
+    return places, inside / (end - begin)[..., None]
 
 
 def _mask(images: torch.Tensor | None, places: torch.Tensor, inside: torch.Tensor, always: bool) -> torch.Tensor | None:
