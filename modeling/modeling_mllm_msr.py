@@ -170,9 +170,9 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """
         self.config.item_memory, self.item_memory = count, None
         if count:
-            weight = self.get_input_embeddings().weight
-            begin = torch.zeros(count, weight.shape[1], dtype=weight.dtype, device=weight.device)
-            self.item_memory = nn.Embedding(*begin.shape, _weight=begin)
+            vocabulary: Any = self.get_input_embeddings()
+            begin = vocabulary.weight.new_zeros(count, vocabulary.weight.shape[1])
+            self.item_memory = nn.Embedding(count, begin.shape[1], _weight=begin)
 
     def forward(
         self,
