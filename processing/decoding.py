@@ -244,10 +244,15 @@ def decode_continuously(model: Any, prompts: list[list[int]], limit: int, **opti
 
 def up_to_end(tokens: list[int], model: Any) -> list[int]:
     """The tokens of a text up to the first that ends it."""
-    end = model.generation_config.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
+    ends = end_tokens(model)
     last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: last + 1]
+
+
+def end_tokens(model: Any) -> set[int]:
+    """The tokens that end a text."""
+    end = model.generation_config.eos_token_id
+    return {end} if isinstance(end, int) else set(end or ())
 
 
 def _read(model: Any, input_ids: torch.Tensor, inputs: dict[str, Any]) -> Any:

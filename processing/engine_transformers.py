@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mllm_msr.modeling.generated_text import marks_reasoning, tidy
 from mllm_msr.modeling.image_features import ImageFeatureCache, encoder_outputs
 from mllm_msr.modeling.inputs import content_key
-from mllm_msr.processing.decoding import OwnSeeds, Speed, decode, decode_continuously, decode_static
+from mllm_msr.processing.decoding import OwnSeeds, Speed, decode, decode_continuously, decode_static, end_tokens
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor, PromptBatch
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, Task
@@ -193,8 +193,7 @@ class TransformersEngine:
             new = decode_static(model, {**batch}, limit)
         else:
             new = self._dropping(batch, limit, steps, OwnSeeds(seeds, model.device) if temperature else None)
-        end = model.generation_config.eos_token_id
-        ends = {end} if isinstance(end, int) else set(end or ())
+        ends = end_tokens(model)
         return [Text(self._decode(row), bool(ends.intersection(row))) for row in new]
 
     def _dropping(

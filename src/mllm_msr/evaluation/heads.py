@@ -5,7 +5,7 @@ with content alone, a recurrent one with identity alone, both with item features
 of content as it is. ``RUN/head`` holds the members, the sequence head and the likeness as an ``ItemRanker``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.fusion import catalogue_lists, fit_fusion, settle_bias
 from mllm_msr.evaluation.likeness import LikenessRanker, likeness
-from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_counts, training_log
+from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_log
 from mllm_msr.evaluation.sequential_baselines import FEATURED, SequenceRanker, train_ranker
 from mllm_msr.modeling.item_ranking import LIKENESS, ItemRanker
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion
@@ -84,25 +84,30 @@ def train_heads(run: RunFolder, folder: Path) -> Heads:
     """Train the heads of a prepared run with item vectors, fit their fusion on validation tasks, and save all of it."""
     options, items = run.recipe.head, run.read(ITEMS, ["item_id"])
     names = [name for name in (*TRAINED, LIKENESS) if name in ("sequence_head", LIKENESS, *options.members)]
-    rankers = {name: train_member(run, name) for name in names}
-    counts = torch.from_numpy(training_counts(run).sort("item_id")["count"].to_numpy(writable=True))
-    fusion = fitted(rankers, CodedTasks(run.tasks("validation"), items), counts, options)
-    parts = {name: each.likeness if isinstance(each, LikenessRanker) else each.head for name, each in rankers.items()}
+    train, tasks = member_trainer(run), CodedTasks(run.tasks("validation"), items)
+    rankers: dict[str, Any] = {name: train(name) for name in names}
+    fusion = fitted(rankers, tasks, rankers["sequence_head"].head.counts, options)
+    parts = {name: each.likeness if name == LIKENESS else each.head for name, each in rankers.items()}
     ranker = ItemRanker.of(items["item_id"].sort().to_list(), parts, fusion)
     ranker.save_pretrained(folder)
     return Heads(items, ranker)
 
 
-def train_member(run: RunFolder, name: str) -> SequenceRanker | LikenessRanker:
-    """What can be a member of the fused score; of what the run has trained already the epochs are only read."""
+def member_trainer(run: RunFolder) -> Callable[[str], SequenceRanker | LikenessRanker]:
+    """Trains, by its name, what can be a member of the fused score; of what the run has trained already the epochs are
+    only read. The run's tables are read once for all."""
     tasks, items, options = run.tasks("validation"), run.read(ITEMS, ["item_id"]), run.recipe.head
-    content = torch.from_numpy(item_vectors(run))
-    if name == LIKENESS:
-        return likeness(tasks, items, content)
-    read = None if name in WITHOUT_CONTENT else content
-    folder = run.trained_baselines if name in BASELINES else run.trained_heads
-    settings: dict[str, Any] = {"head": options, "seed": options.seed, "folder": folder}
-    return train_ranker(BASELINES.get(name, name), TRAINED[name], tasks, items, training_log(run), read, **settings)
+    content, log = torch.from_numpy(item_vectors(run)), training_log(run)
+
+    def train(name: str) -> SequenceRanker | LikenessRanker:
+        if name == LIKENESS:
+            return likeness(tasks, items, content)
+        read = None if name in WITHOUT_CONTENT else content
+        folder = run.trained_baselines if name in BASELINES else run.trained_heads
+        settings: dict[str, Any] = {"head": options, "seed": options.seed, "folder": folder}
+        return train_ranker(BASELINES.get(name, name), TRAINED[name], tasks, items, log, read, **settings)
+
+    return train
 
 
 def load_heads(run: RunFolder) -> Heads:
@@ -113,7 +118,7 @@ def load_heads(run: RunFolder) -> Heads:
 def head_ranker(run: RunFolder, name: str) -> Ranker:
     """A head of a run, or "fused"; one that is no member of the fused score is trained for itself."""
     heads = load_heads(run)
-    return heads.ranker(name) if name in ("fused", *heads.item_ranker.members) else train_member(run, name)
+    return heads.ranker(name) if name in ("fused", *heads.item_ranker.members) else member_trainer(run)(name)
 
 
 def fitted(members: Mapping[str, Any], tasks: CodedTasks, counts: torch.Tensor, options: HeadOptions) -> ScoreFusion:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mllm_msr.records.sections import FusionMember
 from mllm_msr.records.storage import write_parquet
 
 IMAGE = pl.Struct({"bytes": pl.Binary, "path": pl.String})
@@ -289,10 +290,7 @@ WAYS_OF_COMPUTING = Table(
     "",  # among the scores of our model
     "the logits of one model computed in several ways",
 )
-RANKING_MEMBERS = (
-    "answer",
-    *("sequence_head", "identity_only", "content_only", "gru4rec", "sasrecf", "gru4recf", "likeness"),
-)
+RANKING_MEMBERS: tuple[str, ...] = ("answer", *get_args(FusionMember))
 RANKINGS = Table(
     "rankings",
     {
