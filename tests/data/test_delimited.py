@@ -144,3 +144,9 @@ def test_a_packed_file_cut_short_is_named(tmp_path: Path, cut: int) -> None:
     packed = gzip.compress(b"id,title\n" + b"".join(b"%d,x\n" % n for n in range(100)))
     with pytest.raises((OSError, ValueError), match=r"log\.csv\.gz"):
         read(write(tmp_path / "log.csv.gz", packed[:cut]))
+
+
+def test_blanks_before_a_mark_are_no_part_of_the_field(tmp_path: Path) -> None:
+    text = 'user, "item"\n"1", "Cats, dogs"\n2, "a ""b"""\n3, 24" screen\n4, "a" b\n'
+    rows = [("1", "Cats, dogs"), ("2", 'a "b"'), ("3", ' 24" screen'), ("4", ' "a" b')]
+    assert read(write(tmp_path / "a.csv", text)).drop(ROW).rows() == rows

@@ -40,6 +40,7 @@ def seconds_of(values: list[Any], bad: BadRows | None = None) -> list[float]:
         ([2.0**53 - 1], ["9007199254740991"]),
         (["9007199254740991.0"], ["9007199254740991"]),
         ([b"ab", b"c"], ["ab", "c"]),
+        (pl.Series([2.0**24 - 1], dtype=pl.Float32), ["16777215"]),
         ([2**63 - 1, 12], ["9223372036854775807", "12"]),
     ],
 )
@@ -47,14 +48,32 @@ def test_ids_are_what_their_users_mean(values: list[Any], ids: list[str]) -> Non
     assert ids_of(values) == ids
 
 
-@pytest.mark.parametrize("values", [[1.5, 2.0], [1e17, 2.0], ["1e+16", "2"], ["12345678901234567.0", "2"]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.5, 2.0],
+        [1e17, 2.0],
+        [2.0**53, 2.0],
+        pl.Series([2.0**24 + 1, 2.0], dtype=pl.Float32),
+        pl.Series([2.0**11 + 1, 2.0], dtype=pl.Float16),
+        ["1e+16", "2"],
+        ["12345678901234567.0", "2"],
+    ],
+)
 def test_ids_that_a_float_has_spoilt_are_bad_rows(values: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"log\.csv, row 2: user_id is a fraction, or a number so large"):
         ids_of(values)
     assert ids_of(values, BadRows("skip")) == ["2"]
 
 
-@pytest.mark.parametrize("missing", [None, "", "  ", "NaN", "nan", "NULL", "<NA>", r"\N"])
+@pytest.mark.parametrize("values", [[b"\xff", b"\xfe", b"2"], ["a\ufffd", "b\ufffd", "2"]])
+def test_ids_that_could_not_be_read_are_bad_rows_as_two_may_have_become_one(values: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"log\.csv, row 2: user_id has a character that is no valid text"):
+        ids_of(values)
+    assert ids_of(values, BadRows("skip")) == ["2"]
+
+
+@pytest.mark.parametrize("missing", [None, "", "  ", "NaN", "nan", "NULL", "<NA>", r"\N", "None", "NA", "#N/A"])
 def test_missing_ids_are_bad_rows(missing: str | None) -> None:
     with pytest.raises(ValueError, match=r"log\.csv, row 3: no user_id"):
         ids_of(["a", missing])
@@ -69,6 +88,8 @@ def test_columns_of_lists_are_named() -> None:
         ids_of([["a"]])
     with pytest.raises(ValueError, match=r"log\.csv: times are numbers, dates or texts, but timestamp is a column of"):
         seconds_of([[1]])
+    with pytest.raises(ValueError, match=r"timestamp is a column of Duration"):
+        seconds_of([timedelta(days=1)])
 
 
 CEST = timezone(timedelta(hours=2))
@@ -92,6 +113,8 @@ CEST = timezone(timedelta(hours=2))
         ),
         ([20200901, 20201231], [1598918400, 1609372800]),
         (["20200901112743"], [1598959663]),
+        ([202009011127], [1598959620]),
+        (["-0.5", "0.5", "-1.25", "-2.0"], [-0.5, 0.5, -1.25, -2]),
         ([0, 3], [0, 3]),
     ],
 )
@@ -170,3 +193,11 @@ def test_a_catalogue_that_lacks_most_items_of_the_log_stops_with_ids_of_both() -
     ) as error:
         check_join(log, pl.DataFrame({"item_id": ["12", "00013", "00014"]}), "goods.csv")
     assert "'13'" in str(error.value) and "'00013'" in str(error.value)
+
+
+def test_times_that_a_float_has_rounded_are_noted() -> None:
+    bad = BadRows()
+    log_of(["a", "b"], pl.Series([1.6e9, 1.6e9 + 64], dtype=pl.Float32), bad)
+    assert [row["what"] for row in bad.skipped] == [
+        "log.csv: times kept as Float32, which has rounded them: some may tie"
+    ]

@@ -1,8 +1,11 @@
 import io
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
@@ -117,3 +120,38 @@ def test_a_catalogue_of_json_lines_with_bad_lines(tmp_path: Path) -> None:
     raw = read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING, on_bad_rows="skip")
     assert raw.items.select("item_id", "title").rows() == [("7", "1984"), ("8", "Eight")]
     assert [row["what"] for row in raw.skipped] == ["items.jsonl: not a JSON object", "items.jsonl: no item_id"]
+
+
+def test_words_of_any_type_are_texts_or_noted(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nu,1,1\n")
+    for values, titles, noted in (
+        ([["a", "b"]], ["a b"], []),
+        (['["a", "b"]', "['c', 'd']", "[REC]", "[1]"], ["a b", "c d", "[REC]", "[1]"], []),
+        ([1984.0, 1.5], ["1984", "1.5"], []),
+        ([b"caf\xe9"], ["caf\ufffd"], []),
+        (["None", "N/A", None], ["", "", ""], []),
+        ([[1, 2]], [""], ["g.parquet: 'title' is a column of List(Int64), not of texts: left out"]),
+        ([timedelta(1)], [""], ["g.parquet: 'title' is a column of Duration(time_unit='us'), not of texts: left out"]),
+    ):
+        ids = [str(number) for number in range(1, len(titles) + 1)]
+        pl.DataFrame({"item_id": ids, "title": values}).write_parquet(tmp_path / "g.parquet")
+        raw = read_tables("log.csv", "g.parquet", folder=tmp_path)
+        assert raw.items["title"].to_list() == titles
+        assert [row["what"] for row in raw.skipped] == noted
+
+
+def test_a_zone_that_is_an_offset_is_one_of_any_table(tmp_path: Path) -> None:
+    moments = pa.array([datetime(2020, 1, 1, 10)] * 2, pa.timestamp("us", "+05:30"))
+    log = {"user_id": ["u", "u"], "item_id": ["7", "8"], "timestamp": moments}
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    pq.write_table(pa.table({"item_id": ["7", "8"], "title": moments}), tmp_path / "items.parquet")
+    raw = read_tables("log.parquet", "items.parquet", folder=tmp_path)
+    assert raw.interactions.collect()["timestamp"].to_list() == [1577872800 * raw.ticks] * 2
+    assert raw.items["title"][0].startswith("2020-01-01 10:00:00")
+
+
+def test_json_that_is_not_one_object_a_line_says_what_to_write(tmp_path: Path) -> None:
+    for text in ('[{"user_id": "u", "item_id": "1", "timestamp": 1}]', "[\n {\n", '{"a": 1}{"b": 2}'):
+        (tmp_path / "log.json").write_text(text)
+        with pytest.raises(ValueError, match=r"log\.json: JSON with one object a line is read.*lines=True"):
+            read_tables("log.json", folder=tmp_path)

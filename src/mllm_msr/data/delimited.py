@@ -5,7 +5,9 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -168,7 +170,15 @@ class _Reader:
     def _parse(self, text: str, escaped: str) -> list[str]:
         if escaped == '\\"':
             text = re.sub(r'\\(["\\])', lambda match: '""' if match[1] == '"' else "\\", text)
-        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator, strict=True), [])
+        fields = self._read(text)
+        if any(field.startswith(" ") and field.lstrip().startswith('"') for field in fields):  # a, "b", "c"
+            with suppress(csv.Error):
+                closed = self._read(text, skipinitialspace=True)
+                return closed if len(closed) == len(self.header or closed) else fields
+        return fields
+
+    def _read(self, text: str, **options: Any) -> list[str]:
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator, strict=True, **options), [])
 
     def _looks_whole(self, line: str) -> bool:
         fields = line.split(self.separator)

@@ -60,7 +60,7 @@ class ImageColumn:
         bad.note("images: several of one item (first one taken)", self.several.count, self.several.examples)
 
     def _place(self, value: Any) -> str | None:
-        value = _opened(value)
+        value = opened(value)
         if isinstance(value, list):
             usable = [image for image in value if image is not None]
             if len(usable) > 1:
@@ -99,7 +99,7 @@ class ImageColumn:
         return str(file)
 
 
-def _opened(value: Any) -> Any:
+def opened(value: Any) -> Any:
     """A list or record that is written as text (JSON, or as Python prints it) as what it says; others as they are."""
     if isinstance(value, str) and value.strip().startswith(("[", "{")):
         for parse in (json.loads, ast.literal_eval):
@@ -112,7 +112,7 @@ def _opened(value: Any) -> Any:
 
 def _base64(text: str) -> bytes | None:
     """The bytes that a ``data:`` URL or bare base64 text holds; None if it is neither."""
-    head, comma, body = text.partition(",") if text.startswith("data:") else ("", "", text)
+    head, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
     if comma and not head.endswith(";base64"):
         return unquote_to_bytes(body)
     if not comma and len(text) < SHORTEST:

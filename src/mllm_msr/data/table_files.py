@@ -1,6 +1,7 @@
 """A table of other people's making, wherever it is: a file, a folder of part files, or a data set of the Hub."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import polars as pl
+import polars.selectors as cs
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import hf_hub_download
@@ -25,6 +27,9 @@ from mllm_msr.data.text_files import reading, text_blocks
 
 ROWS = 10_000  # of a batch
 IMAGE_ROWS = 64  # of a batch, where rows hold images
+MOMENTS = cs.datetime(time_zone="*").dt.convert_time_zone("UTC")
+# A zone that is an offset, such as +02:00, is no error: pandas writes it, and the times beside it are in UTC anyway.
+os.environ.setdefault("POLARS_IGNORE_TIMEZONE_PARSE_ERROR", "1")
 ADDRESS = r"hf:/+datasets/([^/]+/[^/@?]+)(?:@([^/?]+))?"  # Path() turns hf:// into hf:/
 
 
@@ -102,9 +107,12 @@ class TableFile:
         """All rows as a scan, with ``ROW``; of JSON lines, and of a data set, ``columns`` only."""
         with reading(self.place):
             if self.kind == "parquet":
-                tables = [
-                    self._named(pl.scan_parquet(part.path, row_index_name=ROW, row_index_offset=1, glob=False), part)
+                scans = [
+                    pl.scan_parquet(part.path, row_index_name=ROW, row_index_offset=1, glob=False)
                     for part in self.parts
+                ]
+                tables = [
+                    self._named(scan.with_columns(MOMENTS), part) for scan, part in zip(scans, self.parts, strict=True)
                 ]
             else:
                 tables = [spool(batches) for batches in self._batches(columns, (), "", bad)]
@@ -163,11 +171,17 @@ class TableFile:
         """Keys of the first rows of every part."""
         keys: dict[str, None] = {}
         for part in self.parts:
-            for line in next(text_blocks(part.path, BadRows())).split("\n"):
+            lines = next(text_blocks(part.path, BadRows())).split("\n")
+            for line in lines:
                 try:
                     keys |= dict.fromkeys(json.loads(line))
                 except (TypeError, ValueError, RecursionError):  # a bad line; the reader names it
                     continue
+            if not keys and (first := next(filter(str.strip, lines), "")):
+                raise ValueError(
+                    f"{part.path}: JSON with one object a line is read, and no line is such an object: the first is "
+                    f"{short(first)}. Write it so (pandas: to_json(..., orient='records', lines=True); jq -c '.[]')"
+                )
             keys |= dict.fromkeys(part.values)
         return list(keys)
 
@@ -185,7 +199,7 @@ def _numbered(batches: Any) -> Iterator[pl.DataFrame]:
     start = 1
     for batch in batches:
         batch.validate(full=True)  # Polars takes texts for UTF-8 unseen
-        table = pl.DataFrame(pl.from_arrow(batch))
+        table = pl.DataFrame(pl.from_arrow(batch)).with_columns(MOMENTS)
         yield table.with_row_index(ROW, start)
         start += len(table)
 

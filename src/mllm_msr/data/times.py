@@ -4,6 +4,7 @@ from pathlib import Path
 
 import polars as pl
 
+from mllm_msr.data.ids import EXACT, is_text
 from mllm_msr.data.raw import ROW, BadRows, short
 from mllm_msr.data.spool import spool
 
@@ -18,7 +19,11 @@ UNITS = {  # what a column of times may hold -> how many of its units are a seco
 KINDS = tuple(UNITS)
 ANY = len(KINDS)  # zero is the same moment in every unit
 LIMITS = (1e11, 1e14, 1e17)  # from here on a number counts milli-, micro- or nanoseconds: later than March 1973
-COMPACT = {"%Y%m%d": (19000101, 21001231), "%Y%m%d%H%M%S": (19000101000000, 21001231235959)}  # dates as one number
+COMPACT = {  # dates as one number
+    "%Y%m%d": (19000101, 21001231),
+    "%Y%m%d%H%M": (190001010000, 210012312359),
+    "%Y%m%d%H%M%S": (19000101000000, 21001231235959),
+}
 ISO = (
     r"^(?<date>\d{4}[-/.]\d{1,2}[-/.]\d{1,2})(?:[T ]+(?<time>\d{1,2}:\d{2})(?::(?<second>\d{2})(?:[.,](?<part>\d+))?)?"
     r"\s*(?<zone>Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?)?$"
@@ -37,10 +42,10 @@ def with_times(log: pl.LazyFrame, path: Path | str, bad: BadRows) -> tuple[pl.La
         than most rows have.
 
     Raises:
-        ValueError: a column of lists or structures.
+        ValueError: a column of lists, structures or spans of time.
     """
     dtype = log.collect_schema()["timestamp"]
-    if dtype.is_nested() or dtype == pl.Object:
+    if dtype.is_nested() or not is_text(dtype):
         raise ValueError(f"{path}: times are numbers, dates or texts, but timestamp is a column of {short(dtype)}")
     if isinstance(dtype, pl.Datetime | pl.Date):
         unit = dtype.time_unit if isinstance(dtype, pl.Datetime) else "ms"
@@ -58,6 +63,9 @@ def with_times(log: pl.LazyFrame, path: Path | str, bad: BadRows) -> tuple[pl.La
         problems[f"times in {KINDS[kind]} where most are in {KINDS[main]}, such as {example}"] = kind == KIND
     if main not in readable:
         return log, 1, problems
+    largest = max(abs(row[end]) for row in readable.values() for end in ("low", "high"))
+    if dtype.is_float() and largest >= EXACT[dtype.base_type()]:
+        bad.note(f"{Path(path).name}: times kept as {dtype}, which has rounded them: some may tie", 1, [largest])
     most, ticks, scale = readable[main], UNITS[KINDS[main]], 1
     for form, (low, high) in COMPACT.items():
         date = TIME.cast(pl.String).str.to_datetime(form, strict=False, time_unit="ms")
@@ -65,7 +73,6 @@ def with_times(log: pl.LazyFrame, path: Path | str, bad: BadRows) -> tuple[pl.La
             bad.note(f"{Path(path).name}: times are dates written as one number", most["len"], [most["low"]])
             return log.with_columns(date.dt.epoch("s").alias("(time)")), 1, problems
     if most["part"]:
-        largest = max(abs(most["low"]), abs(most["high"]))
         finer = (10**9 // ticks, 10**6 // ticks, 10**3 // ticks)
         scale = next((times for times in finer if times and largest * times < 2**62), 1)
         log = log.with_columns(TIME * scale + PART // (10**9 // scale))
@@ -100,8 +107,10 @@ def _parsed(log: pl.LazyFrame, dtype: pl.DataType) -> pl.LazyFrame:
     digits = zone.str.replace(":", "").str.extract(r"^[+-](\d+)$").str.pad_end(4, "0").cast(pl.Int64)
     offset = (digits // 100 * 3600 + digits % 100 * 60) * pl.when(zone.str.starts_with("-")).then(-1).otherwise(1)
     part = pl.coalesce(time.str.extract(r"^[+-]?\d+\.(\d+)$"), groups.field("part"))
-    part = part.str.slice(0, 9).str.pad_end(9, "0").cast(pl.Int64)
-    log = _with(log, number.fill_null(moment - offset.fill_null(0)), part.fill_null(0))
+    part = part.str.slice(0, 9).str.pad_end(9, "0").cast(pl.Int64).fill_null(0)
+    below = time.str.starts_with("-") & time.str.contains(".", literal=True) & (part > 0)  # -1.25 is -2 and .75
+    part = pl.when(below).then(10**9 - part).otherwise(part)
+    log = _with(log, number.fill_null(moment - offset.fill_null(0)) - below.cast(pl.Int64), part)
     kind = pl.when(moment.is_null()).then(KIND).when(zone.is_null()).then(KINDS.index("dates without a zone"))
     return spool(log.with_columns(kind.otherwise(KINDS.index("dates with a zone")).alias("(kind)")))
 

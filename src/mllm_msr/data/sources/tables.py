@@ -1,5 +1,6 @@
 """Own data: a log and a catalogue as CSV, TSV, Parquet, JSON lines or a data set of the Hub, with any column names."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -7,10 +8,10 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.data.ids import as_ids, as_text, check_join
-from mllm_msr.data.image_places import ImageColumn, images_by_id
+from mllm_msr.data.ids import as_ids, as_text, check_join, is_text
+from mllm_msr.data.image_places import ImageColumn, images_by_id, opened
 from mllm_msr.data.logs import interactions_from
-from mllm_msr.data.raw import ROW, BadRows, RawData, need_columns
+from mllm_msr.data.raw import ROW, BadRows, RawData, need_columns, short
 from mllm_msr.data.sources.interface import SourceOptions, local_or_hub
 from mllm_msr.data.table_files import TableFile
 from mllm_msr.records.sections import OnBadRows
@@ -125,18 +126,39 @@ def read_catalogue(
     needed = [theirs for ours, theirs in names.items() if ours == "item_id" or ours in columns]
     optional = [theirs for theirs in names.values() if theirs not in needed]
     places = ImageColumn(images or table.root, table.inside and (images or table.inside))
-    batches = []
+    batches, no_text = [], Counter[str]()
     for batch in table.batches(needed, optional, names["image"], bad):
         need_columns(batch.columns, needed, place)  # a CSV file shows its header only now
         batch = batch.select(ROW, *(pl.col(theirs).alias(ours) for ours, theirs in names.items() if theirs in batch))
         if "image" in batch:
             batch = batch.with_columns(places.places(batch["image"])).drop("image")
-        batches.append(
-            batch.with_columns(as_text(name, batch.schema[name]) for name in ("title", "text") if name in batch)
-        )
+        for name in ("title", "text"):
+            if name in batch:
+                if not is_text(batch.schema[name]):
+                    what = f"{names[name]!r} is a column of {short(batch.schema[name])}, not of texts: left out"
+                    no_text[what] += batch[name].count()
+                batch = batch.with_columns(as_text(name, batch.schema[name]))
+                batch = batch.with_columns(_joined(batch[name]))
+        batches.append(batch)
     if not batches:
         raise ValueError(f"{place}: this catalogue has no rows")
+    for what, count in no_text.items():
+        bad.note(f"{place}: {what}", count, [])
     places.report(bad)
     items = as_ids(pl.concat(batches, how="diagonal_relaxed").lazy(), ["item_id"], place, bad).collect()
     items = bad.drop(items, {"no item_id": pl.col("item_id").is_null()}, place)
     return bad.unique_items(items.drop(ROW, *([] if places.given else ["image_path"]), strict=False), place)
+
+
+def _joined(texts: pl.Series) -> pl.Series:
+    """A list of texts that is written as JSON or as Python prints it, joined as one that is a list; others as they
+    are."""
+
+    def join(text: str) -> str:
+        parts = opened(text)
+        return " ".join(parts) if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else text
+
+    listed = texts.str.contains(r"^\[.*\]$").fill_null(False)
+    if not listed.any():
+        return texts
+    return pl.Series(texts.name, [join(text) if is_list else text for text, is_list in zip(texts, listed, strict=True)])
