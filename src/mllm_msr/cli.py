@@ -133,7 +133,7 @@ def check(options: argparse.Namespace) -> None:
 
     recipe, place, run = read_recipe(options.recipe, overrides(options), options.output)
     check(recipe, place, run, options.users)
-    print(f"next: mllm-msr status {run.path}" if run else f"next: {run_command(options)}")
+    print(f"next: mllm-msr status {shlex.quote(str(run.path))}" if run else f"next: {run_command(options)}")
 
 
 def run_command(options: argparse.Namespace) -> str:

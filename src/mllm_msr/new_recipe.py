@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -88,7 +89,7 @@ def init(options: InitOptions) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     print(f"protocol: {recipe.data.protocol}; {reasons['data.protocol']}")
-    print(f"wrote {path}: read it, change what is not so\nnext: mllm-msr check {path}")
+    print(f"wrote {path}: read it, change what is not so\nnext: mllm-msr check {shlex.quote(str(path))}")
     return path
 
 

@@ -12,7 +12,7 @@ from mllm_msr.data.sources.registry import check_source, effective_source, sourc
 from mllm_msr.evaluation.variants import check_evaluation
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS
 from mllm_msr.proof import check_templates
-from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, recipe_file, with_settings
+from mllm_msr.records.recipe import Recipe, load_content, parse_recipe, recipe_file, section_of, with_settings
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.sections import VECTOR_ORIGINS
 from mllm_msr.records.stage_specs import STAGES
@@ -54,7 +54,7 @@ class Overrides:
 
     def apply(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's mapping under these values."""
-        source, data = (dict(content.get(section) or {}) for section in ("source", "data"))
+        source, data = (section_of(content, section) for section in ("source", "data"))
         tables = {"interactions": self.interactions, "items": self.items, "images": self.images}
         given = {name: absolute(place) for name, place in tables.items() if place is not None}
         if given and source.get("type") != "tables":

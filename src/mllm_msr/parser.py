@@ -318,6 +318,10 @@ def amount(text: str) -> float:
 def text_of(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no valid text: give it in UTF-8") from None
     return text
 
 

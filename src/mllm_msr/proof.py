@@ -85,11 +85,13 @@ def check_templates(prompts: Mapping[str, str]) -> None:
     for name, template in prompts.items():
         allowed = variables(PROMPTS[name]) | {"noun"}
         try:
-            unknown = variables(template) - allowed
+            printed = variables(template)
         except TemplateSyntaxError as error:
             raise ValueError(f"prompts.{name}, line {error.lineno}: {error.message}") from error
-        if unknown:
+        if unknown := printed - allowed:
             raise ValueError(f"prompts.{name}: unknown variable {min(unknown)!r}; it may print {sorted(allowed)}")
+        if not printed - {"noun"}:
+            raise ValueError(f"prompts.{name}: prints none of {sorted(allowed)}, so all prompts would be the same")
 
 
 def check_prompts(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from mllm_msr.data.raw import one_line
 from mllm_msr.records.schema import RANKING_MEMBERS, RANKINGS
 from mllm_msr.records.storage import write_bytes
 
@@ -20,7 +21,22 @@ def format_of(output: Path | None, form: str | None) -> str:
         raise ValueError(f"--format {form}, but --output {output} ends as {by_name}: leave one of them out")
     if output and not by_name and not form:
         raise ValueError(f"--output {output}: let its name end in {', '.join(FORMATS)}, or name the format by --format")
+    if output and output.exists() and not _is_ranking(output, form or by_name):
+        raise ValueError(f"--output {output}: is there already, and is no ranking: name another file")
     return form or by_name or "table"
+
+
+def _is_ranking(path: Path, form: str | None) -> bool:
+    """Whether a file holds what :func:`say` writes, which it may take the place of."""
+    if not path.is_file():
+        return False
+    if form not in ("csv", "json", "parquet") or not path.stat().st_size:
+        return True
+    try:
+        read = {"csv": pl.scan_csv, "json": pl.read_json, "parquet": pl.scan_parquet}[form]
+        return set(RANKINGS.columns) <= set(read(path).lazy().collect_schema())
+    except (pl.exceptions.PolarsError, UnicodeDecodeError):
+        return False
 
 
 def say(frame: pl.DataFrame, output: Path | None, form: str | None, after: str = "") -> None:
@@ -64,8 +80,9 @@ def ranking_table(frame: pl.DataFrame, after: str = "") -> str:
         rows = [("rank", shown, "item", *own, "title")]
         for row in part.iter_rows(named=True):
             said = ["" if row[name] is None else f"{row[name]:.2f}" for name in own]
-            title = row["title"] if len(row["title"]) <= TITLE else f"{row['title'][: TITLE - 3]}..."
-            rows.append((str(row["rank"]), f"{row[shown]:.3f}", row["item_id"], *said, title))
+            title = one_line(row["title"])
+            title = title if len(title) <= TITLE else f"{title[: TITLE - 3]}..."
+            rows.append((str(row["rank"]), f"{row[shown]:.3f}", one_line(row["item_id"]), *said, title))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         sides = [str.rjust, str.rjust, str.ljust, *[str.rjust] * len(own), str.ljust]
         lines = [
@@ -73,7 +90,7 @@ def ranking_table(frame: pl.DataFrame, after: str = "") -> str:
             for row in rows
         ]
         preference = part["preference"][0] if part.height else ""
-        words = [f"preference: {preference or '(none)'}"] if preference or by_answer else []
-        head = [f"user {user}"] if user and frame["user_id"].n_unique() > 1 else []
-        parts.append("\n".join([*head, *words, *([f"after: {after}"] if after else []), *lines]))
+        words = [f"preference: {one_line(preference) or '(none)'}"] if preference or by_answer else []
+        head = [f"user {one_line(user)}"] if user and frame["user_id"].n_unique() > 1 else []
+        parts.append("\n".join([*head, *words, *([f"after: {one_line(after)}"] if after else []), *lines]))
     return "\n\n".join(parts)

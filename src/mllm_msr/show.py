@@ -6,6 +6,7 @@ import sys
 
 import polars as pl
 
+from mllm_msr.data.raw import one_line
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
 
@@ -25,7 +26,10 @@ def show_user(run: RunFolder, user_id: str) -> None:
     history = log["item_id"].to_list()
     of_history = pl.col("item_id").is_in(set(history))
     titles, summaries = (
-        dict(run.scan(table).filter(of_history).select("item_id", column).collect().iter_rows())
+        {
+            item: one_line(text or "")
+            for item, text in run.scan(table).filter(of_history).select("item_id", column).collect().iter_rows()
+        }
         for table, column in ((ITEMS, "title"), (ITEM_SUMMARIES, "summary"))
     )
     colours = sys.stdout.isatty()
@@ -36,10 +40,11 @@ def show_user(run: RunFolder, user_id: str) -> None:
         for item in step["read_item_ids"][read:]:
             print(f"  {titles.get(item, item)}: {summaries.get(item, '')}")
         read = len(step["read_item_ids"])
-        print(f"  => {step['preference']}" + (f"  ({step['status']})" if step["status"] != "ok" else ""))
+        after = one_line(step["preference"])
+        print(f"  => {after}" + (f"  ({step['status']})" if step["status"] != "ok" else ""))
         if before:
-            print(f"  change: {changes(before, step['preference'], colours)}")
-        before = step["preference"]
+            print(f"  change: {changes(before, after, colours)}")
+        before = after
     if history[read:]:
         print("\nsince then")
         for item in history[read:]:

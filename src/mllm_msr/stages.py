@@ -65,14 +65,23 @@ def prepare(run: RunFolder) -> None:
     """Stage 0: raw logs, texts and images to interactions, items and frozen ranking tasks."""
     from mllm_msr.data.prepare import prepare as write_data
     from mllm_msr.data.statistics import statistics_table
+    from mllm_msr.data.vector_files import check_own_vectors
     from mllm_msr.evaluation.places import popularity_figures
 
-    options = run.recipe.data
+    options, split = run.recipe.data, run.recipe.evaluation.split
+    check_own_vectors(run.recipe.source, run.recipe.vectors)
 
     def work(key: str) -> None:
         raw = read_source(run.recipe.source, options.on_bad_rows)
         with whole_folder(run.data) as folder:
             report = write_data(raw, folder, options, run.recipe.name, popularity_figures, inputs=tables)
+            if not report["protocol"][f"{split}_tasks"]:
+                counts = [each for each in report["protocol"].items() if each[0].startswith("targets_") and each[1]]
+                reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts)
+                raise ValueError(
+                    f"no {split} task is left ({reasons or 'no user has one'}): lower data.n_negatives, "
+                    "data.min_history or the cores, or bring more data"
+                )
         print(statistics_table(report), task_samples(run), sep="\n")
 
     facts = source_fingerprint(run.recipe.source)
@@ -352,7 +361,8 @@ def next_commands(run: RunFolder) -> list[str]:
     if pending := next(iter(run.pending("report") or run.pending("train")), None):
         return [f"next: {run.command(pending)}"]
     user = shlex.quote(run.scan(INTERACTIONS).select("user_id").head(1).collect().item())
+    place = shlex.quote(str(run.path))
     return [
-        f"next: mllm-msr rank {run.path} --user {user}",
-        f"  or: mllm-msr publish {run.path} --namespace NAME --dry-run",
+        f"next: mllm-msr rank {place} --user {user}",
+        f"  or: mllm-msr publish {place} --namespace NAME --dry-run",
     ]

@@ -91,6 +91,9 @@ def test_csv_is_read_as_people_write_it(tmp_path: Path, text: str) -> None:
     [
         ("item_id,x,y\na,1,2\nb,3,wide\n", r"own.csv, column 'y': .* row 3, item 'b', has 'wide'"),
         ("item_id,vector\na,[1]\nb,n/a\n", r"own.csv: .* row 3, item 'b', has 'n/a'"),
+        ("item_id;vector\na;1\nb;0,5;1\n", r"own.csv, row 3: more than the header's 2 fields"),
+        ('item_id,vector\na,1\nb,"0,5;1,5"\n', r"row 3, item 'b', divides its numbers by commas and semicolons"),
+        (",item_id,x\n0,a,1\n1,b,2\n", "'column 1' has no name of its own, .*index=False"),
         ("item_id,x,y\na,1,2\nb,3,\n", "item 'b' is missing or not finite"),
         ("item_id\na\nb\n", "no column 'vector'"),
         ("id,x\na,1\n", "no column 'item_id'; it has"),
@@ -215,3 +218,22 @@ def test_the_key_of_own_vectors_is_their_content(tmp_path: Path) -> None:
     assert (changed["key"] == by_column["key"]).to_list() == [True, False]
     with pytest.raises(ValueError, match="item 'b' has a number beyond 65,504"):
         own_vectors(catalogue(tmp_path, "goods.parquet", [[1e6, 5.0], *LISTS[1:]]), VectorOptions(column="emb"), ITEMS)
+
+
+def test_numbers_that_float16_would_lose_are_refused(tmp_path: Path) -> None:
+    def vectors_of(*values: float) -> list[list[float]]:
+        source = catalogue(tmp_path, "g.parquet", [[value, 0.0] for value in values])
+        return own_vectors(source, VectorOptions(column="emb"), ITEMS)["vector"].to_list()
+
+    with pytest.raises(ValueError, match=r"vector of item 'a' are below 0\.00006, which float16 rounds or loses"):
+        vectors_of(1.0, 1e-6, 1.0, 1.0)
+    assert vectors_of(1.0, 0.0, 1.0, 1.0) == [[0.0, 0.0], [1.0, 0.0]]
+
+
+def test_a_folder_of_parts_is_a_table(tmp_path: Path) -> None:
+    folder = tmp_path / "own.parquet"
+    folder.mkdir()
+    for number in range(2):
+        row = {"item_id": IDS[number : number + 1], "vector": VECTORS[number : number + 1]}
+        pl.DataFrame(row).write_parquet(folder / f"part-{number}.parquet")
+    np.testing.assert_array_equal(vector_matrix(read_vectors(folder, ITEMS)), VECTORS[:2])

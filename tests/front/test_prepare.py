@@ -113,3 +113,15 @@ def test_ids_as_titles_stop(shop: Shop) -> None:
     with pytest.raises(SystemExit, match="titles or descriptions that are the item's id"):
         main(["prepare", *flags])
     assert not (shop.folder / "run/data").exists()
+
+
+def test_what_would_stop_a_later_stage_stops_the_first(shop: Shop) -> None:
+    for setting, message in {
+        "data.n_negatives=1000": r"no test task is left \(.*\d+ targets with too few unseen items\)",
+        "vectors.file=/nowhere.npz": r"/nowhere\.npz is missing",
+        "vectors.column=emb": r"goods\.csv: no column 'emb'",
+        "prompts.recommendation=Buy it?": "prompts.recommendation: prints none of",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main(["prepare", *shop.arguments, "--set", setting, "--output", str(shop.run)])
+        assert not (shop.run / "data").exists()

@@ -165,6 +165,17 @@ def test_a_folder_of_other_things_takes_no_rankings(finished: RunFolder) -> None
     assert sorted(finished.path.iterdir()) == before
 
 
+def test_a_file_of_other_things_takes_no_ranking(finished: RunFolder, tmp_path: Path) -> None:
+    for name, content in {"log.csv": "user_id,item_id\nu,1\n", "log.json": "{}", "log.parquet": "PAR1"}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit, match=f"{name}: is there already, and is no ranking"):
+            main(["rank", str(finished.path), "--user", "u0000", "--output", str(tmp_path / name)])
+        assert (tmp_path / name).read_text() == content
+    for name in ("rank.csv", "rank.json", "rank.parquet"):
+        for _ in range(2):  # the second time it takes the place of the first
+            main(["rank", str(finished.path), "--user", "u0000", "--by", "head", "--output", str(tmp_path / name)])
+
+
 def test_the_fused_score_is_the_default_where_the_head_is_there(
     finished: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

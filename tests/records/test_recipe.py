@@ -36,6 +36,12 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"summaries.temperature": float("nan")}, "summaries.temperature=nan: must be at least 0"),
         ({"summaries.top_p": 1.5}, "summaries.top_p=1.5: must be above 0 and at most 1"),
         ({"summaries.timeout": 0}, "summaries.timeout=0.0: must be at least 0.001"),
+        ({"head.heads": 0}, "^head.heads=0: must be at least 1"),
+        ({"head.learning_rate": float("inf")}, "head.learning_rate=inf: must be at least 0, and finite"),
+        (
+            {"head.members": ["sasrec"]},
+            r"head.members=\['sasrec'\]: must be a list of 'sequence_head', '",
+        ),
         ({"data.seed": -1}, "data.seed=-1: must be at least 0"),
         ({"data.n_negatives": True}, "data.n_negatives=True: must be a whole number"),
         ({"data.limit_users": "5"}, "data.limit_users='5': must be a whole number or null"),
@@ -72,10 +78,16 @@ def test_a_recipe_of_another_shape_is_refused(content: Any, message: str) -> Non
         parse_recipe(content)
 
 
+def test_a_setting_of_a_section_that_is_no_mapping_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"section 'head' is a mapping of names to values, not \['a'\]"):
+        with_settings({**TINY, "head": ["a"]}, {"head.hidden": 8})
+
+
 def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     for text, message in (
         ("a: [", r"broken\.yaml is not valid YAML"),
+        ("a: " + "[" * 5000, r"broken\.yaml is not valid YAML: .*recursion"),
         ("- a", r"broken\.yaml: is no mapping of names to values"),
         ("name: x\ndata: {seed: 1}\ndata: {seed: 2}", r"broken\.yaml is not valid YAML: the key 'data' stands twice"),
         ("name: x\nsource: {type: demo, seed: 1, seed: 2}", "the key 'seed' stands twice .*line 2"),

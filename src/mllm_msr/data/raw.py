@@ -4,6 +4,7 @@ A source (the files of ``data/sources``) returns :class:`RawData`. Cleaning come
 memory: it is scanned, never collected.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,6 +26,7 @@ CATALOGUE: dict[str, Any] = {
 }
 ROW = "(row)"  # the column with each row's number in its file; no file has one of this name
 EXAMPLES = 5  # how many cases of one oddity a report shows
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")  # what moves or colours a terminal's text
 LONGEST = 200  # characters of a value in a message
 
 
@@ -43,8 +45,13 @@ def oddity(what: str, count: int, examples: Iterable[Any]) -> Skipped:
 
 def short(value: Any) -> str:
     """A value for a message: its text on one line, cut where it is too long to be read."""
-    text = str(value).replace("\n", " ")
+    text = one_line(str(value))
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """Other people's text on one line of a terminal, without what would break the line, or move or colour others."""
+    return CONTROL.sub(" ", text)
 
 
 def need_columns(have: Sequence[str], columns: Sequence[str], path: Path | str) -> None:

@@ -1,6 +1,7 @@
 """Item vectors of any origin, from a file or from a column of the items table."""
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from mllm_msr.data.ids import as_ids
-from mllm_msr.data.parts import table_format
+from mllm_msr.data.parts import is_parts, table_format
 from mllm_msr.data.raw import ROW, BadRows, need_columns, short
 from mllm_msr.data.sources.registry import source_options
 from mllm_msr.data.sources.tables import TablesSource
@@ -18,6 +19,8 @@ from mllm_msr.records.schema import ITEM_VECTORS
 from mllm_msr.records.sections import Source, VectorOptions
 
 KINDS = "Parquet, CSV, or npz with item_id and vector"
+SMALLEST = 2.0**-14  # below it float16 has fewer digits, and none in the end
+NO_NAME = r"column \d+$|Unnamed: \d+$"  # as the reader, and pandas, call a column without one
 NUMBER = r"[^\s,;\[\]()]+"  # in a text that lists numbers
 
 
@@ -32,11 +35,42 @@ def own_vectors(source: Source, options: VectorOptions, items: pl.DataFrame) -> 
         frame, origin = read_vectors(Path(options.file), items), options.file
     else:
         frame, origin = read_column(source, str(options.column), items), f"vectors.column={options.column}"
-    keys = [hashlib.sha256(vector.tobytes()).hexdigest()[:32] for vector in vector_matrix(frame)]
+    matrix = vector_matrix(frame)
+    keys = [hashlib.sha256(vector.tobytes()).hexdigest()[:32] for vector in matrix]
     frame = frame.with_columns(pl.Series("key", keys, pl.String)).cast(pl.Schema(ITEM_VECTORS.columns))
     if large := frame.filter(pl.col("vector").list.eval(pl.element().is_infinite()).list.any())["item_id"].to_list():
         raise ValueError(f"{origin}: the vector of item {large[0]!r} has a number beyond 65,504: scale the vectors")
+    largest = np.abs(matrix).max(axis=1)
+    if (small := (largest > 0) & (largest < SMALLEST)).any():
+        raise ValueError(
+            f"{origin}: all numbers in the vector of item {frame['item_id'][int(small.argmax())]!r} are below 0.00006, "
+            "which float16 rounds or loses: scale the vectors"
+        )
     return frame
+
+
+def check_own_vectors(source: Source, options: VectorOptions) -> None:
+    """Raise an error if own vectors that a recipe names are not where it says, as far as that shows at once."""
+    if options.file:
+        check_vector_file(Path(options.file))
+    if options.column:
+        next(need_items_table(source, options.column).item_column(options.column), None)
+
+
+def check_vector_file(path: Path) -> None:
+    if not path.is_file() and not is_parts(path):
+        raise FileNotFoundError(f"{path} is missing: a file ({KINDS})")
+
+
+def need_items_table(source: Source, column: str) -> TablesSource:
+    """The source as own tables; ValueError for any other, which has no further columns."""
+    tables = source_options(source)
+    if not isinstance(tables, TablesSource):
+        raise ValueError(
+            f"vectors.column={column!r}: only own tables (source `tables`) have further columns, not {source.type!r}; "
+            "give the vectors as a file by --vectors"
+        )
+    return tables
 
 
 def read_column(source: Source, column: str, items: pl.DataFrame) -> pl.DataFrame:
@@ -45,12 +79,7 @@ def read_column(source: Source, column: str, items: pl.DataFrame) -> pl.DataFram
     Its values are lists of numbers, or texts of them, such as ``[0.1, 0.2]``; of an item in several rows the first
     counts, as for its title.
     """
-    tables = source_options(source)
-    if not isinstance(tables, TablesSource):
-        raise ValueError(
-            f"vectors.column={column!r}: only own tables (source `tables`) have further columns, not {source.type!r}; "
-            "give the vectors as a file by --vectors"
-        )
+    tables = need_items_table(source, column)
     origin = f"{tables.items}, column {column!r}"
     frame = _joined([_with_lists(batch, column, origin) for batch in tables.item_column(column)])
     frame = as_ids(frame.lazy(), ["item_id"], str(tables.items), BadRows("skip")).collect()
@@ -70,8 +99,7 @@ def read_vectors(path: Path, items: pl.DataFrame) -> pl.DataFrame:
         ValueError: a column or an item is missing, an item comes twice, vectors differ in length, or a number in one is
             missing, none or not finite; the message names the file and the row or the item.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a file ({KINDS})")
+    check_vector_file(path)
     if path.suffix == ".npz":
         frame = _of_arrays(path)
     else:
@@ -118,6 +146,13 @@ def _with_lists(batch: pl.DataFrame, column: str, origin: str) -> pl.DataFrame:
     """``ROW``, ``item_id`` and ``vector``, lists of float32, from a column of lists, or of texts that list numbers."""
     values, lists = batch[column], pl.List(pl.Float32)
     if values.dtype == pl.String:
+        both = values.str.contains(",", literal=True) & values.str.contains(";", literal=True)  # 0,5;1,5 or 0.5, 1.5; 2
+        if (unclear := batch.filter(both.fill_null(False))).height:
+            row, item = unclear.select(ROW, "item_id").row(0)
+            raise ValueError(
+                f"{origin}: row {row}, item {item!r}, divides its numbers by commas and semicolons: write 0.5 and not "
+                "0,5, and divide by one of the two"
+            )
         values = values.str.extract_all(NUMBER)
     inner = values.dtype.inner if isinstance(values.dtype, pl.List | pl.Array) else values.dtype
     flat = isinstance(values.dtype, pl.List) or (isinstance(values.dtype, pl.Array) and len(values.dtype.shape) == 1)
@@ -146,7 +181,8 @@ def _joined(batches: Sequence[pl.DataFrame]) -> pl.DataFrame:
 def _of_table(path: Path) -> pl.DataFrame:
     """``ROW``, ``item_id``, ``vector`` of a table that is read as any other of its owner's."""
     batches = []
-    for batch in TableFile.find(path.name, path.parent).batches(["item_id"], ["vector"], "", BadRows("skip")):
+    bad = BadRows(remedy="Mend the row, or leave it out.")
+    for batch in TableFile.find(path.name, path.parent).batches(["item_id"], ["vector"], "", bad):
         need_columns(batch.columns, ["item_id"], path)
         if "vector" in batch.columns:
             batches.append(_with_lists(batch, "vector", str(path)))
@@ -154,6 +190,11 @@ def _of_table(path: Path) -> pl.DataFrame:
         names = [name for name in batch.columns if name not in (ROW, "item_id")]
         if not names or path.suffix == ".parquet":
             raise ValueError(f"{path}: no column 'vector'; item vectors are read from {KINDS}")
+        if (unnamed := [name for name in names if re.match(NO_NAME, name)]) and len(unnamed) < len(names):
+            raise ValueError(
+                f"{path}: {unnamed[0]!r} has no name of its own, and every column after item_id is taken for a number "
+                "of the vector; leave it out (pandas: to_csv(..., index=False))"
+            )
         numbers = batch.select(pl.col(names).cast(pl.Float32, strict=False))
         for name in names:
             _refuse_words(batch, batch[name].set(numbers[name].is_not_null(), None), f"{path}, column {name!r}")

@@ -141,7 +141,7 @@ def load_content(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, not checked yet; ValueError if it is not valid YAML or has a key twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no mapping of names to values")
@@ -157,6 +157,14 @@ def load_recipe(path: Path, check_training: CheckFlags = dict) -> Recipe:
         raise ValueError(f"{path}: {error}") from error
 
 
+def section_of(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section of a recipe's mapping, empty where there is none; ValueError for one that is no mapping."""
+    section = content.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"section {name!r} is a mapping of names to values, not {section!r}")
+    return dict(section)
+
+
 def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's mapping with ``{"section.name": value}`` in place.
 
@@ -169,7 +177,7 @@ def with_settings(content: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         if key in ("item_noun", "license"):
             changed[key] = value
         elif name and section in sections:
-            changed[section] = {**(changed.get(section) or {}), name: value}
+            changed[section] = {**section_of(changed, section), name: value}
         else:
             near = "" if section in sections else did_you_mean(section, sections)
             raise ValueError(f"{key!r} is not a section and a name, such as summaries.block_size{near}")

@@ -8,6 +8,7 @@ has changed under it.
 
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -268,7 +269,8 @@ class RunFolder:
 
     def command(self, name: str) -> str:
         """The command line that does a stage of this run."""
-        return f"mllm-msr {name} " + (f"{self.config} --output {self.path}" if name == "prepare" else str(self.path))
+        place, config = (shlex.quote(str(path)) for path in (self.path, self.config))
+        return f"mllm-msr {name} " + (f"{config} --output {place}" if name == "prepare" else place)
 
     def key(self, name: str) -> str:
         """A hash of all that a stage was made of and of all that it wrote; raises like :meth:`require`."""

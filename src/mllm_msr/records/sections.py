@@ -5,6 +5,7 @@ The section ``training`` alone is not one of them: its fields are the flags of `
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import Any, Literal
 
 from mllm_msr.records.typed import check_types
@@ -24,11 +25,12 @@ MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of
 
 
 def at_least(section: Any, **least: float) -> None:
-    """Raise ValueError for a number below its least, or one that is none; what is no number (None, "all") passes."""
+    """Raise ValueError for a number below its least, or one that is none or infinite; what is no number (None, "all")
+    passes."""
     for name, smallest in least.items():
         value = getattr(section, name)
-        if isinstance(value, int | float) and not value >= smallest:
-            raise ValueError(f"{name}={value}: must be at least {smallest}")
+        if isinstance(value, int | float) and not smallest <= value < inf:
+            raise ValueError(f"{name}={value}: must be at least {smallest}{', and finite' if value == inf else ''}")
 
 
 @dataclass(frozen=True)

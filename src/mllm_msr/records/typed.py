@@ -25,7 +25,8 @@ def build(kind: type[Section], content: Any, section: str) -> Section:
     try:
         return kind(**values)
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(section) else f"{section}.{error}") from error
+        named = str(error).startswith((f"{section}.", f"{section}:"))
+        raise ValueError(str(error) if named else f"{section}.{error}") from error
     except TypeError as error:
         raise ValueError(f"{section}: {error}") from error
 
@@ -83,4 +84,6 @@ def _in_words(hint: Any) -> str:
         return " or ".join(map(_in_words, get_args(hint)))
     if get_origin(hint) is Literal:
         return ", ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is list and hint not in words:
+        return f"a list of {_in_words(*get_args(hint))}"
     return words.get(hint, words.get(get_origin(hint), str(hint)))

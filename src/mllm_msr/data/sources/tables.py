@@ -1,6 +1,6 @@
 """Own data: a log and a catalogue as CSV, TSV, Parquet, JSON lines or a data set of the Hub, with any column names."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -11,7 +11,7 @@ import polars as pl
 from mllm_msr.data.ids import as_ids, as_text, check_join, is_text
 from mllm_msr.data.image_places import ImageColumn, images_by_id, opened
 from mllm_msr.data.logs import interactions_from
-from mllm_msr.data.raw import ROW, BadRows, RawData, need_columns, short
+from mllm_msr.data.raw import ROW, BadRows, RawData, Wrong, need_columns, short
 from mllm_msr.data.sources.interface import SourceOptions, local_or_hub
 from mllm_msr.data.table_files import TableFile
 from mllm_msr.records.sections import OnBadRows
@@ -37,17 +37,15 @@ class TablesSource(SourceOptions):
     def read(self, on_bad_rows: OnBadRows) -> RawData:
         return read_tables(str(self.interactions), self.items, self.columns, self.images, self.folder, on_bad_rows)
 
-    def item_column(self, name: str) -> list[pl.DataFrame]:
+    def item_column(self, name: str) -> Iterator[pl.DataFrame]:
         """``item_id`` and a further column ``name`` of the catalogue, as they are in its file, in batches."""
         if self.items is None:
             raise ValueError(f"there is no items table that could have a column {name!r}: name one by --items")
         table = TableFile.find(self.items, Path(self.folder))
         theirs = self.columns.get("items.item_id", self.columns.get("item_id", "item_id"))
-        batches = []
         for batch in table.batches([theirs, name], (), "", BadRows("skip")):
             need_columns(batch.columns, [theirs, name], self.items)
-            batches.append(batch.select(ROW, pl.col(theirs).alias("item_id"), name))
-        return batches
+            yield batch.select(ROW, pl.col(theirs).alias("item_id"), name)
 
     def roots(self) -> list[Path | str]:
         """Only what is named below ``folder``, and not all of it."""
@@ -126,7 +124,7 @@ def read_catalogue(
     needed = [theirs for ours, theirs in names.items() if ours == "item_id" or ours in columns]
     optional = [theirs for theirs in names.values() if theirs not in needed]
     places = ImageColumn(images or table.root, table.inside and (images or table.inside))
-    batches, no_text = [], Counter[str]()
+    batches, no_text = [], defaultdict[str, Wrong](Wrong)
     for batch in table.batches(needed, optional, names["image"], bad):
         need_columns(batch.columns, needed, place)  # a CSV file shows its header only now
         batch = batch.select(ROW, *(pl.col(theirs).alias(ours) for ours, theirs in names.items() if theirs in batch))
@@ -136,14 +134,15 @@ def read_catalogue(
             if name in batch:
                 if not is_text(batch.schema[name]):
                     what = f"{names[name]!r} is a column of {short(batch.schema[name])}, not of texts: left out"
-                    no_text[what] += batch[name].count()
+                    for value in batch[name].drop_nulls():
+                        no_text[what].add(0, value)
                 batch = batch.with_columns(as_text(name, batch.schema[name]))
                 batch = batch.with_columns(_joined(batch[name]))
         batches.append(batch)
     if not batches:
         raise ValueError(f"{place}: this catalogue has no rows")
-    for what, count in no_text.items():
-        bad.note(f"{place}: {what}", count, [])
+    for what, values in no_text.items():
+        bad.note(f"{place}: {what}", values.count, values.examples)
     places.report(bad)
     items = as_ids(pl.concat(batches, how="diagonal_relaxed").lazy(), ["item_id"], place, bad).collect()
     items = bad.drop(items, {"no item_id": pl.col("item_id").is_null()}, place)
