@@ -143,6 +143,14 @@ LINES = "user,item,time\n" + "".join(f"u{n % 7},0000{n % 5},2024-01-{n + 1:02d}\
         ({"log_csv": "user,item,time\n"}, "log.csv: it has no rows"),
         ({"log_csv": "user,item,time\na,b,31.12.2024\n"}, "'time' of log.csv holds no times.*31.12.2024.*2024-12-31"),
         ({"log_csv": "a,1,1709832921\nb,2,1709832922\na,2,1709832925\n"}, "first row looks like values, not names"),
+        (
+            {"log_csv": "a,1,2009-05-04T23:08:57Z\nb,2,2009-05-04T23:08:58Z\na,2,2009-05-04T23:08:59Z\n"},
+            r"log\.csv: its first row looks like values, not names, such as '2009-05-04T23:08:57Z'",
+        ),
+        (
+            {"log_csv": LINES, "items_csv": "".join(f"{n:05d},Mug {n}\n" for n in range(5))},
+            r"items\.csv: its first row looks like values, not names, such as '00000'",
+        ),
         ({"events_json": '[{"user": 1, "item": 2, "time": 3}]'}, "one object a line"),
     ],
 )

@@ -84,6 +84,8 @@ def discover(
     log = _log(folder, samples, unused, interactions, known, reasons)
     others = [sample for sample in samples if sample.place != log.place and items in (None, sample.place)]
     join = _join(log, others, known)
+    if join and (join.log.ids(join.ours) == join.theirs).any():
+        raise _no_names(join.catalogue, join.theirs)
     if join:
         known.setdefault("item_id", join.ours)
         if join.theirs != join.ours:
@@ -205,14 +207,18 @@ def _log(
             "column by --column timestamp=NAME (numbers, dates or ISO texts)"
         )
     _, log, time = max(found, key=lambda each: each[0])
-    if not re.search(r"[^\W\d_]", time):
-        raise ValueError(
-            f"{log.path}: its first row looks like values, not names, such as {time!r}: put the columns' names there"
-        )
+    if not re.search(r"[^\W\d_]", time) or log.name_is_time(time):
+        raise _no_names(log, time)
     values = short(log.first(time))
     known.setdefault("timestamp", time)
     reasons.append(f"interactions: {log.place}, as its column {time!r} holds times, such as {values}")
     return log
+
+
+def _no_names(sample: Sample, name: str) -> ValueError:
+    return ValueError(
+        f"{sample.path}: its first row looks like values, not names, such as {name!r}: put the columns' names there"
+    )
 
 
 def _strangers(log: Sample, others: Sequence[Sample]) -> list[str]:

@@ -59,6 +59,10 @@ class Sample:
             return None
         return ids if len(ids) and max(ids.str.len_chars().to_list(), default=0) <= LONGEST_ID else None
 
+    def name_is_time(self, column: str) -> bool:
+        """Whether a column is called by what can be read as a time, as where the names are missing."""
+        return Sample(self.place, self.folder, pl.DataFrame({ROW: [1], column: [column]})).is_time(column, named=True)
+
     def is_time(self, column: str, named: bool = False) -> bool:
         """Whether nearly all values can be read as times of one kind; of a column that nobody has ``named``, they or
         its name must look like it."""
