@@ -4,7 +4,6 @@ What a rehearsal spends on loading a model is spent once by the whole as well; t
 through. That is an estimate: texts differ in length, a busy machine slows down, and training may stop early.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, ITEMS, PREFERENCES, TASKS
 from mllm_msr.records.stage_specs import STAGES
+from mllm_msr.records.storage import read_json
 
 PAIRS_OF_A_LIST = 41  # that the answer is asked for each validation task, while the stage `head` weighs it
 TIMED_TASKS = 16  # of the rehearsal, by which a pair's time is measured
@@ -181,7 +181,7 @@ class Rehearsal:
 
     def _training(self, epochs: float) -> float:
         """By the trainer's own clock, which starts when model and data are loaded."""
-        log = json.loads(self.run.training_log.read_text(encoding="utf-8"))
+        log = read_json(self.run.training_log)
         last, flags = log[-1], self.recipe.training
         steps = max(1, last["step"])
         batch = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]
@@ -341,7 +341,7 @@ def _grown(spent: float, loading: float, ratio: float) -> float:
 
 
 def _cleaning(run: RunFolder) -> list[dict[str, Any]]:
-    return json.loads(run.data_report.read_text(encoding="utf-8"))["cleaning"]
+    return read_json(run.data_report)["cleaning"]
 
 
 def _rows(table: pl.LazyFrame) -> int:

@@ -6,7 +6,6 @@ each finished prompt is, letter by letter, what its template makes of these, (3)
 cannot be told from a number; but by (1) and (3) the model that wrote the text was never shown one.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from mllm_msr.records.schema import (
     PREFERENCES,
     TASKS,
 )
+from mllm_msr.records.storage import read_json
 from mllm_msr.records.typed import check_names
 
 
@@ -44,7 +44,7 @@ def prove(run: RunFolder, examples: Path | None = None) -> None:
     :class:`~mllm_msr.data.leakage.LeakageError` with the rows.
     """
     check_templates(run.recipe.prompts)
-    report = json.loads(run.data_report.read_text(encoding="utf-8"))
+    report = read_json(run.data_report)
     cut = report["options"]["max_history"] is not None
     tasks, interactions = run.read(TASKS), run.read(INTERACTIONS)
     has_image = pl.col("image").struct.field("bytes").is_not_null().alias("image")

@@ -21,7 +21,7 @@ from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.records.lock import check_one_process, write_lock
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, RANKING_MEMBERS, RANKINGS
-from mllm_msr.records.storage import digest, file_digest, write_text
+from mllm_msr.records.storage import digest, file_digest, read_json, write_text
 from mllm_msr.run_users import RunUser, listed, read_users
 
 SHARD = 64  # users of one file
@@ -296,7 +296,7 @@ def claim(folder: Path, key: str) -> None:
     with write_lock(folder, f"mllm-msr rank --output {folder}"):
         if not mark.is_file():
             write_text(mark, json.dumps({"key": key}))
-        elif json.loads(mark.read_text(encoding="utf-8"))["key"] != key:
+        elif read_json(mark)["key"] != key:
             raise ValueError(
                 f"{folder} holds another ranking (of other users, items, top-k, way or model): remove it, or name "
                 "another folder by --output"

@@ -1,6 +1,5 @@
 """Studies: one recipe under many settings, as runs that share what they have in common; and one table of them all."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES
 from mllm_msr.records.stage_specs import STAGES
+from mllm_msr.records.storage import read_json
 from mllm_msr.records.typed import build, check_types
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def refuse_other_study(output: Path, name: str) -> None:
     if (output / "config.yaml").is_file():
         raise ValueError(f"{output} holds a run: name another folder by --output")
     results = output / "study.json"
-    if results.is_file() and (other := json.loads(results.read_text(encoding="utf-8"))["study"]) != name:
+    if results.is_file() and (other := read_json(results)["study"]) != name:
         raise ValueError(f"{output} holds the study {other!r}: name another folder by --output")
 
 

@@ -1,6 +1,5 @@
 """Cross-domain: the tasks of one data set, ranked by the model of another, as it is or fine-tuned a little."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from mllm_msr.evaluation.kept_scores import scores_folder
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import EXAMPLES, PREFERENCES
 from mllm_msr.records.sections import HEAD_VARIANTS
-from mllm_msr.records.storage import digest, folder_digest, link_file, whole_folder
+from mllm_msr.records.storage import digest, folder_digest, link_file, read_json, whole_folder
 
 TEXTS = ("prepare", "summarize items", "summarize users")  # the stages that another model shares
 
@@ -137,7 +136,7 @@ def find_model(place: str) -> OtherModel:
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"--model {place}: is no folder of a model, as it has no config.json")
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    kind = read_json(config).get("model_type")
     return OtherModel(folder, name, revision, is_recommender=kind == "mllm_msr")
 
 

@@ -230,6 +230,12 @@ def test_a_model_from_elsewhere_is_noted_with_what_it_is(run: RunFolder) -> None
         run.require("train")
 
 
+def test_notes_that_were_cut_short_are_named(run: RunFolder) -> None:
+    (run.path / "provenance.json").write_text('{"versions": {}, "sta')
+    with pytest.raises(ValueError, match=r"provenance\.json is no whole JSON file .*remove it"):
+        run.require("prepare")
+
+
 def test_results_and_tables_that_are_not_there_are_named(run: RunFolder) -> None:
     with pytest.raises(FileNotFoundError, match=r"metrics\.json is missing: run `mllm-msr evaluate "):
         run.results()

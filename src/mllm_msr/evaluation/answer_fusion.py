@@ -7,7 +7,6 @@ item is one weighted sum of five members.
 Letters: T tasks, C candidates, U users, I items, N items that are ranked anew.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from mllm_msr.records.results import FusionWeights
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES
 from mllm_msr.records.sections import OURS
-from mllm_msr.records.storage import digest
+from mllm_msr.records.storage import digest, read_json
 
 MEMBERS = (OURS, "others")
 TOP, DRAWN = 20, 20  # items of a list from the top of the other members, and from the rest of the catalogue
@@ -79,7 +78,7 @@ def fusion_weights(run: RunFolder) -> tuple[FusionWeights, FusionWeights | None]
         content = fusion.to_dict()
         return FusionWeights(content["members"], content["weights"], content["bias"])
 
-    config = json.loads((run.head / "config.json").read_text(encoding="utf-8"))["sequence_head"]
+    config = read_json(run.head / "config.json")["sequence_head"]
     others = ScoreFusion.from_dict(config["fusion"])
     if not run.recipe.fuses_answer:
         return weights(others), None

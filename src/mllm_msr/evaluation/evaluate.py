@@ -1,6 +1,5 @@
 """Stage 4: every variant of the results table on the same frozen tasks, and what they say beside each other."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import PLACES, SCORES, WAYS_OF_COMPUTING
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.stage_specs import STAGES
+from mllm_msr.records.storage import read_json
 
 
 def with_evaluation(
@@ -193,7 +193,7 @@ def measure(
         places: by variant, where the protocol ranks among all items: metrics, differences and slices are then of these,
             and the scores of the sampled candidates serve calibration and checks alone.
     """
-    report = json.loads(run.data_report.read_text(encoding="utf-8"))
+    report = read_json(run.data_report)
     protocol = report["protocol"]
     tasks, counts = run.tasks(run.recipe.evaluation.split), training_counts(run)
     target = pl.col("candidates").list.get(pl.col("labels").list.arg_max())

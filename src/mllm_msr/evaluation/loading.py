@@ -1,6 +1,5 @@
 """A run's model, ready to rank, and its catalogue."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import RunFolder
+from mllm_msr.records.storage import read_json
 
 if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
@@ -38,7 +38,7 @@ class Computing:
 
 def is_late(run: RunFolder) -> bool:
     """Whether the run's model has ``interaction="late"``."""
-    config = json.loads((run.model / "config.json").read_text(encoding="utf-8"))
+    config = read_json(run.model / "config.json")
     return config.get("interaction") == "late"
 
 

@@ -27,7 +27,7 @@ from mllm_msr.records.recipe import FORMAT, CheckFlags, Recipe, load_content, pa
 from mllm_msr.records.results import Results
 from mllm_msr.records.schema import TASKS, Table
 from mllm_msr.records.stage_specs import STAGES
-from mllm_msr.records.storage import digest, file_digest, link_file, write_text
+from mllm_msr.records.storage import digest, file_digest, link_file, read_json, write_text
 
 LIBRARIES = ("mllm-msr", "torch", "transformers", "trl", "peft", "datasets", "huggingface-hub", "polars")
 
@@ -231,7 +231,7 @@ class RunFolder:
         """
         path = self.path / "provenance.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path)
         return {"versions": {}, "stages": {}}
 
     def write_provenance(self, content: Mapping[str, Any]) -> None:

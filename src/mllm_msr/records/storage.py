@@ -35,6 +35,14 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()[:32]
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError, naming the file, if it is cut short or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole JSON file ({error}): remove it, and do again what wrote it") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text``, whole or not at all."""
     write_bytes(path, text.encode())
