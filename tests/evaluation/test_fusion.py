@@ -1,5 +1,7 @@
 """Fused scores: better than their members where these know different things, and never worse for a bucket of items."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,28 @@ def test_a_bucket_of_few_targets_is_not_worse_by_chance():
     buckets = torch.full((9,), 1)
     assert not worse_buckets(few, buckets).any()
     assert worse_buckets(few + 0.2, buckets).tolist() == [False, True, False, False]
+
+
+def rarely_chosen(seed: int = 0, members: int = 5) -> FusionTasks:
+    """Many candidates are of a rare bucket and ten of 200 targets; the last member alone knows these, and most else."""
+    rng = torch.Generator().manual_seed(seed)
+    buckets = torch.full((200, 20), 3)
+    buckets[:, 16:], buckets[:10, 0] = 1, 1
+    positive = torch.zeros(200, 20)
+    positive[:, 0] = 1.0
+    scores = torch.randn(200, 20, members, generator=rng)
+    scores[..., :-1] += torch.where(buckets == 3, 0.6 * positive, 0.2 * positive - 0.5)[..., None]
+    scores[..., -1] += 1.5 * positive
+    return FusionTasks(scores, buckets, torch.zeros(200, 20))
+
+
+def test_ten_targets_of_a_rare_bucket_do_not_leave_one_member_alone():
+    data, unseen = rarely_chosen(), rarely_chosen(seed=7)
+    fusion = fit_fusion(data, list("abcde"))
+    best = fit_shared(data, replace(fusion, bias=torch.zeros(4)), [4])
+    assert (fusion.weights[3, :4] > 0.1).all()
+    assert float((unseen.ndcg(fusion) - unseen.ndcg(best)).mean()) > 0.03
+    assert not worse_buckets(listwise_loss(fusion, data) - listwise_loss(best, data), data.buckets[:, 0]).any()
 
 
 def test_a_member_of_noise_changes_nothing():

@@ -168,8 +168,9 @@ def fit_fusion(
     NDCG would hold it against the first alone.
 
     Tried are the best member alone, weights that all buckets share, and weights and biases of each bucket drawn towards
-    these more or less. A bucket is served worse if the mean log probability of its targets is lower by more than
-    ``WORSE`` of its standard errors.
+    these more or less; where none of them passes, weights and biases of each bucket drawn towards the best member, from
+    which a bucket of few targets is then not far. A bucket is served worse if the mean log probability of its targets
+    is lower by more than ``WORSE`` of its standard errors.
 
     Args:
         n_whole: after so many tasks come those with hidden items; None: there are none. Weights that all buckets share
@@ -197,22 +198,26 @@ def fit_fusion(
     def shared(tasks: Tensor) -> ScoreFusion:
         return fit_shared(data.part(tasks & whole), blank, range(n_members))
 
-    def by_bucket(tasks: Tensor, penalty: float) -> ScoreFusion:
-        return fit_fairly(data.part(tasks), alone[best], shared(tasks), penalty)
+    def single(tasks: Tensor) -> ScoreFusion:
+        return alone[best]
 
-    fits: list[Callable[[Tensor], ScoreFusion]] = [shared]
-    fits += [partial(by_bucket, penalty=penalty) for penalty in PENALTIES]
-    chosen, value = alone[best], float(quality(alone[best], data).mean())
+    def by_bucket(tasks: Tensor, towards: Callable[[Tensor], ScoreFusion], penalty: float) -> ScoreFusion:
+        return fit_fairly(data.part(tasks), alone[best], towards(tasks), penalty)
+
     place = torch.arange(len(data))
     whole, fold = place < (len(data) if n_whole is None else n_whole), place % FOLDS
-    for fit in fits:
-        gained, loss = torch.zeros(len(data)), torch.zeros(len(data))
-        for number in range(min(FOLDS, len(data))):
-            fusion, rest = fit(fold != number), data.part(fold == number)
-            gained[fold == number], loss[fold == number] = quality(fusion, rest), listwise_loss(fusion, rest)
-        if float(gained.mean()) > value and not worse_buckets(loss - least, data.buckets[:, 0]).any():
-            chosen, value = fit(place >= 0), float(gained.mean())
-    return chosen
+    for towards in (shared, single):
+        chosen, value = None, float(quality(alone[best], data).mean())
+        for fit in (towards, *(partial(by_bucket, towards=towards, penalty=penalty) for penalty in PENALTIES)):
+            gained, loss = torch.zeros(len(data)), torch.zeros(len(data))
+            for number in range(min(FOLDS, len(data))):
+                fusion, rest = fit(fold != number), data.part(fold == number)
+                gained[fold == number], loss[fold == number] = quality(fusion, rest), listwise_loss(fusion, rest)
+            if float(gained.mean()) > value and not worse_buckets(loss - least, data.buckets[:, 0]).any():
+                chosen, value = fit(place >= 0), float(gained.mean())
+        if chosen is not None:
+            return chosen
+    return alone[best]
 
 
 def settle_bias(fusion: ScoreFusion, data: FusionTasks) -> ScoreFusion:
