@@ -65,21 +65,31 @@ def _files(place: str) -> dict[str, Any]:
     try:
         system, root = fsspec.url_to_fs(place)
         found = system.find(root, detail=True)
+        found = {path: facts if "size" in facts else system.info(path) for path, facts in found.items()}
     except (ImportError, ValueError) as error:
         raise ValueError(f"{without_user(place)}: cannot be read here ({short(error)})") from error
     except Exception as error:  # of any library behind a file system
-        raise OSError(f"{without_user(place)}: cannot be read ({type(error).__name__})") from error
+        raise _told(without_user(place), error) from error
     if not found:
         raise FileNotFoundError(f"{without_user(place)}: no such file or folder, or an empty one")
     start = root.rstrip("/")
-    return {"": system, **{path.removeprefix(start).lstrip("/") or ".": facts for path, facts in found.items()}}
+    names = {path: path.removeprefix(start).lstrip("/") or "." for path in found}
+    return {"": system, **{names[path]: {**facts, "name": path} for path, facts in found.items()}}
 
 
 def _get(place: str, system: Any, path: str, target: Path) -> None:
     try:
         system.get_file(path, str(target))
     except Exception as error:
-        raise OSError(f"{without_user(place)}: {target.name} cannot be read ({type(error).__name__})") from error
+        raise _told(f"{without_user(place)}: {target.name}", error) from error
+
+
+def _told(what: str, error: Exception) -> OSError:
+    """What went wrong and what to do, without the error's own words, which may hold whatever was sent."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{what}: no such bucket, file or folder")
+    remedy = "check the address, and the credentials and endpoint, which come from the environment (docs/data.md)"
+    return OSError(f"{what}: cannot be read ({type(error).__name__}); {remedy}")
 
 
 def _name(place: str) -> str:
