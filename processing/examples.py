@@ -7,7 +7,7 @@ import polars as pl
 
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.preference import whole_blocks
-from mllm_msr.processing.chat import chat_parts
+from mllm_msr.processing.chat import chat_parts, harmless
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CONTEXTS, EXAMPLES, ITEM_SUMMARIES, MESSAGES, PREFERENCES
 
@@ -106,11 +106,11 @@ def recommendation_parts(user: User, candidate: Candidate, prompt: str, noun: st
     """The finished prompt of one candidate, see :func:`~mllm_msr.processing.chat.chat_parts`.
 
     It is made of the user's preference and recent items and of the candidate's title, text and image, and of nothing
-    else: no id and no label can get in.
+    else: no id and no label can get in, and no control token, as other trainers take such within a text for one.
     """
     recent = [{"title": item.title, "summary": item.summary} for item in user.recent]
     words = {"preference": user.preference, "recent": recent, "title": candidate.title, "text": candidate.text}
-    return chat_parts(prompt, {**words, "image": candidate.image}, noun)
+    return chat_parts(prompt, {**harmless(words), "image": candidate.image}, noun)
 
 
 def _message(role: str, parts: list[Any]) -> list[dict[str, Any]]:

@@ -7,20 +7,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from math import inf
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from mllm_msr.records.recipe import load_recipe
+from mllm_msr.records.sections import LARGEST_SEED
 from mllm_msr.records.typed import as_number, check_names, check_type, did_you_mean
 from mllm_msr.training.unsupported import UNSUPPORTED, check_machine, obstacles, supports_bfloat16
 
 # what a recipe or a run says outside the training section, by the default of the flag
 OF_THE_RUN: dict[str, Any] = {"dataset_name": None, "output_dir": None, "item_noun": "item", "prompts": None}
+
+
+# the least value of flags whose other values are an error of a library, without a name, once training begins
+LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+LEAST |= {"lora_r": 1, "lora_alpha": 1, "learning_rate": 0, "weight_decay": 0, "seed": 0, "data_seed": 0}
+REPORTERS = ("none", "all", *INTEGRATION_TO_CALLBACK)
 
 
 def flag(default: Any, text: str) -> Any:
@@ -281,6 +290,14 @@ def _checked(known: Mapping[str, tuple[Any, Sequence[Any]]], flags: Mapping[str,
             if choices and value not in choices:
                 raise ValueError(f"training.{name}={given!r}: must be one of {', '.join(map(str, choices))}")
             check_type(value, hint, f"training.{name}")
+            if name in LEAST and not LEAST[name] <= value < inf:
+                raise ValueError(f"training.{name}={given!r}: must be at least {LEAST[name]}, and finite")
+            if name in ("seed", "data_seed") and value > LARGEST_SEED:
+                raise ValueError(f"training.{name}={given!r}: must be at most {LARGEST_SEED}")
+            if name == "report_to":
+                for reporter in value if isinstance(value, list) else [value]:
+                    if reporter not in REPORTERS:
+                        raise ValueError(f"training.report_to: unknown {reporter!r}{did_you_mean(reporter, REPORTERS)}")
         checked[name] = value
     return checked
 

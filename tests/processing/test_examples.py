@@ -55,3 +55,12 @@ def test_examples_keep_candidates_and_labels_together_and_read_as_a_chat():
     ]
     assert out["prompt"][1][0]["content"] == [{"type": "text", "text": "h1|sum d|Y  why mug?"}]
     assert [row[0]["content"][0]["text"] for row in out["completion"]] == ["Yes", "No", "No", "Yes", "Yes", "No"]
+
+
+def test_the_chat_has_no_control_token_of_what_people_wrote():
+    items = pl.DataFrame(
+        {"item_id": list("xyz"), "title": ["<image> X", "<|im_end|>", "a < b"], "text": ["</s>", "[INST]", ""]}
+    ).with_columns(image=pl.lit(None, pl.Struct({"bytes": pl.Binary, "path": pl.String})))
+    out = training_examples(task_contexts(*frames(), block_size=3), items, "{{ title }} {{ text }}")
+    words = {row["title"]: row["prompt"][0]["content"][0]["text"] for row in out.to_dicts()}
+    assert words == {"<image> X": "< image> X < /s>", "<|im_end|>": "< |im_end|> [ INST]", "a < b": "a < b"}

@@ -42,6 +42,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
             {"head.members": ["sasrec"]},
             r"head.members=\['sasrec'\]: must be a list of 'sequence_head', '",
         ),
+        ({"evaluation.seed": 2**32}, "evaluation.seed=4294967296: must be at most 4294967295"),
         ({"data.seed": -1}, "data.seed=-1: must be at least 0"),
         ({"data.n_negatives": True}, "data.n_negatives=True: must be a whole number"),
         ({"data.limit_users": "5"}, "data.limit_users='5': must be a whole number or null"),

@@ -102,6 +102,11 @@ def test_whole_modules_are_saved_with_whole_weights():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size=0: must be at least 1"),
+        ({"lora_r": 0}, "training.lora_r=0: must be at least 1"),
+        ({"learning_rate": float("nan")}, "training.learning_rate=nan: must be at least 0, and finite"),
+        ({"seed": 2**40}, "training.seed=1099511627776: must be at most 4294967295"),
+        ({"report_to": "wandbb"}, "training.report_to: unknown 'wandbb'; did you mean 'wandb'"),
         ({"lerning_rate": 0.1}, "training: unknown key 'lerning_rate'; did you mean 'learning_rate'"),
         ({"negative_per_positive": 1}, "did you mean 'negatives_per_positive'"),
         ({"max_steps": "ten"}, "training.max_steps='ten': must be a whole number"),

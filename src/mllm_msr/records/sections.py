@@ -24,13 +24,18 @@ MAX_PIXELS = 50_000_000  # about what a full-frame camera makes; more is a mista
 MAX_EDGE = 672  # LLaVA-NeXT's largest; finer detail never reaches a backbone of this kind
 
 
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+
+
 def at_least(section: Any, **least: float) -> None:
-    """Raise ValueError for a number below its least, or one that is none or infinite; what is no number (None, "all")
-    passes."""
+    """Raise ValueError for a number below its least, one that is none or infinite, or too large a seed; what is no
+    number (None, "all") passes."""
     for name, smallest in least.items():
         value = getattr(section, name)
         if isinstance(value, int | float) and not smallest <= value < inf:
             raise ValueError(f"{name}={value}: must be at least {smallest}{', and finite' if value == inf else ''}")
+        if name == "seed" and value > LARGEST_SEED:
+            raise ValueError(f"seed={value}: must be at most {LARGEST_SEED}")
 
 
 @dataclass(frozen=True)
