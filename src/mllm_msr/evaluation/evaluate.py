@@ -34,6 +34,7 @@ from mllm_msr.records.schema import PLACES, SCORES, WAYS_OF_COMPUTING
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.storage import read_json
+from mllm_msr.records.typed import did_you_mean
 
 
 def with_evaluation(
@@ -50,7 +51,7 @@ def with_evaluation(
         agreement: tasks on which ways of computing are compared; None: as it was.
     """
     if unknown := [name for name in further if name not in baselines()]:
-        raise ValueError(f"unknown baseline {unknown[0]!r}; known are {', '.join(baselines())}")
+        raise ValueError(f"unknown baseline {unknown[0]!r}{did_you_mean(unknown[0], baselines())}")
     evaluation = run.recipe.evaluation
     evaluation = replace(
         evaluation,
