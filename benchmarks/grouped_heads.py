@@ -4,7 +4,7 @@
 
 ``enable_gqa``: the kernels' own; ``expanded``: keys and values repeated for each head; ``in place``: products by group,
 as short suffixes are computed; ``flex``: FlexAttention, compiled. `performance.py --sizes gpu` prints it as well. Which
-way `modeling/block_attention.py` takes is decided in its `_sdpa` and by `SHORT`.
+way `modeling/block_attention.py` takes is decided in its `_sdpa` and by `SHORT` of `packing.py`.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .block_attention import KVCache
+from .block_layout import KVCache
 from .interfaces import RecommendationModel
 from .packing import pack_late_answers
 

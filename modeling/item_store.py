@@ -13,7 +13,7 @@ from itertools import count
 import numpy as np
 import torch
 
-from .block_attention import KVCache
+from .block_layout import KVCache
 from .item_shards import ShardFolder, ShardWriter, Tensors, join, nbytes, take
 
 VIEW = 32  # so many neighbours of a mapped shard are used where they lie

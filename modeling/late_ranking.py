@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from .block_attention import KVCache
+from .block_layout import KVCache
 from .compiled_answers import CompiledAnswers
 from .core_rows import cores, each_on_a_core, rows_of
 from .image_features import ImageFeatureCache, PreparedCatalogue

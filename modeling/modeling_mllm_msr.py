@@ -22,6 +22,7 @@ from .block_attention import BLOCK_ATTENTION
 from .configuration_mllm_msr import MllmMsrConfig
 from .image_features import encoder_outputs
 from .item_ranking import PREFIX, ItemRanker
+from .last_layer import compute_answers_only
 from .lora import adapter_layers, merge_adapter, save_adapter
 
 MEMORY = "item_memory.safetensors"  # beside an adapter
@@ -161,6 +162,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         decoder.set_attn_implementation(BLOCK_ATTENTION)
         if not self._packs:
             decoder.register_forward_pre_hook(self._insert_memory, with_kwargs=True)
+            compute_answers_only(decoder.layers[-1])
             self._packs = True
 
     def set_item_memory(self, count: int) -> None:

@@ -5,8 +5,8 @@ moved to its device at the end, so that nothing waits for it.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,20 +14,14 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .block_attention import (
-    BLOCK_ATTENTION,
-    BlockLayout,
-    KVCache,
-    Memory,
-    PrefixesComputed,
-    PrefixGroup,
-    Segments,
-    SuffixPart,
-)
+from .block_attention import BLOCK_ATTENTION
+from .block_layout import BlockLayout, KVCache, Memory, PrefixGroup, Segments, SuffixPart
 from .families import FAMILIES
 from .interfaces import RecommendationModel
 
 SHIFTING_ROPE = frozenset({"dynamic", "longrope"})  # rotations that depend on the length of the whole prompt
+SHORT = 64  # suffixes of up to so many tokens see their prefixes in place, longer ones see copies
+LITTLE = 2  # on a CPU copies are quicker as well where what is copied is no more than so many times the suffix
 SCORES = 2**30  # bytes of attention scores that are computed together
 TEXTUAL = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a batch; the rest is of images
 
@@ -121,8 +115,7 @@ def compute_late_prefixes(
     packed = _packed(model, _images(batch), [_late_tokens(model, batch, side)], None, [], [])
     layout = packed["block_layout"]
     layout.kept = kept = KVCache([], layout.visible[0].inside)
-    with suppress(PrefixesComputed):
-        model(**packed, image_features=image_features)
+    layout.until_computed(partial(model, **packed, image_features=image_features))
     return kept
 
 
@@ -264,8 +257,8 @@ def _packed(
     types = None
     if any(part.types is not None for part in parts):
         types = torch.cat([torch.zeros_like(part.ids) if part.types is None else part.types for part in parts])
-    heads = model.config.get_text_config(decoder=True).num_attention_heads
-    layout = _layout(prefixes, suffixes, prefix_of, caches, types, heads)
+    heads, device = model.config.get_text_config(decoder=True).num_attention_heads, model.device
+    layout = _layout(prefixes, suffixes, prefix_of, caches, types, heads, device.type == "cpu")
     window = block_limits(model.config.vlm_config)[1]
     if window is not None and layout.width > window:
         raise RowTooWide(f"prompts of {layout.width} tokens are longer than the sliding window of {window}")
@@ -283,7 +276,6 @@ def _packed(
     for segments, visible, part in zip(layout.prefixes, layout.visible, prefixes, strict=True):
         if part.memory:
             layout.memory = Memory(visible.places, *_pools(segments, part))
-    device = model.device  # for which all weights are gone through
     moved = {name: value.to(device, non_blocking=True) for name, value in arguments.items()}
     return {"logits_to_keep": 1, **moved, "block_layout": layout.to(device), "use_cache": False}
 
@@ -295,9 +287,10 @@ def _layout(
     caches: list[KVCache],
     types: torch.Tensor | None,
     heads: int,
+    on_cpu: bool,
 ) -> BlockLayout:
     """The layout of a row of these tokens. ``types``: (T,) 1 for images whose tokens see each other; ``heads``: of
-    queries."""
+    queries; ``on_cpu``: where attention is computed."""
     images = None  # (T,) the number of the image that a token belongs to, -1 elsewhere
     if types is not None:
         shown = types == 1
@@ -322,12 +315,27 @@ def _layout(
     if suffixes is not None:
         shapes = [each.inside.shape for each in (segments[-1], *all_prefixes)]
         count, length = shapes[0]
-        size = max(1, SCORES // (4 * heads * length * sum(width for _, width in shapes)))
+        seen = sum(width for _, width in shapes)
+        size = max(1, SCORES // (4 * heads * length * seen))
+        copied = not caches and (length > SHORT or (on_cpu and seen - length <= LITTLE * length))
         for begin in range(0, count, size):
             some = slice(begin, min(begin + size, count))
             groups = [PrefixGroup.of(*pair, some) for pair in zip(all_prefixes, prefix_of, strict=True)]
-            parts.append(SuffixPart(some, groups))
+            copies = _copies(segments[-1], visible, prefix_of, some) if copied else None
+            parts.append(SuffixPart(some, groups, copies))
     return BlockLayout(in_row, visible, segments[-1] if suffixes is not None else None, parts, torch.cat(slots))
+
+
+def _copies(suffixes: Segments, prefixes: list[Segments], prefix_of: list[torch.Tensor], some: slice) -> Segments:
+    """Some of the suffixes, each behind the prefixes that it sees."""
+    seen = [(each, of[some]) for each, of in zip(prefixes, prefix_of, strict=True)]
+    places = torch.cat([*(each.places[of] for each, of in seen), suffixes.places[some]], 1)
+    inside = torch.cat([*(each.inside[of] for each, of in seen), suffixes.inside[some]], 1)
+    own: Any = suffixes.mask if len(suffixes.mask) == 1 else suffixes.mask[some]
+    before = inside[:, None, None, : -own.shape[-1]]
+    count = 1 if len(own) == 1 and before.all() else len(places)
+    mask = torch.cat([before[:count].expand(-1, -1, own.shape[-1], -1), own.expand(count, -1, -1, -1)], -1)
+    return Segments(places, inside, mask)
 
 
 def _pools(segments: Segments, part: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from mllm_msr.modeling import block_attention as blocks
 from mllm_msr.modeling import packing
+from mllm_msr.modeling.block_layout import KVCache, PrefixGroup
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.item_shards import ShardFolder
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
@@ -86,9 +87,10 @@ def late_logit(model, processor, user, item):
     return model.answer_logits(output.logits[:, -1])
 
 
-@pytest.fixture(params=[blocks.SHORT, 0], ids=["in place", "to copies"])
+@pytest.fixture(params=[10**6, 0], ids=["in place", "to copies"])
 def either_way(request, monkeypatch):
-    monkeypatch.setattr(blocks, "SHORT", request.param)
+    monkeypatch.setattr(packing, "SHORT", request.param)
+    monkeypatch.setattr(packing, "LITTLE", 0)
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -110,6 +112,27 @@ def test_packed_prompts_have_the_logits_and_gradients_of_whole_ones(backbone, fa
     assert gradients.keys() == expected.keys() and len(gradients) > 10
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("interaction", ["joint", "late"])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_the_last_layer_computes_answers_only(backbone, family, interaction):
+    model, processor = recommender_of(backbone(family), interaction)
+    if interaction == "joint":
+        packed = pack_joint(model, prompts(processor), torch.tensor([7, 7, 3, 3, 7, 5]))
+    else:
+        packed = late_batch(model, processor)
+    computed = []
+    layers = model.get_decoder().layers
+    hooks = [layer.mlp.register_forward_hook(lambda _, args, __: computed.append(args[0].shape[1])) for layer in layers]
+    with torch.enable_grad():  # where something is trained, all is computed
+        whole = model.answer_logits(model(**packed).logits.flatten(0, 1)).detach()
+    answers = model.score(**packed).logits
+    for hook in hooks:
+        hook.remove()
+    tokens = packed["input_ids"].numel()
+    assert computed == [tokens] * (len(computed) - 1) + [len(PAIRS)]
+    assert whole.std() > 1e-3 and answers.cpu() == pytest.approx(whole.cpu(), abs=1e-5)
 
 
 @pytest.mark.parametrize("memory", [0, 3])
@@ -181,19 +204,20 @@ def test_half_precision_loses_no_more_in_place_than_in_a_kernel(dtype):
     prefix_of = [torch.arange(20, device=DEVICE) % 2, torch.arange(20, device=DEVICE) % 5]
     causal = torch.ones(6, 6, dtype=torch.bool, device=DEVICE).tril()[None, None]
 
-    def attend(how, precision):
-        seen = [tuple(tensor.to(precision) for tensor in pair) for pair in sides]
-        caches = [
-            blocks.KVCache([pair], torch.ones(pair[0].shape[::2], dtype=torch.bool, device=DEVICE)) for pair in seen
-        ]
-        groups = [blocks.PrefixGroup.of(*pair) for pair in zip(caches, prefix_of, strict=True)]
-        return how(causal, groups, [tensor.to(precision) for tensor in own], seen, 64**-0.5, 0.0)
+    caches = [KVCache([pair], torch.ones(pair[0].shape[::2], dtype=torch.bool, device=DEVICE)) for pair in sides]
+    groups = [PrefixGroup.of(*pair) for pair in zip(caches, prefix_of, strict=True)]
 
-    exact = attend(blocks._attend_to_copies, torch.float64)
-    in_place, kernel = (
-        (attend(how, dtype) - exact).abs().mean() for how in (blocks._attend_in_place, blocks._attend_to_copies)
-    )
-    assert in_place < 2 * kernel
+    def by_a_kernel(precision):
+        keys, values = (
+            torch.cat([*(pair[side][of] for pair, of in zip(sides, prefix_of, strict=True)), own[1 + side]], 2)
+            for side in range(2)
+        )
+        seen = torch.cat([torch.ones(6, 450, dtype=torch.bool, device=DEVICE), causal[0, 0]], 1)
+        return blocks._sdpa(*(each.to(precision) for each in (own[0], keys, values)), seen, 64**-0.5, 0.0)
+
+    exact = by_a_kernel(torch.float64)
+    in_place = blocks._attend_in_place(causal, groups, own, sides, 64**-0.5, 0.0)
+    assert (in_place - exact).abs().mean() < 2 * (by_a_kernel(dtype) - exact).abs().mean()
 
 
 def test_a_packed_row_is_trained_under_autocast(backbone):

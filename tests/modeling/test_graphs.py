@@ -68,7 +68,8 @@ def test_the_decoder_computes_a_packed_row_as_one_graph(backbone, name, interact
     with torch.no_grad():
         expected = decoder(**shown).last_hidden_state
         traced = torch.compile(decoder, backend="eager", fullgraph=True, dynamic=False)(**shown).last_hidden_state
-    torch.testing.assert_close(traced, expected, atol=1e-5, rtol=1e-5)
+    answers = shown["block_layout"].answers  # of the last layer nothing else is computed where it is not compiled
+    torch.testing.assert_close(traced[:, answers], expected[:, answers], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])

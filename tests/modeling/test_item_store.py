@@ -11,7 +11,7 @@ import torch
 from stored_items import fill, item
 
 from mllm_msr.modeling import item_shards
-from mllm_msr.modeling.block_attention import KVCache
+from mllm_msr.modeling.block_layout import KVCache
 from mllm_msr.modeling.item_shards import BrokenShard, Shard, ShardFolder, ShardWriter, join
 from mllm_msr.modeling.item_store import ItemStore, cache_of, tensors_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mllm_msr.modeling import item_shards
-from mllm_msr.modeling.block_attention import KVCache
+from mllm_msr.modeling.block_layout import KVCache
 from mllm_msr.modeling.item_shards import ShardFolder, ShardWriter
 from mllm_msr.modeling.item_store import tensors_of
 
