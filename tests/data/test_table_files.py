@@ -69,6 +69,22 @@ def test_parts_of_different_columns_and_types(tmp_path: Path) -> None:
     assert rows("log.parquet", tmp_path) == [*ROWS, ("7", "4", 8)]
 
 
+def test_what_is_wrong_with_one_part_is_said_of_it(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", "csv", [("part-0", LOG)])
+    (tmp_path / "log.csv/part-1.csv").write_text("w,3,8\n")  # no names, so that its only row would be lost
+    with pytest.raises(ValueError, match=r"part-1\.csv: no column 'user_id'; it has \['w', '3', '8'\]"):
+        rows("log.csv", tmp_path, on_bad_rows="skip")
+    write(tmp_path / "log.parquet", "parquet", [("part-0", LOG), ("part-1", LOG.drop("item_id"))])
+    with pytest.raises(ValueError, match=r"part-1\.parquet: no column 'item_id'"):
+        rows("log.parquet", tmp_path, on_bad_rows="skip")
+    (tmp_path / "log.parquet/part-1.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"part-1\.parquet: cannot be read, it is damaged"):
+        rows("log.parquet", tmp_path)
+    (tmp_path / "log.parquet/part-1.parquet").rename(tmp_path / "log.parquet/part-1.csv")
+    with pytest.raises(ValueError, match=r"log\.parquet: its parts are of two formats, as part-1\.csv is none of"):
+        rows("log.parquet", tmp_path)
+
+
 def test_folders_that_are_no_table_of_parts_are_named(tmp_path: Path) -> None:
     (tmp_path / "log.csv").mkdir()
     with pytest.raises(ValueError, match=r"log\.csv: a folder without part files of the format csv"):

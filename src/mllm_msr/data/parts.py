@@ -16,6 +16,9 @@ SUFFIXES = {
 }
 
 
+PART = r"part|\d"  # how the name of a part begins
+
+
 def table_format(name: str) -> str | None:
     """csv, tsv, parquet or jsonl, by the end of a file's name (also packed by gzip); None if it is none of these."""
     return SUFFIXES.get(Path(name.lower().removesuffix(".gz")).suffix)
@@ -39,6 +42,9 @@ def table_parts(path: Path) -> tuple[str, list[Part]]:
         raise ValueError(f"{path}: a table with a log of changes ({log}); export it as plain Parquet first")
     parts = list(_walk(path, path))
     kind = table_format(path.name) or next(filter(None, (table_format(part.path.name) for part in parts)), None)
+    for part in parts:
+        if table_format(part.path.name) not in (None, kind) and re.match(PART, part.path.name):
+            raise ValueError(f"{path}: its parts are of two formats, as {part.path.name} is none of {kind}: leave one")
     parts = [part for part in parts if table_format(part.path.name) == kind or part.path.suffix == ".part"]
     if kind is None or not parts:
         raise ValueError(f"{path}: a folder without part files{f' of the format {kind}' if kind else ''}")
@@ -59,7 +65,7 @@ def is_parts(path: Path) -> bool:
     names = [name for name in names if not name.startswith((".", "_"))]
     if any("=" in name and (path / name).is_dir() for name in names):
         return True
-    return bool(names) and all(table_format(name) and re.match(r"part|\d", name) for name in names)
+    return bool(names) and all(table_format(name) and re.match(PART, name) for name in names)
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Part]:

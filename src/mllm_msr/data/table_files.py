@@ -107,16 +107,16 @@ class TableFile:
         """All rows as a scan, with ``ROW``; of JSON lines, and of a data set, ``columns`` only."""
         with reading(self.place):
             if self.kind == "parquet":
-                scans = [
-                    pl.scan_parquet(part.path, row_index_name=ROW, row_index_offset=1, glob=False)
-                    for part in self.parts
-                ]
-                tables = [
-                    self._named(scan.with_columns(MOMENTS), part) for scan, part in zip(scans, self.parts, strict=True)
-                ]
+                tables = [self._scan_part(part, columns) for part in self.parts]
             else:
                 tables = [spool(batches) for batches in self._batches(columns, (), "", bad)]
             return pl.concat(tables, how="diagonal_relaxed") if len(tables) > 1 else tables[0]
+
+    def _scan_part(self, part: Part, columns: Sequence[str]) -> pl.LazyFrame:
+        with reading(part.path):
+            table = pl.scan_parquet(part.path, row_index_name=ROW, row_index_offset=1, glob=False)
+            need_columns([*table.collect_schema().names(), *part.values], columns, part.path)
+            return self._named(table.with_columns(MOMENTS), part)
 
     def batches(
         self, columns: Sequence[str], optional: Sequence[str], image: str, bad: BadRows
@@ -158,7 +158,13 @@ class TableFile:
                 tables = _parquet_batches(part.path, needed, wanted, image)
             else:
                 tables = csv_blocks(part.path, bad, "\t" if self.kind == "tsv" else ",")
-            yield (self._named(table, part) for table in tables)
+            yield self._of_part(tables, part, columns)
+
+    def _of_part(self, tables: Iterator[pl.DataFrame], part: Part, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        for table in tables:
+            if len(self.parts) > 1:  # a part without the names would lose its first row to them
+                need_columns([*table.columns, *part.values], columns, part.path)
+            yield self._named(table, part)
 
     def _named(self, table: Any, part: Part) -> Any:
         """With the values of the folders' names, and with the part's name in ``ROW`` if there are several."""
