@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mllm_msr.hub_cards.view import interval, percent, variant_of
-from mllm_msr.records.public import hide_secrets
+from mllm_msr.records.public import public_text
 from mllm_msr.records.results import Results
 from mllm_msr.records.sections import OURS
 
@@ -84,7 +84,7 @@ def conditions(results: Results) -> Sequence[str]:
         f"{results.split} split",
         f"seed {results.seed}",
     ]
-    return [*parts, f"model {hide_secrets(results.model_of)}"] if results.model_of else parts
+    return [*parts, f"model {public_text(results.model_of)}"] if results.model_of else parts
 
 
 def measured_or_not(results: Results) -> tuple[list[str], list[str]]:

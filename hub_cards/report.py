@@ -24,7 +24,7 @@ from mllm_msr.hub_cards.figures import (
 from mllm_msr.hub_cards.findings import conditions, findings, headline
 from mllm_msr.hub_cards.stories import ranked_by, summary_examples, user_stories
 from mllm_msr.hub_cards.view import TableView, in_order, results_table, sections, variant_of
-from mllm_msr.records.public import hide_secrets, public_recipe
+from mllm_msr.records.public import public_recipe, public_text
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES
 from mllm_msr.records.sections import OURS
@@ -70,7 +70,7 @@ def write_report(run: RunFolder) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"style": style, "duration": duration, "facts": shown_facts, "number": number}
-    environment.filters |= {"public": hide_secrets, "anchor": slug}
+    environment.filters |= {"public": public_text, "anchor": slug}
     page = environment.get_template("report.html.j2").render(
         page_title=f"MLLM-MSR on {results.dataset}",
         subtitle=", ".join([f"MLLM-MSR on {results.dataset}", *conditions(results)]),

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from mllm_msr.evaluation.metrics import metric_label
 from mllm_msr.hub_cards.charts import Interval, interval_chart, standalone
 from mllm_msr.hub_cards.view import Cell, Row, TableView, difference_cells, estimate_cell, variant_of
-from mllm_msr.records.public import hide_secrets
+from mllm_msr.records.public import public_text
 from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import write_text
@@ -57,7 +57,7 @@ class StudyEntry:
     @property
     def label(self) -> str:
         """The cell's name; with the variant's, where that is not ours."""
-        cell = hide_secrets(self.cell)
+        cell = public_text(self.cell)
         return cell if self.variant == OURS else f"{cell}: {variant_of(self.variant).label}"
 
 

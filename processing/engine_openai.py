@@ -37,7 +37,6 @@ Done = TypeVar("Done")
 AGAIN = {"temperature": 0.7, "top_p": 0.9, "room": 1.5}  # for a second answer
 GIVE_UP_AFTER = 3  # requests in a row that failed on the way, each after all its tries
 OF_THE_INPUT = (400, 413, 415, 422)  # too long, or refused as it is: another may well pass
-CUT_SHORT = ("length", "content_filter")
 PASSING = (408, 409, 425, 429)  # and all above 499
 REMEDIES = {
     401: "set OPENAI_API_KEY",
@@ -48,6 +47,9 @@ REMEDIES = {
 LONGEST_PAUSE = 60.0  # seconds
 MOST_BYTES = 2**22  # of an answer, which is a text of some hundred tokens
 OPTIONAL = ("temperature", "top_p", "seed")  # parameters that some models do not take
+# of a `finish_reason`: the text is as long as it may be, or a part of it was withheld; it was broken off
+_CUT_SHORT = re.compile(r"length|max_|limit|filter|safety|recitation|block|prohibited|sensitive", re.IGNORECASE)
+_BROKEN_OFF = re.compile(r"abort|error|cancel|incomplete|timeout", re.IGNORECASE)
 _UNKNOWN = re.compile(r"unsupported|not (supported|permitted|allowed)|un(recogni[sz]ed|known|expected)", re.IGNORECASE)
 
 
@@ -191,10 +193,12 @@ class OpenAIEngine:
             return _Trouble(f"http-{status}", status, body, pause)
         try:
             choice = json.loads(body)["choices"][0]
-            text = _text_of(choice["message"].get("content"))
+            text, finish = _text_of(choice["message"].get("content")), str(choice.get("finish_reason"))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             return _Trouble("malformed-answer")
-        return Text(tidy(text), choice.get("finish_reason") not in CUT_SHORT)
+        if _BROKEN_OFF.search(finish):  # by a server that is stopped, say
+            return _Trouble("broken-off")
+        return Text(tidy(text), not _CUT_SHORT.search(finish))
 
 
 @dataclass(frozen=True)

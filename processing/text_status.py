@@ -53,18 +53,20 @@ def is_useless(status: str) -> bool:
 def assess(text: str, ended: bool) -> str:
     """The status of a text that an engine has written.
 
-    * empty: not a word
+    * empty: not a letter, not a digit
     * refused: it begins with an apology or with what the model cannot do, or is a bare yes, no or none
     * looping: it ends with the same two to six words three times in a row, or the same word six times
     * unfinished: it reached the longest length without an end
 
     >>> assess("likes red mugs", True), assess("", True), assess("and on and", False)
     ('ok', 'suspect:empty', 'suspect:unfinished')
+    >>> assess("\u200b ...", True)
+    'suspect:empty'
     >>> assess("a b " * 9, True), assess("I'm sorry, but I can't help with that.", True)
     ('suspect:looping', 'suspect:refused')
     """
     words = text.split()
-    if not words:
+    if not any(character.isalnum() for character in text):
         return EMPTY
     if _REFUSAL.match(text.replace("\u2019", "'")):
         return REFUSED

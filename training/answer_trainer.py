@@ -9,11 +9,12 @@ from trl import SFTConfig, SFTTrainer
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.training.arguments import RecommenderArguments
+from mllm_msr.training.checkpoints import OwnCheckpoints
 from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.data import TrainingData
 
 
-class AnswerTrainer(SFTTrainer):
+class AnswerTrainer(OwnCheckpoints, SFTTrainer):
     """TRL's trainer, in whose training loss the answers may have weights.
 
     Args:

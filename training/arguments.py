@@ -1,9 +1,10 @@
 """The arguments of ``sft.py`` and ``dpo.py``: ours beside TRL's, and the one parser of command lines and recipes."""
 
 import argparse
+import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -17,6 +18,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from mllm_msr.records.mistakes import in_words
 from mllm_msr.records.recipe import load_recipe
 from mllm_msr.records.sections import LARGEST_SEED
 from mllm_msr.records.typed import as_number, check_names, check_type, did_you_mean
@@ -157,7 +159,7 @@ class RecommenderArguments(PairArguments, ExampleArguments):
             weight = float(self.positive_weight)
         except ValueError:
             weight = 0.0
-        if weight <= 0:
+        if not 0 < weight < math.inf:
             raise ValueError(f"--positive_weight {self.positive_weight}: give a number above 0, or 'balanced'")
 
     @property
@@ -171,19 +173,30 @@ class RecommenderArguments(PairArguments, ExampleArguments):
 SFT_KINDS = (RecommenderArguments, SFTConfig, ModelConfig)
 
 
-def parse_command_line(kinds: Sequence[Any]) -> tuple[Any, ...]:
-    """:func:`parse` of this process's command line; a mistake in it ends the process with one sentence."""
+def run_script(main: Callable[..., Any], kinds: Sequence[Any]) -> None:
+    """``main`` under this process's command line; a mistake ends the process with one sentence.
+
+    Where a sentence does not say enough, ``PYTHONDEVMODE=1`` shows the traceback.
+    """
     with mistakes_in_words(status=2):
-        return parse(kinds, sys.argv[1:], {})
+        parsed = parse(kinds, sys.argv[1:], {})
+    with mistakes_in_words(status=1):
+        main(*parsed)
 
 
 @contextmanager
 def mistakes_in_words(status: int) -> Iterator[None]:
-    """End the process with one sentence, and a status, for a ValueError or OSError within the block."""
+    """End the process with one sentence, and a status, for an error within the block."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        words = in_words(error, "run again under PYTHONDEVMODE=1")
+        print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
         raise SystemExit(status) from None
 
 

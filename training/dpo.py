@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_quantization_config
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.training import arguments
 from mllm_msr.training.arguments import ExampleArguments
+from mllm_msr.training.checkpoints import OwnCheckpoints
 from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.data import TrainingData
 from mllm_msr.training.fitting import fit, language_model_lora
@@ -75,7 +76,7 @@ def load_recommender(model_args: ModelConfig) -> MllmMsrForRecommendation:
     return model
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(OwnCheckpoints, DPOTrainer):
     """TRL's trainer on raw rows: the collator does what its preparation would."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
@@ -106,4 +107,4 @@ def parse(command_line: Sequence[str], **flags: Any) -> tuple[ExampleArguments, 
 
 
 if __name__ == "__main__":
-    main(*arguments.parse_command_line(KINDS))
+    arguments.run_script(main, KINDS)

@@ -18,8 +18,18 @@ from mllm_msr.training.saving import last_checkpoint
 def language_model_lora(model: MllmMsrForRecommendation, model_args: ModelConfig) -> PeftConfig | None:
     """The adapter that the flags ask for: unless they say where, on the language model and never the vision tower."""
     peft_config = get_peft_config(model_args)
-    if isinstance(peft_config, LoraConfig) and model_args.lora_target_modules is None:
+    if not isinstance(peft_config, LoraConfig):
+        return peft_config
+    if model_args.lora_target_modules is None:
         peft_config.target_modules = language_model_lora_targets(model)
+    modules = [name for name, _ in model.named_modules()]
+    for flag, given, names in (  # PEFT passes over what it does not find
+        ("lora_modules_to_save", model_args.lora_modules_to_save, modules),
+        ("lora_target_parameters", model_args.lora_target_parameters, [name for name, _ in model.named_parameters()]),
+    ):
+        for wanted in given or []:
+            if not any(name.endswith(wanted) for name in names):
+                raise ValueError(f"--{flag} {wanted}: the model has none of that name; its last is {names[-1]!r}")
     return peft_config
 
 
@@ -33,4 +43,17 @@ def fit(trainer: Trainer, data: TrainingData, arguments: ExampleArguments, model
         facts = [str(vars(arguments)), str(vars(model_args)), str(trainer.args.to_sanitized_dict())]
         trainer.add_callback(NegativesCallback(trainer, data.negatives, facts))
     checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(Path(trainer.args.output_dir or "."))
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: there is no such folder")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step == 0:
+        raise ValueError(
+            "nothing was trained: there is not one whole batch; lower --per_device_train_batch_size or leave "
+            "--dataloader_drop_last out"
+        )
+    for name, weights in trainer.model.named_parameters():
+        if weights.requires_grad and not getattr(weights, "to_local", lambda w=weights: w)().isfinite().all():
+            raise RuntimeError(
+                f"training has diverged, as {name} is no longer a number: lower --learning_rate, and give another "
+                "--output_dir or remove its checkpoints, which have such weights, too"
+            )

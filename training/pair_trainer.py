@@ -16,6 +16,7 @@ from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.modeling.packing import RowTooWide, pack_joint, pack_late
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.training.arguments import RecommenderArguments
+from mllm_msr.training.checkpoints import OwnCheckpoints
 from mllm_msr.training.data import TrainingData, task_rows
 from mllm_msr.training.pair_collators import (
     LateCollator,
@@ -64,7 +65,7 @@ def pair_weights(labels: torch.Tensor, yes_weight: float | Literal["balanced"]) 
     return torch.where(positive, weight, 1.0).float()
 
 
-class PairTrainer(SFTTrainer):
+class PairTrainer(OwnCheckpoints, SFTTrainer):
     """TRL's trainer for the batches of ``pair_collators``.
 
     Args:

@@ -82,4 +82,4 @@ def parse(command_line: Sequence[str], **flags: Any) -> tuple[RecommenderArgumen
 
 
 if __name__ == "__main__":
-    main(*arguments.parse_command_line(SFT_KINDS))
+    arguments.run_script(main, SFT_KINDS)

@@ -1,5 +1,6 @@
 """Flags that mean nothing here or that the machine cannot honour: refused before training, with what to use instead."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import is_torch_bf16_gpu_available, strtobool
 
+from mllm_msr.evaluation.metrics import METRICS
 from mllm_msr.records.recipe import backbone_path
 
 
@@ -79,6 +81,24 @@ UNSUPPORTED: dict[str, Unsupported] = {
     ),
     "precompute_ref_batch_size": Unsupported((None,), "the reference is computed with each batch; leave it out"),
 }
+LEAST: dict[str, int] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "prompt_max_length": 1,
+    "user_limit": 1,
+    "item_limit": 1,
+    "pairs_per_user": 1,
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "seed": 0,
+    "data_seed": 0,
+}
+FOUND = (  # by an evaluation: by its ranking, by TRL's trainers, by those of pairs
+    *METRICS,
+    *("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss", "answer_accuracy", "pairs"),
+    *("runtime", "samples_per_second", "steps_per_second"),
+)
 _PAIRS = "the loss of whole tasks (--packed or --interaction late) has no such part; leave one of the two out"
 WITH_WHOLE_TASKS: dict[str, Unsupported] = {
     "label_smoothing_factor": Unsupported((0.0,), _PAIRS),
@@ -97,6 +117,7 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
     for name, unsupported in UNSUPPORTED.items():
         if name in values and values[name] not in unsupported.neutral:
             yield f"--{name} {values[name]}: {unsupported.reason}"
+    yield from _malformed(values)
     if values.get("packed") or values.get("interaction") == "late":
         for name, unsupported in WITH_WHOLE_TASKS.items():
             if values[name] not in unsupported.neutral:
@@ -126,6 +147,38 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
             f"--lora_modules_to_save {values['lora_modules_to_save']}: modules_to_save are whole weights, which an "
             "adapter of a backbone on the Hub cannot hold; add --merge_adapter to save whole weights"
         )
+
+
+def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence for each value that would end training late, in words of other libraries, or train nothing."""
+    for name, least in LEAST.items():
+        if values.get(name) is not None and values[name] < least:
+            yield f"--{name} {values[name]}: must be at least {least}"
+    if values["max_steps"] == 0 or (values["max_steps"] < 0 and values["num_train_epochs"] <= 0):
+        yield "--max_steps or --num_train_epochs: nothing would be trained; give a number above 0"
+    if not str(values.get("item_noun", "item")).strip():
+        yield "--item_noun: is empty; name what an item is called in the prompts, such as film"
+    for name, value in values.items():
+        if (name == "prompts" or name.endswith("_kwargs")) and isinstance(value, str) and not _is_object(value):
+            yield f"--{name} {value}: give a JSON object"
+    if str(values["resume_from_checkpoint"]).lower() in ("true", "false"):
+        yield (
+            f"--resume_from_checkpoint {values['resume_from_checkpoint']}: name a checkpoint's folder, or leave it "
+            "out: training goes on from the last whole checkpoint by itself; to begin anew, give another --output_dir"
+        )
+    metric = (values["metric_for_best_model"] or "").removeprefix("eval_")
+    if metric and metric not in FOUND and not metric.startswith(("rewards/", "logps/", "logits/")):  # DPO's
+        yield (
+            f"--metric_for_best_model {values['metric_for_best_model']}: no evaluation finds it; give one of "
+            + ", ".join(f"eval_{name}" for name in ("loss", *METRICS))
+        )
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def supports_bfloat16(use_cpu: bool) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_msr.parser import build_parser
+from mllm_msr.records.mistakes import in_words
 
 if TYPE_CHECKING:
     from mllm_msr.opening import Overrides
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if getattr(options, "debug", False):
             raise
-        sys.exit(f"mllm-msr: {in_words(error)}")
+        sys.exit(f"mllm-msr: {in_words(error, 'run again with --debug')}")
 
 
 def do(options: argparse.Namespace) -> None:
@@ -69,16 +70,6 @@ def wrong_usage(options: argparse.Namespace) -> str | None:
     if options.command == "rank" and options.users and not (options.output or options.format):
         return "name a folder or a file for the rankings of --users: --output DIR, or FILE.csv"
     return None
-
-
-def in_words(error: Exception) -> str:
-    """An error as one line for the user; of one that was not foreseen, its type and how to see more."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())  # those of libraries may have many lines
-    if isinstance(error, OSError | ValueError | RuntimeError):
-        return text
-    return f"unexpected {type(error).__name__}: {text}; run again with --debug to see where it comes from"
 
 
 def cluster_of(options: argparse.Namespace) -> "Cluster | None":

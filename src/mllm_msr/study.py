@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from mllm_msr.opening import absolute, check_recipe
-from mllm_msr.records.public import hide_secrets
+from mllm_msr.records.public import public_text
 from mllm_msr.records.recipe import Recipe, demo_recipe, load_content, with_settings
 from mllm_msr.records.results import Difference, Estimate
 from mllm_msr.records.run import RunFolder
@@ -130,7 +130,7 @@ def run_study(path: Path, output: Path, only: Sequence[str] = (), data: str | No
             )
             finish_cell(run)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            failures.append(hide_secrets(f"{planned.label}: {error}"))  # written to a file, which may travel
+            failures.append(public_text(f"{planned.label}: {error}"))  # written to a file, which may travel
             print(f"   failed: {error}", flush=True)
             continue
         cells[planned.cell].append(run)

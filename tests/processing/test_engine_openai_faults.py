@@ -123,6 +123,26 @@ def test_an_answer_that_is_no_completion_is_a_failure_of_its_own_kind(content):
         assert ask(url, tries=1) == [Failure("malformed-answer")]
 
 
+@pytest.mark.parametrize("finish", ["MAX_TOKENS", "max_output_tokens", "SAFETY", {"type": "length", "length": 96}])
+def test_an_answer_is_not_taken_for_whole_whatever_the_server_calls_its_end(finish):
+    with chat_server(lambda body, n: completion("A blue", finish)) as (url, _):
+        assert ask(url) == [Text("A blue", False)]
+
+
+@pytest.mark.parametrize("finish", ["abort", "error", {"type": "abort", "message": "stopped"}])
+def test_what_a_server_breaks_off_is_asked_for_again(finish):
+    with chat_server(lambda body, n: completion("A bl", finish) if n == 1 else completion("A blue mug")) as (url, _):
+        assert ask(url) == [Text("A blue mug", True)]
+    with chat_server(lambda body, n: completion("A bl", finish)) as (url, _):
+        assert ask(url, tries=1) == [Failure("broken-off")]
+
+
+@pytest.mark.parametrize("finish", ["stop", "eos_token", "STOP", "end_turn", None])
+def test_an_answer_is_whole_by_any_name_of_its_end(finish):
+    with chat_server(lambda body, n: completion("A blue mug", finish)) as (url, _):
+        assert ask(url) == [Text("A blue mug", True)]
+
+
 def test_an_endless_answer_is_not_read_to_its_end():
     with chat_server(lambda body, n: Reply(content=b"x" * 2**23)) as (url, _):
         assert ask(url, tries=1) == [Failure("too-long-answer")]

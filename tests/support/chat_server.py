@@ -31,7 +31,7 @@ class Reply:
     drip: str = ""
 
 
-def completion(content: Any, finish: str = "stop") -> Reply:
+def completion(content: Any, finish: Any = "stop") -> Reply:
     choice = {"finish_reason": finish, "message": {"content": content}}
     return Reply(content=json.dumps({"choices": [choice]}).encode())
 

@@ -11,7 +11,7 @@ import yaml
 from trl import ModelConfig, SFTConfig
 
 from mllm_msr import stages
-from mllm_msr.records.recipe import demo_recipe, load_recipe
+from mllm_msr.records.recipe import backbone_path, demo_recipe, load_recipe
 from mllm_msr.training import dpo, sft
 from mllm_msr.training.arguments import RecommenderArguments, check_flags, effective_flags
 from mllm_msr.training.unsupported import UNSUPPORTED, WITH_WHOLE_TASKS, supports_bfloat16
@@ -78,6 +78,22 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"bf16": True}, "no GPU that computes in bfloat16; give --bf16 false"),
         ({"fp16": True}, "float16 needs a GPU; give --fp16 false"),
         ({"use_cpu": True, "activation_offloading": True}, "no GPU whose memory it would save"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0: must be at least 1"),
+        ({"per_device_train_batch_size": -1}, "must be at least 1"),
+        ({"lora_alpha": 0}, "must be at least 1"),
+        ({"prompt_max_length": 0}, "must be at least 1"),
+        ({"interaction": "late", "pairs_per_user": 0}, "must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"max_steps": 0}, "nothing would be trained"),
+        ({"num_train_epochs": 0}, "nothing would be trained"),
+        ({"item_noun": " "}, "--item_noun: is empty"),
+        ({"prompts": "likes {{ preference }}"}, "--prompts likes .*: give a JSON object"),
+        ({"prompts": "[1]"}, "--prompts .*: give a JSON object"),
+        ({"gradient_checkpointing_kwargs": "use_reentrant"}, "give a JSON object"),
+        ({"positive_weight": "nan"}, "give a number above 0"),
+        ({"positive_weight": "inf"}, "give a number above 0"),
+        ({"resume_from_checkpoint": "true"}, "goes on from the last whole checkpoint by itself"),
+        ({"metric_for_best_model": "eval_ndgc@5"}, "no evaluation finds it; give one of eval_loss, eval_auc"),
     ],
 )
 def test_flags_that_cannot_be_honoured_together_or_here_are_refused(flags, message, monkeypatch):
@@ -184,7 +200,7 @@ def test_the_command_line_is_over_the_flags_and_these_over_a_recipe(tmp_path):
     [
         (["--max_lenght", "8"], "sft.py: unknown argument '--max_lenght'; did you mean 'max_length'?"),
         (["--max_steps", "ten"], "sft.py: argument --max_steps/--max-steps: invalid int value: 'ten'"),
-        (["--config", "none.yaml"], "sft.py: [Errno 2] No such file or directory: 'none.yaml'"),
+        (["--config", "none.yaml"], "sft.py: none.yaml: No such file or directory"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(line, message, monkeypatch, capsys):
@@ -193,6 +209,35 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, message, monkeypatc
         runpy.run_path(sft.__file__, run_name="__main__")
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "message"),
+    [
+        (sft, ["--dataset_name", "/nowhere/run"], "/nowhere/run"),
+        (sft, ["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+        (sft, ["--load_in_4bit"], "bitsandbytes"),
+        (
+            sft,
+            ["--use_peft", "--lora_modules_to_save", "lm_haed"],
+            "lm_haed: the model has none",
+        ),
+        (sft, ["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: there is no such folder"),
+        (sft, ["--per_device_train_batch_size", "9999", "--dataloader_drop_last", "true"], "nothing was trained"),
+        (sft, ["--learning_rate", "1e30"], "training has diverged"),
+        (dpo, ["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_what_stops_a_training_is_one_sentence(script, more, message, small_run, tmp_path, monkeypatch, capsys):
+    named = ["--dataset_name", str(small_run.folder), "--output_dir", str(tmp_path), "--model_name_or_path"]
+    quick = ["--max_steps", "2", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
+    line = [script.__file__, *named, backbone_path("demo"), *quick, "--gradient_checkpointing", "false", *more]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script.__file__, run_name="__main__")
+    assert stop.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{Path(script.__file__).name}: ") and message in last and "unexpected" not in last
 
 
 def test_training_works_under_the_defaults_of_trl_alone(small_run, tmp_path):

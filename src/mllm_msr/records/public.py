@@ -13,6 +13,7 @@ MASK = "***"
 PLACES = {
     "source": {"folder", "interactions", "items", "images", "covers"},
     "summaries": {"base_url", "cache"},
+    "training": {"resume_from_checkpoint"},
     "evaluation": {"served"},
 }
 SECRET_NAMES = re.compile(
@@ -22,20 +23,29 @@ ADDRESSES = re.compile(
     r"""(?:
         \b(?!hf:)[a-z][a-z0-9+.-]*://[^\s"'<>]+  # of any kind but the Hub's
         |(?:localhost|[\w-]+(?:\.[\w-]+)+):\d{2,5}\b[^\s"'<>]*  # a host and its port
+        |\[[0-9a-f:.]*:[0-9a-f:.]*\]:\d{2,5}\b[^\s"'<>]*  # the same by number
         |[^\s/@:"']+:[^\s/@"']+@[\w.-]+[^\s"'<>]*  # a user and a password
     )""",
     re.VERBOSE | re.IGNORECASE,
 )
+FOLDERS = re.compile(  # of a machine
+    r"""(?:(?<![\w./])(?:~|/(?:home|users|root|mnt|media|volumes|private|var|srv|opt|tmp|scratch|data))/
+        |(?<!\w)(?:[a-z]:\\|\\\\))[^\s"'<>:,;)]+""",
+    re.VERBOSE | re.IGNORECASE,
+)
 SECRETS = re.compile(
     r"""\b(?:
-        (?:hf_|sk[-_]|[pr]k_|gh[opsu]_|github_pat_|glpat-|xox[abprs]-|AKIA|AIza|ya29\.|eyJ)[\w.-]{6,}  # by its prefix
+        (?:hf_|sk[-_]|[pr]k_|gh[opsu]_|github_pat_|glpat-|xox[abprs]-|xapp-|AIza|ya29\.|eyJ)[\w.-]{6,}  # by its prefix
+        |(?:gsk_|xai-|r8_|pplx-|nvapi-|npm_|pypi-|tgp_v1_|api_org_|dop_v1_|wandb_v1_|dapi|SG\.)[\w.-]{10,}
+        |A[KS]IA[0-9A-Z]{12,}
         |(?i:bearer|basic)\s+[\w.+/=-]{8,}
-        |\w*(?i:token|key|secret|password)\s*[=:]\s*\S+
+        |(?:\w+-)*\w*(?i:token|key|secret|password|passwd|pwd|signature|\bsig)\s*[=:]\s*\S+
         |[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
         |[0-9a-f]{32,}
         |(?=\w*[a-z])(?=\w*[A-Z])(?=\w*\d)[A-Za-z0-9_]{24,}
-    )""",
-    re.VERBOSE,
+    )
+    |-----BEGIN\ [A-Z ]*PRIVATE\ KEY-----.*?(?:-----END\ [A-Z ]*-----|\Z)""",
+    re.VERBOSE | re.DOTALL,
 )
 
 
@@ -46,12 +56,14 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
     a secret by its name or by its look is ``***``.
     """
     content = recipe.to_dict()
-    for section in ("source", "data", "summaries", "training", "evaluation"):
-        content[section] = {
-            name: _public(name, value)
-            for name, value in content[section].items()
-            if name not in PLACES.get(section, ())
-        }
+    for section, values in content.items():
+        if section == "prompts":  # they decide results, addresses included
+            content[section] = {name: SECRETS.sub(MASK, template) for name, template in values.items()}
+        elif isinstance(values, dict):
+            hidden = PLACES.get(section, ())
+            content[section] = {name: _public(name, value) for name, value in values.items() if name not in hidden}
+        elif section != "license":  # which may be an address
+            content[section] = _public(section, values)
     return content
 
 
@@ -66,11 +78,20 @@ def _public(name: str, value: Any) -> Any:
         return MASK
     if name.endswith("revision"):
         return public_revision(value)
-    if name == "model" or name.endswith("name_or_path"):
-        return hide_secrets(public_name(value))
+    if name.endswith(("model", "name_or_path")):
+        return public_text(public_name(value))
     if value.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:[\\/]|\\\\", value):
         value = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return hide_secrets(value)
+    return public_text(value)
+
+
+def public_text(text: str) -> str:
+    """:func:`hide_secrets`, and without the folders of this machine: for what others read.
+
+    >>> public_text("/home/ann/log.csv, row 3: no time")
+    '***, row 3: no time'
+    """
+    return FOLDERS.sub(MASK, hide_secrets(text))
 
 
 def hide_secrets(text: str) -> str:

@@ -1,0 +1,34 @@
+"""Trainers that read checkpoints of whole weights as these were written."""
+
+from typing import Any
+
+from transformers import Trainer
+
+from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
+from mllm_msr.training.saving import sharded
+
+
+class OwnCheckpoints(Trainer):
+    """Reads whole weights back by the model's own ``from_pretrained``; a base of our trainers, before TRL's.
+
+    ``save_pretrained`` writes many backbones under other names than their weights have in memory. ``Trainer`` compares
+    the two as they are, finds few or none, and goes on with the weights that it began with, after a warning: a training
+    that resumes would begin anew under an old optimizer, and the best checkpoint would not be the one that is kept.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_whole(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_whole(self.state.best_model_checkpoint or ""):
+            super()._load_best_model()
+
+    def _load_whole(self, checkpoint: str) -> bool:
+        """Whether these are whole weights, which the model now has; else an adapter, or parts that processes hold."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, MllmMsrForRecommendation) or sharded(self) or self.is_deepspeed_enabled:
+            return False
+        stored = type(model).from_pretrained(checkpoint, dtype="auto").state_dict()
+        model.load_state_dict(stored)
+        return True
