@@ -1,5 +1,8 @@
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +41,17 @@ def test_a_write_that_fails_leaves_the_former_file_and_nothing_else(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert "OSError" in done.stderr
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_place_that_cannot_be_written_is_called_by_its_own_name(tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", "of the system")
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OSError, match="Read-only file system") as error:
+        write_text(tmp_path / "a.txt", "new")
+    assert error.value.filename == str(tmp_path / "a.txt")
 
 
 def test_what_a_killed_process_left_half_written_is_swept(tmp_path):

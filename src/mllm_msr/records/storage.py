@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,7 +78,8 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that cannot be written to
+            partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that the caller knows
     except BaseException:
         partial.unlink(missing_ok=True)
