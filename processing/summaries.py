@@ -1,10 +1,10 @@
 """Item summaries and recurrent preferences (paper, "Image Summary" and "User preference")."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
+from typing import Any
 
 import polars as pl
 from tqdm import tqdm
@@ -26,6 +26,8 @@ from mllm_msr.records.storage import digest
 
 TextWorkers = Workers[TextRequest, WrittenTexts]
 WITHOUT_MODEL = SummaryOptions(engine="extractive")
+KEY = 32  # letters of a text's key
+AT_ONCE = 4096  # users whose rows are made of their texts together
 
 
 def summarize_items(
@@ -147,7 +149,7 @@ def _write(writer: TextWriter, task: Task, inputs: Inputs) -> list[StoredText]:
         keys = writer.write(task, inputs, progress)
     texts = [writer.store.rows[key] for key in keys]
     different = {key: (inputs.names[place], texts[place]) for place, key in enumerate(keys) if inputs.says(place)}
-    check_texts(task, list(different.values()))
+    check_texts(task, different.values)
     return texts
 
 
@@ -178,28 +180,96 @@ def summarize_users(
     users = interactions.group_by("user_id", maintain_order=True).agg("item_id", "timestamp").rows()
     described = {item: HistoryItem(titles[item], summaries[item]) for item in interactions["item_id"].unique()}
     histories = [[described[item] for item in history] for _, history, _ in users]
-    keys: dict[tuple[int, int], str] = {}  # of texts, by user and step
-    different: dict[str, str] = {}  # of different inputs the key and a user
+    texts = _UserTexts(store, [b""] * len(users), set())
     total = sum(whole_blocks(len(history), size) for history in histories)
     with tqdm(total=total, desc="preferences", unit="block", leave=False) as progress:
 
         def write(steps: list[PreferenceStep[HistoryItem]]) -> list[str]:
-            blocks = [HistoryBlock(step.items, step.previous) for step in steps]
-            names, facts = [users[step.user][0] for step in steps], [asdict(block) for block in blocks]
-            inputs = Inputs(names, facts, [len(str(fact)) for fact in facts], blocks.__getitem__)
-            written = writer.write("preference", inputs, progress)
-            keys.update({(step.user, step.step): key for step, key in zip(steps, written, strict=True)})
-            different.update({key: names[place] for place, key in enumerate(written) if inputs.says(place)})
-            return [store.rows[key].text for key in written]
+            facts = _Made(len(steps), lambda place: _facts(steps[place]))
+            inputs = Inputs(
+                _Made(len(steps), lambda place: users[steps[place].user][0]),
+                facts,
+                [len(str(fact)) for fact in facts],
+                lambda place: HistoryBlock(steps[place].items, steps[place].previous),
+            )
+            keys = writer.write("preference", inputs, progress)
+            for place, (step, key) in enumerate(zip(steps, keys, strict=True)):
+                texts.add(step.user, key, inputs.says(place))
+            return [store.rows[key].text for key in keys]
 
-        waves = list(preference_waves(histories, size, write, options.recurrent))
-    check_texts("preference", [(user, store.rows[key]) for key, user in different.items()])
-    provenance, rows = _provenance(engine, ("preference",)), []
-    for step, preference in chain.from_iterable(waves):
-        user, history, times = users[step.user]
-        read, status = step.step * size, store.rows[keys[step.user, step.step]].status
-        rows.append((user, step.step, preference, history[:read], times[read - 1], status, *provenance))
-    return PREFERENCES.frame(rows).sort("user_id", "step")
+        for _ in preference_waves(histories, size, write, options.recurrent):
+            pass
+    check_texts("preference", lambda: texts.different([user for user, *_ in users]))
+    provenance, tables = _provenance(engine, ("preference",)), []
+    places = sorted(range(len(users)), key=lambda place: users[place][0])
+    for start in range(0, len(places), AT_ONCE):
+        rows = []
+        for place in places[start : start + AT_ONCE]:
+            user, history, times = users[place]
+            preference = ""
+            for step, text in enumerate(texts.of(place), 1):
+                read, preference = step * size, text.text or preference
+                rows.append((user, step, preference, history[:read], times[read - 1], text.status, *provenance))
+        tables.append(PREFERENCES.frame(rows))
+    return pl.concat(tables, rechunk=True) if tables else PREFERENCES.frame([])
+
+
+@dataclass(frozen=True)
+class _UserTexts:
+    """Which texts are whose, at the place of each user: by their keys alone, as there may be many million.
+
+    Args:
+        keys: of all steps in their order, as bytes.
+        silent: keys of texts about nothing.
+    """
+
+    store: TextStore
+    keys: list[bytes]
+    silent: set[str]
+
+    def add(self, place: int, key: str, says: bool) -> None:
+        """The text of a user's next step, and whether its input says anything."""
+        self.keys[place] += bytes.fromhex(key)
+        if not says:
+            self.silent.add(key)
+
+    def of(self, place: int) -> Iterator[StoredText]:
+        """A user's texts, step by step."""
+        return (self.store.rows[key] for key in self._keys(place))
+
+    def different(self, users: Sequence[str]) -> Iterator[tuple[str, StoredText]]:
+        """The texts of different inputs that say something, each with a user's name."""
+        seen: set[bytes] = set()
+        for place, user in enumerate(users):
+            for key in self._keys(place):
+                if (short := bytes.fromhex(key)) not in seen and key not in self.silent:
+                    seen.add(short)
+                    yield user, self.store.rows[key]
+
+    def _keys(self, place: int) -> list[str]:
+        keys = self.keys[place].hex()
+        return [keys[start : start + KEY] for start in range(0, len(keys), KEY)]
+
+
+class _Made(Sequence[Any]):
+    """A sequence whose values are made when they are asked for, and not kept."""
+
+    def __init__(self, count: int, make: Callable[[int], Any]) -> None:
+        self.size, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < self.size:
+            raise IndexError(place)
+        return self.make(place)
+
+
+def _facts(step: PreferenceStep[HistoryItem]) -> dict[str, Any]:
+    """``asdict`` of a history block, made faster."""
+    items = [{"title": item.title, "summary": item.summary} for item in step.items]
+    return {"items": items, "previous": step.previous}
 
 
 def _provenance(engine: Author, tasks: Sequence[Task]) -> tuple[str, str, str]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import polars as pl
 
@@ -26,18 +26,29 @@ def no_use(task: Task, written: Sequence[NamedText]) -> NoTextOfUse:
     )
 
 
-def check_texts(task: Task, written: Sequence[NamedText]) -> None:
+def check_texts(task: Task, read: Callable[[], Iterable[NamedText]]) -> None:
     """Stop if no text of different inputs is of any use, and warn if most of them are the same.
+
+    Args:
+        read: the texts, which are not held; called up to three times.
 
     Raises:
         NoTextOfUse: all texts have failed, are empty or refuse, see :func:`no_use`.
     """
-    if written and all(is_useless(text.status) for _, text in written):
-        raise no_use(task, written)
-    for same, count in Counter(_normalised(text.text) for _, text in written).most_common(1):
-        if same and len(written) >= MANY and count > len(written) / 2:
-            alike = _samples([sample for sample in written if _normalised(sample[1].text) == same])
-            logger.warning("%s: %d of %d different inputs got one text: %s", task, count, len(written), alike)
+    total, useful = 0, False
+    most, lead = "", 0  # the only text that more than half of all can be (Boyer and Moore's vote)
+    for _, text in read():
+        total, useful, said = total + 1, useful or not is_useless(text.status), _normalised(text.text)
+        if not lead:
+            most = said
+        lead += 1 if said == most else -1
+    if total and not useful:
+        raise no_use(task, list(read()))
+    if not most or lead <= 0 or total < MANY:
+        return
+    alike = [(name, text) for name, text in read() if _normalised(text.text) == most]
+    if len(alike) > total / 2:
+        logger.warning("%s: %d of %d different inputs got one text: %s", task, len(alike), total, _samples(alike))
 
 
 def text_report(frame: pl.DataFrame) -> str:

@@ -4,7 +4,8 @@ Each batch of texts is one Parquet file that appears whole or not at all. A run 
 """
 
 import logging
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +16,42 @@ from mllm_msr.records.storage import digest, sweep
 
 logger = logging.getLogger(__name__)
 MANY = 500  # files from which on they are joined into one when the store is opened
+CACHE = 16_000  # kB of the texts that are kept in memory
+
+
+class StoredTexts(Mapping[str, StoredText]):
+    """Texts by key, in a temporary file of SQLite that nobody else sees and that ends with this object: a million of
+    them need no more memory than ten."""
+
+    def __init__(self) -> None:
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for setting in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE}"):
+            self._database.execute(f"PRAGMA {setting}")
+        self._database.execute("CREATE TABLE texts (key TEXT PRIMARY KEY, text TEXT, status TEXT)")
+
+    def __getitem__(self, key: str) -> StoredText:
+        for row in self._database.execute("SELECT text, status FROM texts WHERE key = ?", (key,)):
+            return StoredText(*row)
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for (key,) in self._database.execute("SELECT key FROM texts ORDER BY rowid"))
+
+    def __len__(self) -> int:
+        ((count,),) = self._database.execute("SELECT count(*) FROM texts")
+        return count
+
+    def update(self, rows: Mapping[str, StoredText]) -> None:
+        values = [(key, *row) for key, row in rows.items()]
+        try:
+            self._database.execute("BEGIN")
+            self._database.executemany("REPLACE INTO texts VALUES (?, ?, ?)", values)
+            self._database.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise OSError(f"texts cannot be kept among the temporary files ({error}): has TMPDIR room?") from error
+
+    def __del__(self) -> None:
+        self._database.close()
 
 
 class TextStore:
@@ -28,7 +65,7 @@ class TextStore:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        self.rows: dict[str, StoredText] = {}
+        self.rows = StoredTexts()
         files = [path for path in sorted(folder.glob("*.parquet")) if self._read(path)]
         if len(files) >= MANY:
             self._join(files)
@@ -36,7 +73,8 @@ class TextStore:
     def add(self, batch: Sequence[str], rows: dict[str, StoredText]) -> None:
         """Keep texts of ``batch`` as one file, together with those of it that are known."""
         self.rows.update(rows)
-        self._write(self._file(batch), [(key, *self.rows[key]) for key in batch if key in self.rows])
+        known = ((key, rows[key] if key in rows else self.rows.get(key)) for key in batch)
+        self._write(self._file(batch), [(key, *row) for key, row in known if row is not None])
 
     def _file(self, batch: Sequence[str]) -> Path:
         return self.folder / f"{digest(*batch)}.parquet"

@@ -6,7 +6,7 @@ regenerates exactly what it touches.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -33,7 +33,7 @@ class Inputs:
 
     Args:
         names: for people, such as an item's id.
-        facts: for each all that its text depends on, in JSON's terms.
+        facts: for each all that its text depends on, in JSON's terms; asked for more than once.
         sizes: inputs of similar size share a batch.
         load: the input at a place, made when it is needed; an item may have its image still encoded.
     """
@@ -85,14 +85,15 @@ class TextWriter:
             OSError: the store cannot be written.
         """
         keys = self.keys(task, inputs.facts)
-        place = {key: index for index, key in reversed(list(enumerate(keys)))}
+        place = {keys[index]: index for index in reversed(range(len(keys)))}
         order = sorted(place, key=lambda key: (inputs.sizes[place[key]], key))
         rows = self.store.rows
-        useful = any(key in rows and not is_useless(rows[key].status) for key in order)
+        there = {key for key in order if key in rows}
+        useful = any(not is_useless(rows[key].status) for key in there)
         tried: list[tuple[str, StoredText]] = []  # as long as no text is of use
         workers = self.workers or InProcess(lambda: partial(write_texts, cast(Engine, self.engine)))
-        progress.update(len(keys) - sum(key not in rows for key in order))  # equal inputs are written once
-        for written in workers.map(self._requests(task, order, place, inputs)):
+        progress.update(len(keys) - len(order) + len(there))  # equal inputs are written once
+        for written in workers.map(self._requests(task, order, there, place, inputs)):
             if written.rows:
                 self.store.add(written.request.batch, written.rows)
             names = {key: inputs.names[place[key]] for key in written.rows}
@@ -110,12 +111,12 @@ class TextWriter:
         return keys
 
     def _requests(
-        self, task: Task, order: Sequence[str], place: Mapping[str, int], inputs: Inputs
+        self, task: Task, order: Sequence[str], there: Set[str], place: Mapping[str, int], inputs: Inputs
     ) -> Iterator[TextRequest]:
         """What is missing, batch by batch."""
         size = self.engine.batch_size
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            missing = [key for key in batch if key not in self.store.rows]
+            missing = [key for key in batch if key not in there]
             if missing:
                 yield TextRequest(task, batch, {key: inputs.load(place[key]) for key in missing}, self.seed)

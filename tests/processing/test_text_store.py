@@ -3,10 +3,16 @@
 import signal
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import asdict
 
 import polars as pl
+import pytest
 
-from mllm_msr.processing import text_store
+from mllm_msr.modeling.inputs import HistoryItem
+from mllm_msr.processing import summaries, text_store
+from mllm_msr.processing.engines import HistoryBlock, Text
+from mllm_msr.processing.summaries import summarize_users
 from mllm_msr.processing.text_store import TextStore
 
 WORKER = """
@@ -89,3 +95,55 @@ def test_many_small_files_become_one(tmp_path, monkeypatch):
     assert TextStore(tmp_path).rows == store.rows
     assert len(list(tmp_path.glob("*.parquet"))) == 1
     assert TextStore(tmp_path).rows == store.rows
+
+
+class Wordy:
+    """Writes texts of one length."""
+
+    batch_size, generator, revision = 20, "wordy", "1"
+
+    def prompt_hash(self, task):
+        return task
+
+    def settings(self, task):
+        return ""
+
+    def generate(self, task, inputs, seeds=None, again=False):
+        return [Text(f"{block.items[0].summary:_<9}".ljust(650, "."), True) for block in inputs]
+
+
+def test_texts_are_kept_on_disk_and_not_in_memory(tmp_path, monkeypatch):
+    users, steps = 200, 9
+    rows = [(f"u{user}", f"i{user} {step}", step) for user in range(users) for step in range(3 * steps)]
+    log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    same = {item: item for _, item, _ in rows}
+    held, real = {}, TextStore.add
+
+    def add(store, batch, texts):
+        real(store, batch, texts)
+        held[len(store.rows)] = tracemalloc.get_traced_memory()[0]
+
+    monkeypatch.setattr(TextStore, "add", add)
+    store = TextStore(tmp_path)
+    tracemalloc.start()
+    try:
+        out = summarize_users(log, same, same, Wordy(), store)
+    finally:
+        tracemalloc.stop()
+    grown = (held[8 * users] - held[3 * users]) / (5 * users)
+    assert len(out) == len(store.rows) == users * steps and len(out["preference"][0]) > 600
+    assert grown < 100, f"{grown} bytes more for each text"
+
+
+def test_what_a_text_depends_on_is_what_its_engine_is_given():
+    items = [HistoryItem("One", "red"), HistoryItem("Two", "")]
+    given = HistoryBlock(items, "before")
+    step = summaries.PreferenceStep(0, 1, items, "before")
+    assert summaries._facts(step) == asdict(given) and str(summaries._facts(step)) == str(asdict(given))
+
+
+def test_a_full_disk_for_temporary_files_is_said(tmp_path):
+    store = TextStore(tmp_path)
+    store.rows._database.execute("PRAGMA max_page_count=10")
+    with pytest.raises(OSError, match="has TMPDIR room"):
+        store.add(["a"], {"a": ("text" * 100_000, "ok")})
