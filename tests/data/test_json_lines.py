@@ -34,7 +34,7 @@ def test_bad_line_is_named_or_counted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl, row 2: not a JSON object: not json"):
         read(path, schema)
     bad = BadRows("skip")
-    assert read(path, schema, bad).rows() == [(1, "1", None), (5, "2", ["5"])]
+    assert read(path, schema, bad).rows() == [(1, "1", ["x"]), (5, "2", ["5"])]
     assert bad.skipped[0]["count"] == 3
 
 
@@ -70,9 +70,22 @@ def test_half_a_character_is_replaced(tmp_path: Path, half: str) -> None:
 
 def test_not_a_number_is_missing_and_wrong_types_are_null(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"id": NaN}\n{"id": Infinity}\n{"id": 1e400}\n{"tags": "no list"}\n')
-    table = read(path, {"id": pl.String, "tags": pl.List(pl.String)})
-    assert table.drop(ROW).rows() == [(None, None)] * 4
+    path.write_text('{"id": NaN}\n{"id": Infinity}\n{"id": 1e400}\n{"tags": {"no": "list"}}\n{"tags": [null]}\n')
+    bad = BadRows()
+    table = read(path, {"id": pl.String, "tags": pl.List(pl.String)}, bad)
+    assert table.drop(ROW).rows() == [(None, None)] * 4 + [(None, [None])]
+    assert [(row["what"], row["count"]) for row in bad.skipped] == [
+        ("a.jsonl: tags is of another type than in this data set, left out", 1)
+    ]
+
+
+def test_lists_are_read_as_people_and_data_sets_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"tags": "one", "images": {"large": ["a", "b"], "variant": ["PT01", "MAIN"]}}\n{"images": {}}\n')
+    image = {"large": pl.String, "variant": pl.String}
+    table = read(path, {"tags": pl.List(pl.String), "images": pl.List(pl.Struct(image))})
+    images = [{"large": "a", "variant": "PT01"}, {"large": "b", "variant": "MAIN"}]
+    assert table.drop(ROW).rows() == [(["one"], images), (None, [])]
 
 
 def test_other_encodings_are_read(tmp_path: Path) -> None:

@@ -88,7 +88,11 @@ def _sequences(path: Path, bad: BadRows) -> pl.LazyFrame:
     parts = pl.col("line").str.split_exact("\t", 1).struct
     table = table.select(ROW, "line", user_id=parts.field("field_0"), item_id=parts.field("field_1"))
     wrong = pl.any_horizontal(pl.col("user_id", "item_id").str.strip_chars().fill_null("") == "")
-    table = bad.drop(table, {"not user<TAB>item item …": wrong}, path)
+    problems = {
+        "not user<TAB>item item …": wrong,
+        "another line of the same user": ~pl.col("user_id").is_first_distinct(),
+    }
+    table = bad.drop(table, problems, path)
     table = table.with_columns(pl.col("item_id").str.extract_all(r"\S+"))
     users = table.select(pl.len()).collect(engine="streaming").item()
     bad.note(f"{path.name}: no times; the place in the sequence stands for the time", users, [])
