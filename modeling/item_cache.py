@@ -27,19 +27,20 @@ class IndexReport:
 
 
 class ItemKeys:
-    """Names for the keys and values of candidates and users: after what they say, and under autocast others than
-    without.
+    """Names for the keys and values of candidates and users: after what they say, and others under autocast than
+    without, and for candidates that are kept in another type.
 
     So what is new or has changed is simply not there yet. A catalogue may have a method ``content``, which gives
     ``Candidate.content`` of an item, so that none is decoded only to be found.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.kind = device.type
+    def __init__(self, device: torch.device, cache_dtype: str | None = None) -> None:
+        self.kind, self.kept_as = device.type, cache_dtype or ""
 
     def of(self, catalogue: Mapping[str, Any], item_id: str) -> str:
         content: Any = getattr(catalogue, "content", None)
-        return (content(item_id) if content else Candidate.of(catalogue[item_id]).content) + self._precision
+        named = content(item_id) if content else Candidate.of(catalogue[item_id]).content
+        return named + self._precision + self.kept_as
 
     def of_user(self, user: User) -> str:
         return user.content + self._precision

@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .eight_bits import plain_bytes
+
 Tensors = Mapping[str, torch.Tensor]  # (N, ...) each: of N items
 
 SHARD_BYTES, SHARD_ITEMS = 2**28, 512  # a shard is full when it has one of these; it is what a kill may cost
@@ -74,7 +76,7 @@ class ShardFolder:
         folder.mkdir(parents=True, exist_ok=True)
         self.places: dict[str, tuple[str, int]] = {}  # of each item the shard and the row
         self.keys: dict[str, list[str | None]] = {}  # of each shard's rows; None for what was dropped
-        self.item_bytes = 0  # of the largest in what is mapped
+        self.item_bytes = 0  # of the largest in what is mapped, as it is taken
         self._mapped: dict[str, Shard] = {}
         self.refresh()
 
@@ -128,7 +130,7 @@ class ShardFolder:
 
     def _map(self, name: str, shard: Shard) -> None:
         self._mapped[name] = shard
-        self.item_bytes = max(self.item_bytes, shard.mapped.nbytes // len(self.keys[name]))
+        self.item_bytes = max(self.item_bytes, plain_bytes(shard.tensors) // len(self.keys[name]))
 
     def shard(self, name: str) -> Shard:
         """One that was mapped."""

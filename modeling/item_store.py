@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .block_layout import KVCache
+from .eight_bits import from_eight_bits, to_eight_bits
 from .item_shards import ShardFolder, ShardWriter, Tensors, join, nbytes, take
 
 VIEW = 32  # so many neighbours of a mapped shard are used where they lie
@@ -25,17 +26,20 @@ class ItemStore:
     Args:
         max_bytes: what may be kept on the device from call to call.
         shards: on disk; None keeps nothing there.
+        eight_bits: whether what is put is kept in eight bits (``eight_bits.py``), on the disk as on the device.
     """
 
-    def __init__(self, device: torch.device, max_bytes: int, shards: ShardFolder | None) -> None:
-        self.device, self.max_bytes, self.shards = device, max_bytes, shards
+    def __init__(
+        self, device: torch.device, max_bytes: int, shards: ShardFolder | None, eight_bits: bool = False
+    ) -> None:
+        self.device, self.max_bytes, self.shards, self.eight_bits = device, max_bytes, shards, eight_bits
         self.mapped = shards is not None and device.type == "cpu"
         self.writer = ShardWriter(shards) if shards is not None else None
         self.parts: OrderedDict[int, Tensors] = OrderedDict()  # on the device; those used last are last
         self.places: dict[str, tuple[int, int]] = {}  # of each item the part and the row
         self.live: dict[int, set[str]] = {}  # of each part the items whose place it is
         self.numbers = count()
-        self.computed_bytes = 0  # of the largest item that was put
+        self.computed_bytes = 0  # of the largest item that was put, as it is taken
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +48,7 @@ class ItemStore:
 
     @property
     def item_bytes(self) -> int:
-        """Of the largest item that was seen."""
+        """Of the largest item that was seen, as it is taken."""
         return max(self.computed_bytes, self.shards.item_bytes if self.shards is not None else 0)
 
     def missing(self, keys: Sequence[str]) -> list[str]:
@@ -60,6 +64,8 @@ class ItemStore:
         """Add what was computed; it can be read after :meth:`flush`."""
         tensors = tensors_of(prefixes)
         self.computed_bytes = max(self.computed_bytes, nbytes(tensors) // len(keys))
+        if self.eight_bits:
+            tensors = to_eight_bits(tensors)
         if self.writer is not None:
             self.writer.put(keys, tensors)
         if not self.mapped:
@@ -149,7 +155,8 @@ def tensors_of(prefixes: KVCache) -> Tensors:
 
 
 def cache_of(tensors: Tensors) -> KVCache:
-    """The inverse of :func:`tensors_of`."""
+    """The inverse of :func:`tensors_of`, from eight bits as well."""
+    tensors = from_eight_bits(tensors)
     layers = [(tensors[f"keys.{layer}"], tensors[f"values.{layer}"]) for layer in range(len(tensors) // 2)]
     return KVCache(layers, tensors["inside"])
 

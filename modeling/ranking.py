@@ -62,9 +62,11 @@ class Recommender:
             reason, where scores would change. `shares_prefix` and `obstacle` say what became of it.
         compile: ``late`` only; how ``torch.compile`` is to make the forward of a few answers, such as
             ``reduce-overhead`` or ``cudagraphs`` on a GPU; the first request of each size waits for it.
+        cache_dtype: ``late`` only; ``int8`` keeps keys and values of candidates in eight bits, in memory and in
+            ``cache``, which changes scores a little (docs/performance.md); by default as they are computed.
 
     Raises:
-        ValueError: the backbone cannot do what is asked for, or ``cache`` is given for a joint model.
+        ValueError: the backbone cannot do what is asked for, or a joint model is given what is of ``late`` only.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Recommender:
         cache: str | os.PathLike | None = None,
         share_prefix: bool | None = None,
         compile: str | None = None,
+        cache_dtype: str | None = None,
     ) -> None:
         self.model, self.processor = model.eval(), processor
         self.obstacle, self.window = block_limits(model.config.vlm_config)
@@ -86,6 +89,12 @@ class Recommender:
             raise ValueError("a joint model computes candidates anew for every user: leave `cache` out")
         if compile is not None and not self.late:
             raise ValueError("what a joint model computes has too many shapes to be compiled: leave `compile` out")
+        if cache_dtype not in (None, "int8"):
+            raise ValueError(
+                f"cache_dtype={cache_dtype!r}: candidates are kept as they are computed (None) or in 'int8'"
+            )
+        if cache_dtype is not None and not self.late:
+            raise ValueError("a joint model keeps no keys and values of candidates: leave `cache_dtype` out")
         self.shares_prefix = self.obstacle is None and share_prefix is not False
         if self.shares_prefix:
             model.use_block_attention()
@@ -95,8 +104,9 @@ class Recommender:
         self.cache = ShardFolder(Path(cache) / fingerprint(model, processor)) if cache is not None else None
         self.plan: Plan
         if self.late:
-            store = ItemStore(model.device, memory // 2, self.cache)
-            self.plan = LatePlan(model, processor, token_budget, memory, ItemKeys(model.device), store, compile)
+            keys = ItemKeys(model.device, cache_dtype)
+            store = ItemStore(model.device, memory // 2, self.cache, eight_bits=cache_dtype is not None)
+            self.plan = LatePlan(model, processor, token_budget, memory, keys, store, compile)
         else:
             self.plan = JointPlan(model, processor, token_budget, memory, self.shares_prefix, bool(share_prefix))
 

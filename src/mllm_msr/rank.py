@@ -238,7 +238,8 @@ def rank_users(run: RunFolder, users: Sequence[str] | None, output: Path, how: R
     names = how.candidates(how.catalogue(run))
     new = file_digest(how.new.path) if how.new else None
     model = run.key("train" if by == "answer" else "head")
-    claim(output, digest(by, model, users, how.top_k, how.rerank, names, new, list(RANKINGS.columns)))
+    kept = [run.recipe.evaluation.cache_dtype] if run.recipe.evaluation.cache_dtype else []
+    claim(output, digest(by, model, users, how.top_k, how.rerank, names, new, list(RANKINGS.columns), *kept))
     shards = [users[start : start + SHARD] for start in range(0, len(users), SHARD)]
     paths = [output / f"ranking-{number:05d}-of-{len(shards):05d}.parquet" for number in range(len(shards))]
     missing = [Shard(number, shards[number]) for number, path in enumerate(paths) if not path.is_file()]

@@ -23,3 +23,10 @@ def test_a_run_is_scored_by_the_server_that_its_recipe_names(backbone, tmp_path)
     model.config.save_pretrained(run.model)
     with pytest.raises(ValueError, match="is `late`, and servers answer whole prompts only"):
         load_recommender(run)
+
+
+def test_a_joint_model_keeps_no_items_in_eight_bits(backbone, tmp_path):
+    run = RunFolder.create(tmp_path / "run", tiny_recipe({"evaluation.cache_dtype": "int8"}))
+    MllmMsrForRecommendation.from_backbone(str(backbone("llava"))).config.save_pretrained(run.model)
+    with pytest.raises(ValueError, match=r"evaluation.cache_dtype: the model of .* is `joint` and keeps no items"):
+        load_recommender(run)

@@ -1,6 +1,8 @@
 """`mllm-msr rank` and `index`: for one user, for many into files by workers, and what is never offered."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,23 @@ import yaml
 from commands import printed, ranking_rows
 
 from mllm_msr.cli import main
-from mllm_msr.evaluation.loading import load_catalogue
+from mllm_msr.evaluation.loading import Computing, load_catalogue
 from mllm_msr.modeling.score_fusion import ScoreFusion
-from mllm_msr.rank import AnswerRanker, FusedRanker, HeadRanker, Ranking, RunUser, Scores, best_of, read_users
+from mllm_msr.rank import (
+    AnswerRanker,
+    FusedRanker,
+    HeadRanker,
+    Ranking,
+    RunUser,
+    Scores,
+    best_of,
+    load_ranker,
+    read_users,
+)
 from mllm_msr.records.recipe import demo_recipe
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, PREFERENCES, RANKINGS
+from mllm_msr.serving.opening import open_run
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +80,31 @@ def test_many_users_are_ranked_into_files_by_workers_as_by_one_process(late, tmp
     user = frame["user_id"][0]
     shown = printed("rank", str(late), "--by", "answer", "--user", user, "--top-k", "4")
     assert shown_items(shown) == frame.filter(user_id=user)["item_id"].to_list()
+
+
+def test_a_run_keeps_items_in_eight_bits_for_every_command_once_it_is_told_so(late, tmp_path):
+    run = shutil.copytree(late, tmp_path / "run")
+    rank = ["rank", str(run), "--by", "answer", "--users", "u0001,u0002", "--output", str(tmp_path / "ranking")]
+    plain = printed("index", str(run))
+    printed(*rank)
+    exact = pl.read_parquet(run / "scores.parquet").filter(variant="mllm_msr")
+    printed("evaluate", str(run), "--set", "evaluation.cache_dtype=int8", "--agreement", "2")
+    difference = (pl.read_parquet(run / "scores.parquet").filter(variant="mllm_msr")["logit"] - exact["logit"]).abs()
+    assert 0 < difference.max() < 0.03 * exact["logit"].std()
+    ways = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["agreement"]["others"]
+    assert ways["candidates kept in int8"]["max_difference"] < 1e-5 and len(ways) == 4
+    coded = printed("index", str(run))
+    assert "45 items computed, 0 were there, 45 dropped" in coded
+    sizes = [float(re.search(r"([0-9.]+) kB an item", said)[1]) for said in (plain, coded)]
+    assert 0.25 < sizes[1] / sizes[0] < 0.33, "1 byte and 1/8 in place of 4, and the headers"
+    with pytest.raises(SystemExit, match="holds another ranking"):
+        printed(*rank)
+    answer = load_ranker(RunFolder.open(run), "answer", Ranking())
+    assert answer.recommender.plan.store.eight_bits and not answer.recommender.not_indexed(
+        load_catalogue(RunFolder.open(run))
+    )
+    served = open_run(run, Computing()).recommender
+    assert served.plan.store.eight_bits and served.cache.folder == answer.recommender.cache.folder
 
 
 # ---- candidates ----------------------------------------------------------------------------------------------------

@@ -224,7 +224,8 @@ def test_ways_of_computing_and_the_whole_catalogue_are_evaluated_beside_the_tabl
     out = printed("evaluate", str(whole), "--agreement", "4", "--full-catalogue", "5", "--baselines", "knn")
     metrics = json.loads((whole / "metrics.json").read_text(encoding="utf-8"))
     ways = metrics["agreement"]["others"]
-    assert set(ways) == set(WAYS) and metrics["agreement"]["n_users"] == 4
+    assert set(ways) == {way for way, how in WAYS.items() if how.cache_dtype is None}  # of a joint model
+    assert metrics["agreement"]["n_users"] == 4
     for way, found in ways.items():
         assert found["rank_correlation"] > 0.99 and (found["max_difference"] < 1e-3 or way == "bfloat16"), way
     full = metrics["full_catalogue"]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from stored_items import fill, item
 
 from mllm_msr.modeling import item_shards
 from mllm_msr.modeling.block_layout import KVCache
+from mllm_msr.modeling.eight_bits import to_eight_bits
 from mllm_msr.modeling.item_shards import BrokenShard, Shard, ShardFolder, ShardWriter, join
 from mllm_msr.modeling.item_store import ItemStore, cache_of, tensors_of
 
@@ -31,6 +33,8 @@ def check(store: ItemStore, keys: list[str]) -> int:
         count += 1
         for row, place in enumerate(places):
             expected, length = item(keys[place]), 3 + int(keys[place]) % 9
+            if store.eight_bits:
+                expected = cache_of(to_eight_bits(tensors_of(expected)))
             assert part.inside[row].sum() == length
             for ours, theirs in zip(part.layers, expected.layers, strict=True):
                 for one, other in zip(ours, theirs, strict=True):
@@ -41,12 +45,12 @@ def check(store: ItemStore, keys: list[str]) -> int:
     return count
 
 
-@pytest.fixture(params=["memory", "disk", "disk and device"])
+@pytest.fixture(params=product(["memory", "disk", "disk and device"], [False, True]), ids=str)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ItemStore:
     """Of each kind; an accelerator's way with a folder is the third, here with this device in its place."""
-    shards = None if request.param == "memory" else ShardFolder(tmp_path)
-    store = ItemStore(CPU, 10**9, shards)
-    store.mapped = request.param == "disk"
+    where, eight_bits = request.param
+    store = ItemStore(CPU, 10**9, None if where == "memory" else ShardFolder(tmp_path), eight_bits)
+    store.mapped = where == "disk"
     return store
 
 
@@ -69,10 +73,10 @@ def test_another_process_or_day_finds_it_and_joins_nothing_twice(store: ItemStor
     if store.shards is None:
         again = store
     else:
-        again = ItemStore(CPU, 10**9, ShardFolder(tmp_path))
+        again = ItemStore(CPU, 10**9, ShardFolder(tmp_path), store.eight_bits)
         again.mapped = store.mapped
     check(again, keys[5:25])
-    if not again.mapped:
+    if not again.mapped and not again.eight_bits:
         (first,) = (part for _, part in again.take(keys[5:25]))
         (second,) = (part for _, part in again.take(keys[5:25]))
         assert first.layers[0][0].data_ptr() == second.layers[0][0].data_ptr()
@@ -156,13 +160,14 @@ def test_pruning_drops_and_compacts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_write_and_read_while_others_are_killed(tmp_path: Path) -> None:
+    """Of items in eight bits; the files of others differ in nothing else."""
     keys = [str(9 * number) for number in range(40)]
     fresh = multiprocessing.get_context("spawn")  # a fork of a process with threads may wait for ever
     killed, other = (
         fresh.Process(target=fill, args=(tmp_path, some, pause)) for some, pause in ((keys, 0.02), (keys[::-1], 0))
     )
     killed.start()
-    reader = ItemStore(CPU, 10**9, ShardFolder(tmp_path))
+    reader = ItemStore(CPU, 10**9, ShardFolder(tmp_path), True)
     while len(reader.missing(keys)) == len(keys):
         assert killed.exitcode in (None, 0)
         time.sleep(0.01)
@@ -172,7 +177,7 @@ def test_processes_write_and_read_while_others_are_killed(tmp_path: Path) -> Non
     for process in (killed, other):
         process.join()
     assert other.exitcode == 0
-    check(ItemStore(CPU, 10**9, ShardFolder(tmp_path)), keys)
+    check(ItemStore(CPU, 10**9, ShardFolder(tmp_path), True), keys)
     shards = ShardFolder(tmp_path)
     assert shards.prune(keys) == 0, "those that were written twice count once"
-    check(ItemStore(CPU, 10**9, ShardFolder(tmp_path)), keys)
+    check(ItemStore(CPU, 10**9, ShardFolder(tmp_path), True), keys)

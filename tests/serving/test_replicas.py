@@ -25,11 +25,12 @@ def late_run(tmp_path_factory: pytest.TempPathFactory, backbone: Callable[[str],
 @pytest.fixture(scope="module")
 def both(late_run: RunFolder, postgres_url: str) -> Iterator[tuple[Live, Live]]:
     state = postgres.database(postgres_url)
-    with live(late_run.path, "--state", state) as first, live(late_run.path, "--state", state) as second:
+    compiled = ("--compile", "aot_eager")  # which needs no C++ compiler
+    with live(late_run.path, "--state", state, *compiled) as first, live(late_run.path, "--state", state) as second:
         yield first, second
 
 
-def test_late_scores_are_those_of_the_recommender(late_run: RunFolder, both: tuple[Live, Live]) -> None:
+def test_late_scores_are_those_of_the_recommender_compiled_or_not(late_run: RunFolder, both: tuple[Live, Live]) -> None:
     catalogue = load_catalogue(late_run)
     ids = list(catalogue)[:12]
     (expected,) = load_recommender(late_run, Computing(cache=late_run.item_cache)).score(

@@ -7,6 +7,7 @@ import torch
 
 from mllm_msr.modeling import item_shards
 from mllm_msr.modeling.block_layout import KVCache
+from mllm_msr.modeling.eight_bits import to_eight_bits
 from mllm_msr.modeling.item_shards import ShardFolder, ShardWriter
 from mllm_msr.modeling.item_store import tensors_of
 
@@ -20,9 +21,10 @@ def item(key: str, dtype: torch.dtype = torch.float32) -> KVCache:
 
 
 def fill(folder: Path, keys: list[str], pause: float) -> None:
+    """Write shards of some items in eight bits, slowly."""
     item_shards.SHARD_ITEMS = 4
     writer = ShardWriter(ShardFolder(folder))
     for key in keys:
-        writer.put([key], tensors_of(item(key)))
+        writer.put([key], to_eight_bits(tensors_of(item(key))))
         time.sleep(pause)
     writer.flush()

@@ -1,6 +1,6 @@
 """A run's model, ready to rank, and its catalogue."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,15 @@ class Computing:
         device: of the model; None: this process's own, an accelerator if there is one.
         dtype: of the weights; None: as they were saved.
         attn_implementation: None: the one the backbone chooses.
-        token_budget: tokens of one forward; None: the recipe's.
-        share_prefix, memory_gb, cache, compile: see :class:`~mllm_msr.modeling.ranking.Recommender`.
+        token_budget, cache_dtype: see :class:`~mllm_msr.modeling.ranking.Recommender`; None: the recipe's.
+        share_prefix, memory_gb, cache, compile: see there.
     """
 
     device: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     token_budget: int | None = None
+    cache_dtype: str | None = None
     share_prefix: bool | None = None
     memory_gb: float | None = None
     cache: Path | None = None
@@ -46,6 +47,9 @@ def load_recommender(run: RunFolder, how: Computing = Computing()) -> "Recommend
     """The run's trained model, in this process or on the server of ``evaluation.served``."""
     if run.recipe.evaluation.served:
         return _served(run, run.recipe.evaluation.served)
+    how = replace(how, cache_dtype=how.cache_dtype or run.recipe.evaluation.cache_dtype)
+    if how.cache_dtype and not is_late(run):
+        raise ValueError(f"evaluation.cache_dtype: the model of {run.path} is `joint` and keeps no items: leave it out")
     from mllm_msr.processing.auto import MllmMsrForRecommendation
 
     loading = {"dtype": how.dtype, "attn_implementation": how.attn_implementation}
@@ -91,6 +95,7 @@ def _recommender(run: RunFolder, model: Any, how: Computing) -> "Recommender":
         cache=how.cache,
         share_prefix=how.share_prefix,
         compile=how.compile,
+        cache_dtype=how.cache_dtype,
     )
 
 

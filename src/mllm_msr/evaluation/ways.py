@@ -15,6 +15,7 @@ WAYS = {
     "prefixes not shared": Computing(share_prefix=False),
     "eager attention, not shared": Computing(attn_implementation="eager", share_prefix=False),
     "one pair at a time": Computing(token_budget=1),
+    "candidates kept in int8": Computing(cache_dtype="int8"),
 }
 
 
@@ -22,8 +23,8 @@ def score_in_all_ways(run: RunFolder, contexts: pl.DataFrame) -> pl.DataFrame:
     """``records.schema.WAYS_OF_COMPUTING`` of the given tasks: as evaluated first, then in each of :data:`WAYS`."""
     catalogue, frames, late = load_catalogue(run), [], False
     for way, how in {"": Computing(), **WAYS}.items():
-        if late and how.share_prefix is not None:
-            continue  # a late model has no other way
+        if how.share_prefix is not None if late else how.cache_dtype is not None:
+            continue  # a late model has no other way, and a joint one keeps no candidates
         recommender = load_recommender(run, how)
         model = recommender.model
         late = model.config.interaction == "late"

@@ -236,6 +236,7 @@ class EvaluationOptions:
     rows: list[str] = field(default_factory=lambda: list(DEFAULT_VARIANTS))  # names in evaluation.variants
     seed: int = 0
     token_budget: int = 8192  # tokens of one forward
+    cache_dtype: Literal["int8"] | None = None  # of what a late model keeps of items; None: as it is computed
     served: str | None = None  # address of a vLLM or SGLang server that has the trained model's backbone; text only
     # these decide what is measured and leave scores as they are
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))  # names in evaluation.metrics
@@ -255,5 +256,7 @@ class EvaluationOptions:
 
     def facts(self) -> dict[str, Any]:
         """All that a score depends on."""
-        served = {"served": True} if self.served else {}
-        return {name: getattr(self, name) for name in ("split", "seed", "token_budget")} | served
+        further: dict[str, Any] = {"served": True} if self.served else {}
+        if self.cache_dtype:
+            further["cache_dtype"] = self.cache_dtype
+        return {name: getattr(self, name) for name in ("split", "seed", "token_budget")} | further

@@ -48,6 +48,7 @@ def open_release(source: str, dataset: str | None, how: Computing, columns: Path
         token_budget=how.token_budget or recipe.evaluation.token_budget,
         memory_gb=how.memory_gb,
         compile=how.compile,
+        cache_dtype=how.cache_dtype or recipe.evaluation.cache_dtype,
     )
     items = load_table(dataset, "items", "train")
     ids = items["item_id"]
