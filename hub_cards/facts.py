@@ -1,6 +1,5 @@
 """What a run says of itself, as types: for cards, report, Spaces and release."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.results import Results
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEM_VECTORS
+from mllm_msr.records.storage import read_json
 
 TAG = re.compile(r"(?!.*\.\.)[A-Za-z0-9_](?:[\w.+-]{0,98}[\w+-])?(?<!\.lock)", re.ASCII)
 
@@ -57,7 +57,7 @@ class DataFacts:
 
     @classmethod
     def read(cls, path: Path) -> "DataFacts":
-        content = read_json(path)
+        content = read_json(path, {})
         return cls(
             content.get("source", ""),
             tuple(CleaningStep(**step) for step in content.get("cleaning", ())),
@@ -90,7 +90,7 @@ class ModelFacts:
 
     @classmethod
     def read(cls, run: RunFolder) -> "ModelFacts":
-        config, processor = (read_json(run.model / f"{name}.json") for name in ("config", "processor_config"))
+        config, processor = (read_json(run.model / f"{name}.json", {}) for name in ("config", "processor_config"))
         log = read_json(run.training_log, [])
         return cls(
             "adapter" if config.get("adapter") else "merged" if run.recipe.training.get("use_peft") else "full",
@@ -99,7 +99,7 @@ class ModelFacts:
             processor.get("prompts") or {},
             tuple(LossPoint(entry["step"], entry["loss"]) for entry in log if "loss" in entry),
             tuple(LossPoint(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry),
-            read_json(run.head / "config.json")["sequence_head"]["n_items"] if has_head(run) else None,
+            read_json(run.head / "config.json", {})["sequence_head"]["n_items"] if has_head(run) else None,
         )
 
 
@@ -200,17 +200,3 @@ def slug(name: str) -> str:
     'movielens-100k'
     """
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
-
-
-def read_json(path: Path, default: Any = None) -> Any:
-    """What a JSON file of a run holds, or ``default`` (an empty object) if there is none.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    if not path.is_file():
-        return {} if default is None else default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): repeat the stage that writes it") from error

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mllm_msr.hub_cards.facts import has_head, read_json
-from mllm_msr.hub_cards.model_files import INDEX, WEIGHTS, tensor_names
+from mllm_msr.hub_cards.facts import has_head
+from mllm_msr.modeling.model_files import INDEX, WEIGHTS, tensor_names
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.storage import link_file
+from mllm_msr.records.storage import link_file, read_json
 
 ITEMS = "items.json"
 
@@ -37,7 +37,7 @@ def add_head(run: RunFolder, folder: Path) -> None:
 
 def _add_shard(folder: Path, file: Path) -> None:
     """Make weights that are whole files already one checkpoint with one more file."""
-    index = read_json(folder / INDEX) or {
+    index = read_json(folder / INDEX, {}) or {
         "metadata": {"total_size": _size(folder / WEIGHTS)},
         "weight_map": dict.fromkeys(sorted(tensor_names(folder / WEIGHTS)), WEIGHTS),
     }

@@ -21,13 +21,13 @@ from mllm_msr.hub_cards.cards import dataset_card, model_card
 from mllm_msr.hub_cards.chat_table import write_chat_table
 from mllm_msr.hub_cards.eval_results import write_eval_results, write_eval_yaml
 from mllm_msr.hub_cards.facts import Release, has_vectors
-from mllm_msr.hub_cards.model_files import model_files, shipped_code, without_paths
 from mllm_msr.hub_cards.model_head import add_head
 from mllm_msr.hub_cards.reader_files import write_reader_files
 from mllm_msr.hub_cards.shards import PublishedTable, published, shard
 from mllm_msr.hub_cards.spaces import fill_metric, fill_space
 from mllm_msr.hub_cards.terms import RESTRICTED_SOURCES
 from mllm_msr.hub_cards.user_hashes import hash_users, user_key
+from mllm_msr.modeling.model_files import model_files, shipped_code, without_paths
 from mllm_msr.records.public import hide_secrets, public_name, public_recipe, public_revision
 from mllm_msr.records.recipe import Recipe
 from mllm_msr.records.run import RunFolder

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from importlib import import_module
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -116,6 +117,15 @@ class SequentialRecommendationPipeline(Pipeline):
     _load_feature_extractor: Any = False
     _load_video_processor: Any = False
 
+    def __new__(cls, model: Any = None, *arguments: Any, **options: Any) -> Any:
+        """The package's own pipeline for a model of the package: code of a repository may be of another version."""
+        room = type(model).__module__.rpartition(".")[0]
+        fetched = [place.startswith("transformers_modules.") for place in (cls.__module__, room)]
+        if fetched == [True, False] and type(model).__name__ == "MllmMsrForRecommendation":
+            own = import_module(f"{room}.pipeline").SequentialRecommendationPipeline
+            return own(model, *arguments, **options)
+        return super().__new__(cls)
+
     split_history = staticmethod(split_history)  # for pages that show a history without this package
 
     def preferences(self, history: Any, **writing: Any) -> Iterator[str]:
@@ -162,6 +172,13 @@ class SequentialRecommendationPipeline(Pipeline):
         return recommend(ranker, history, catalogue, options, answer)[1]
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        known = ("top_k", *(each.name for each in fields(Writing)))
+        for name, value in given.items():
+            if name not in known:
+                raise TypeError(f"unknown parameter {name!r}; known are {', '.join(known)}")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not whole and (name, value) != ("top_k", None):
+                raise ValueError(f"{name}={value!r}: must be a number of at least 1")
         return {}, given, {}  # all are of the forward step, which knows their defaults
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:

@@ -24,6 +24,9 @@ class OwnCheckpoints(Trainer):
         if not self._load_whole(self.state.best_model_checkpoint or ""):
             super()._load_best_model()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None at a checkpoint: TRL's would be that of a chat model; ``saving`` writes one at the end."""
+
     def _load_whole(self, checkpoint: str) -> bool:
         """Whether these are whole weights, which the model now has; else an adapter, or parts that processes hold."""
         model: Any = self.accelerator.unwrap_model(self.model)

@@ -5,11 +5,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
+from trl import DPOTrainer
 
-NOT_SENT = ("checkpoint-*", "checkpoint-*/**", "negatives/**", "runs/**", "*.bin", "*.pt", ".*")
+from mllm_msr.modeling.model_files import model_files, without_paths
+from mllm_msr.records.storage import read_json
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-ranking
+tags: [mllm-msr, recommendation, sequential-recommendation, multimodal]
+{base}---
+
+# {title}
+
+A recommender that answers whether a user will choose an item ([MLLM-MSR](https://arxiv.org/abs/2408.09698), AAAI-25),
+{of}as `{script}` saved it after {steps} steps. It was not evaluated here, and its data is not named:
+`mllm-msr publish` releases a run with both.
+
+```python
+from transformers import pipeline
+
+rank = pipeline("sequential-recommendation", model="{repository}", trust_remote_code=True)
+print(rank({{"preference": "what the user likes, in words", "candidates": [{{"title": "..."}}, {{"title": "..."}}]}}))
+```
+"""
 
 
 def finish(trainer: Trainer, push: bool, merge: bool = False) -> None:
@@ -42,6 +64,7 @@ def save_recommender(trainer: Trainer, folder: Path, merge: bool = False) -> Non
     model = whole_model(trainer)
     if trainer.accelerator.is_main_process:
         _write(model, trainer.processing_class, folder, merge)
+        (folder / "README.md").write_text(_card(trainer, folder), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
 
 
@@ -57,6 +80,23 @@ def _write(model: Any, processor: Any, folder: Path, merge: bool) -> None:
         model.config.backbone_name_or_path = None  # a path of this machine says nothing to others
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    for settings in [*folder.glob("*config.json"), *folder.glob("adapter/*config.json")]:
+        settings.write_text(without_paths(settings.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _card(trainer: Trainer, folder: Path) -> str:
+    """What can be said of the model in ``folder``, in place of TRL's card of a chat model."""
+    config = read_json(folder / "config.json")
+    backbone = config.get("backbone_name_or_path")
+    repository = trainer.args.hub_model_id or folder.resolve().name
+    return CARD.format(
+        base=f"base_model: {backbone}\n" if backbone else "",
+        of=f"fine-tuned from [{backbone}](https://huggingface.co/{backbone}), " if backbone else "",
+        title=repository.split("/")[-1],
+        script="dpo.py" if isinstance(trainer, DPOTrainer) else "sft.py",
+        steps=trainer.state.global_step,
+        repository=repository,
+    )
 
 
 def whole_model(trainer: Trainer) -> Any:
@@ -90,12 +130,14 @@ def sharded(trainer: Trainer) -> bool:
 
 
 def push_recommender(arguments: TrainingArguments, folder: Path) -> None:
-    """Send the saved folder, without checkpoints, to ``--hub_model_id`` as one commit; private by default."""
+    """Send the saved model, nothing that lies beside it, to ``--hub_model_id`` as one commit; private by default."""
     api = HfApi(token=arguments.hub_token)
     private = arguments.hub_private_repo is not False
+    files = [*model_files(folder), "README.md"]
     repo = api.create_repo(arguments.hub_model_id or folder.resolve().name, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo.repo_id, folder_path=folder, revision=arguments.hub_revision, ignore_patterns=list(NOT_SENT)
+    additions = [CommitOperationAdd(name, folder / name) for name in files]
+    api.create_commit(
+        repo.repo_id, additions, revision=arguments.hub_revision, commit_message="Model as it was trained"
     )
 
 

@@ -15,9 +15,9 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard
 from safetensors.numpy import save_file
 
 from mllm_msr.hub_cards.facts import Release
-from mllm_msr.hub_cards.model_files import shipped_code
 from mllm_msr.hub_cards.publishing import Contents, build_hub, built
 from mllm_msr.hub_cards.release import PublishOptions, publish
+from mllm_msr.modeling.model_files import shipped_code
 from mllm_msr.records.schema import ITEM_SUMMARIES, TASKS
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens: any request would fail

@@ -1,6 +1,10 @@
 """`pipeline("sequential-recommendation")` ranks as the model scores, by request or in batches, and after saving."""
 
+import importlib
+import inspect
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -137,6 +141,39 @@ def test_requests_that_lack_something_are_refused(parts) -> None:
     with pytest.raises(ValueError, match="`recent` goes with a `preference`"):
         rank({"history": [], "recent": [], "candidates": CANDIDATES})
     assert len(rank({"preference": "x", "candidates": [Candidate(title="One")]})) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"topk": 3}, "unknown parameter 'topk'; known are top_k, block_size"),
+        ({"top_k": 0}, "top_k=0: must be a number of at least 1"),
+        ({"block_size": -1}, "block_size=-1: must be"),
+        ({"max_new_tokens": "9"}, "max_new_tokens='9': must be"),
+    ],
+)
+def test_parameters_that_are_none_are_refused(parts, given, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        pipeline("sequential-recommendation", model=parts[0], processor=parts[1], **given)
+    rank = pipeline("sequential-recommendation", model=parts[0], processor=parts[1])
+    with pytest.raises((TypeError, ValueError), match=message):
+        rank(REQUEST, **given)
+
+
+def test_code_of_a_repository_leaves_a_model_of_the_package_to_the_package(parts, monkeypatch) -> None:
+    """The package is newer or older than the repository, and its model is what `from_pretrained` has given."""
+    fetched = ModuleType("transformers_modules.another")
+    fetched.__path__ = [str(Path(inspect.getfile(SequentialRecommendationPipeline)).parent)]
+    monkeypatch.setitem(sys.modules, fetched.__name__, fetched)
+    code = importlib.import_module(f"{fetched.__name__}.pipeline")
+    rank = pipeline(
+        "sequential-recommendation",
+        model=parts[0],
+        processor=parts[1],
+        pipeline_class=code.SequentialRecommendationPipeline,
+    )
+    assert type(rank) is SequentialRecommendationPipeline is not code.SequentialRecommendationPipeline
+    check(rank(REQUEST), ranked(*parts, "likes ships"))
 
 
 def test_saving_keeps_the_processor(parts, tmp_path: Path) -> None:

@@ -35,8 +35,14 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()[:32]
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; ValueError, naming the file, if it is cut short or no JSON."""
+def read_json(path: Path, default: Any = None) -> Any:
+    """What a JSON file holds, or ``default``, if one is given, where there is none.
+
+    Raises:
+        ValueError: it is cut short or no JSON.
+    """
+    if default is not None and not path.is_file():
+        return default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from mllm_msr.hub_cards.facts import read_json
 from mllm_msr.records.public import is_hub_id
+from mllm_msr.records.storage import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ def _weights(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         if not is_hub_id(config.get("backbone_name_or_path")):
             raise ValueError(f"{folder}: the adapter's backbone is not on the Hub: train with `merge_adapter: true`")
         settings, weights = (f"{adapter}/{name}" for name in ADAPTER)
-        if not read_json(folder / settings):
+        if not read_json(folder / settings, {}):
             raise FileNotFoundError(f"{folder / settings} is missing: train again")
         files = [weights, f"{adapter}/{MEMORY}"] if config.get("item_memory") else [weights]
         for file in files:
@@ -62,7 +62,7 @@ def _weights(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         tensor_names(folder / WEIGHTS)
         yield WEIGHTS
     else:
-        places = read_json(folder / INDEX).get("weight_map") or {}
+        places = read_json(folder / INDEX, {}).get("weight_map") or {}
         for shard in sorted(set(places.values())):
             if Path(shard).name != shard:
                 raise ValueError(f"{folder / INDEX} names {shard!r}, which is not in this folder: train again")
