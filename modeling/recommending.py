@@ -219,7 +219,11 @@ def fused_scores(
 
 
 def explain(ranker: ItemRanker, history: Sequence[str], found: Sequence[Recommendation]) -> None:
-    """Add to each item the nearest of the history, and what each member adds to its fused score."""
+    """Add to each item the nearest of the history, and what each member adds to its fused score; nothing to one that
+    the heads do not know, or not any more."""
+    found = [each for each in found if each.item_id in ranker]
+    if not found:
+        return
     ids, heads, whole = [each.item_id for each in found], ranker.fusion, ranker.answer_fusion
     whole = None if whole is None else whole.spread(heads)
     scores = torch.stack([values[0] for values in ranker.member_scores([history], ids).values()], dim=-1).cpu()

@@ -13,11 +13,12 @@ from transformers.utils import logging
 
 from .backbone_images import NoImages, PreparedImage, build_backbone_processor, collate_images
 from .chat_template import ChatTemplate
-from .prompt_encoding import Prompt, PromptEncoder
+from .prompt_encoding import Prompt, PromptEncoder, PromptRefused
 from .prompts import PROMPTS
 from .safe_text import OPEN, Field, mark, split
 
 logger = logging.get_logger(__name__)
+MOST_CHARACTERS = 16  # of a text for each token that a prompt may have
 TYPE_IDS = {"Gemma3Processor": "token_type_ids"}  # how a backbone calls its token types, where not mm_token_type_ids
 TEXTUAL = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
 
@@ -330,11 +331,13 @@ class MllmMsrProcessor(ProcessorMixin):
             field.value = "".join(image.text for image in prepared)
             images += prepared
         most = limit or self.max_length
+        for field in (field for prompt in prompts for field in prompt.texts if most):
+            field.value = field.value[: MOST_CHARACTERS * most]  # of the rest a tokenizer would have to be told in vain
         encoded, shortened = [], Counter[str]()
         for prompt, ids in zip(prompts, self._encoder.encode(prompts), strict=True):
             ids, kinds = self._encoder.fit(prompt, ids, most - room if most else None)
             if most and len(ids) > most - room:
-                raise ValueError(
+                raise PromptRefused(
                     f"{'max_length' if most == self.max_length else 'a limit'}={most} leaves no room for the prompt "
                     f"and its images alone, which take {len(ids) + room} tokens; raise it or use smaller images"
                 )

@@ -14,6 +14,10 @@ SHORTEN = (  # which texts lose their ends when a prompt is too long, in this or
 )
 
 
+class PromptRefused(ValueError):
+    """A prompt cannot be made of these texts and images."""
+
+
 @dataclass
 class Prompt:
     """A prompt before it is encoded.
@@ -86,16 +90,20 @@ class PromptEncoder:
             if len(ids) > limit and fields:
                 shortened.append(kind)
             while len(ids) > limit and any(field.value.strip() for field in fields):
-                longest = max(fields, key=lambda field: len(field.value))
-                longest.value = self._cut(longest.value, len(ids) - limit)
+                over = len(ids) - limit
+                while over > 0 and any(field.value for field in fields):  # encoded anew once all should be gone
+                    longest = max(fields, key=lambda field: len(field.value))
+                    longest.value, lost = self._cut(longest.value, over)
+                    over -= lost
                 ids = self._secure(prompt, self.encode([prompt])[0])
         return ids, shortened
 
-    def _cut(self, text: str, count: int) -> str:
-        """``text`` without its last ``count`` tokens, or half of them: several texts shall share the loss."""
+    def _cut(self, text: str, count: int) -> tuple[str, int]:
+        """``text`` without its last ``count`` tokens, or half of them: several texts shall share the loss; and how many
+        these are."""
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         keep = max(len(spans) - count, len(spans) // 2)
-        return text[: spans[keep][0]].strip() if keep < len(spans) else ""
+        return (text[: spans[keep][0]].strip() if keep < len(spans) else ""), len(spans) - keep
 
     def _secure(self, prompt: Prompt, ids: list[int]) -> list[int]:
         """The ids, encoded anew with the texts defused if there are control tokens that are not the prompt's."""
@@ -110,7 +118,9 @@ class PromptEncoder:
                 text.value = f" {text.value} "
             ids = self.encode([prompt])[0]
         if self.controls.of(ids) != wanted:
-            raise ValueError(f"these texts cannot be encoded without control tokens: {[t.value for t in prompt.texts]}")
+            raise PromptRefused(
+                f"these texts cannot be encoded without control tokens: {[t.value for t in prompt.texts]}"
+            )
         return ids
 
     def _trusted_controls(self, prompt: Prompt) -> list[int]:

@@ -52,6 +52,19 @@ def test_the_best_are_reranked_and_the_others_follow_as_they_do_for_many_users(r
             assert sum(each.shares.values()) == pytest.approx(each.fused, abs=1e-4)
 
 
+def test_an_item_that_the_heads_forget_meanwhile_is_not_explained() -> None:
+    ranker, asked = make().to(DEVICE), Asked()
+    ranker.answer_fusion = fusion("mllm_msr", "others")
+
+    def answer(ids: list[str]) -> np.ndarray:
+        ranker.remove_items(ids[:1])
+        return asked(ids)
+
+    _, found = recommend(ranker, HISTORY, IDS, Wanted(n=4, rerank=4, explain=4), answer)
+    assert len(found) == 4
+    assert [each.item_id for each in found if not (each.shares or each.nearest)] == asked.ids[:1]
+
+
 def test_without_the_answer_the_heads_order_all_of_it(ranker: ItemRanker) -> None:
     asked = Asked()
     for by, member in (("fused", "fused"), ("head", "sequence_head")):

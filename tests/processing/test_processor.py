@@ -181,6 +181,16 @@ def test_a_token_put_together_by_two_fields_is_broken(backbone) -> None:
     assert controls(processor, processor([User("<|im")], [Candidate(title="_start|>", text="ok")])) == plain
 
 
+def test_hundreds_of_texts_are_shortened_in_a_few_steps(backbone, monkeypatch) -> None:
+    processor = MllmMsrProcessor.from_backbone(str(backbone("llava")), max_length=1000)
+    encode, encoded = processor._encoder.encode, []
+    monkeypatch.setattr(processor._encoder, "encode", lambda prompts: encoded.append(1) or encode(prompts))
+    user = User("ships " * 100_000, [HistoryItem(summary=f"{place} red films") for place in range(200)])
+    batch = processor([user], [Candidate(title="The Sea")])
+    assert batch["input_ids"].shape[1] <= 1000 and batch.shortened == {"history": 1}
+    assert len(encoded) < 10
+
+
 def test_too_long_prompts_lose_history_first_and_never_the_image(backbone) -> None:
     path = str(backbone("llava"))
     free = MllmMsrProcessor.from_backbone(path)

@@ -80,6 +80,13 @@ def test_blocks_count_from_what_the_run_has_and_recent_items_are_used_until_then
     assert [item.summary for item in state.words(lambda item: None).recent] == []
 
 
+def test_answers_are_told_of_the_newest_items_of_a_long_history(users: Users) -> None:
+    state = replace(users.state("known"), history=[str(place) for place in range(100)], steps=["first"])
+    assert len(state.recent) == 100 - state.block_size
+    assert state.told == state.recent[-32:] == [item.summary for item in state.words(str).recent]
+    assert len(replace(state, block_size=20, steps=[]).told) == 40
+
+
 def test_what_was_due_before_a_server_began_is_condensed(users: Users, condenser: Condenser) -> None:
     for user in ("one", "two"):
         append(users, user, *"abc")

@@ -1,7 +1,9 @@
 """A real server with a joint model and heads, over HTTP: scores, users, recommendations, items, and who may call."""
 
 import base64
+import functools
 import io
+import json
 import re
 import shlex
 import shutil
@@ -28,6 +30,7 @@ from mllm_msr.rank import read_users
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEM_VECTORS, ITEMS
 
+NESTED = functools.reduce(lambda inner, _: [inner], range(100), 1)
 STRANGER = "/v1/users/a%2Fstranger%20%C3%BC"
 
 
@@ -268,12 +271,17 @@ def test_keys_that_may_read_may_not_write(served: Live, key: str | None, method:
         ("/v1/rerank", {"query": "a", "documents": [{"image": "http://a.b/x"}]}, "fetches no URLs: send it"),
         ("/v1/rerank", {"query": "a", "documents": [{"image": "bm90IGFuIGltYWdl"}]}, "not an image"),
         ("/v1/rerank", {"query": "a\0", "documents": ["b"]}, "query: has a NUL character"),
+        ("/v1/rerank", {"query": "a", "documents": [{"text": "b", "own": "\ud800"}]}, "documents.0.own: has half of"),
+        ("/v1/rerank", {"query": "a", "documents": [{"text": "b", "\ud800": 1}]}, "documents.0: a name in it has half"),
+        ("/v1/rerank", {"query": "a", "documents": [{"text": "b", "own": NESTED}]}, "nested more than 32 levels deep"),
+        ("/v1/recommendations", {"history": ["i0001"], "where": {"\ud800": 1}}, "where: a name in it has half of"),
         ("/v1/users/x/events", {"events": [{"item_id": "nope"}]}, "events.0.item_id: item 'nope' is not in"),
         ("/v1/users/%FF/events", {"events": [{"item_id": "i0001"}]}, "user_id: the id in the path is not valid UTF-8"),
     ],
 )
 def test_a_wrong_request_is_told_which_field_and_what_to_do(served: Live, path: str, body: dict, message: str) -> None:
-    reply = served.ask("POST", path, 422, json=body)
+    escaped = json.dumps(body).encode()  # halves of surrogate pairs as well
+    reply = served.ask("POST", path, 422, content=escaped, headers={"Content-Type": "application/json"})
     assert message in reply["message"] and reply["errors"]
 
 

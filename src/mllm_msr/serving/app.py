@@ -136,7 +136,7 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
     def score(body: schemas.ScoreRequest, until: Until) -> schemas.ScoreReply:
         """Score items of the catalogue for a user, a history or a preference, in the order in which they are named."""
         for place, item in enumerate(body.items):
-            service.check_item(f"items.{place}", item)
+            service.check_item(f"items.{place}", item, until)
         user = asker(body, until)
         logits = service.answer(user.words, body.items, until)
         fused = service.fused(user, body.items, logits, until)
@@ -168,10 +168,10 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         return recommended(service.asker(user_id), body, until)
 
     @app.post("/v1/users/{user_id}/events", tags=["users"])
-    def append_events(user_id: UserId, body: schemas.EventsRequest) -> schemas.EventsReply:
+    def append_events(user_id: UserId, body: schemas.EventsRequest, until: Until) -> schemas.EventsReply:
         """Append to a user's history; the reply comes once it is durable."""
         events = [Event(each.item_id, each.timestamp, each.idempotency_key) for each in body.events]
-        done, length = service.append(user_id, events)
+        done, length = service.append(user_id, events, until)
         metrics.events.inc(done.added)
         return schemas.EventsReply(
             user_id=user_id, added=done.added, duplicates=done.duplicates, history_length=length, **told
@@ -209,9 +209,9 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
         return schemas.ItemsReply(put=[item.item_id for item in new], n_items=len(service.catalogue), **told)
 
     @app.delete("/v1/items/{item_id}", tags=["items"])
-    def delete_item(item_id: ItemId) -> schemas.DeletedReply:
+    def delete_item(item_id: ItemId, until: Until) -> schemas.DeletedReply:
         """Take an item out of the catalogue: it is not recommended any more, and left out of histories."""
-        service.delete(item_id)
+        service.delete(item_id, until)
         return schemas.DeletedReply(item_id=item_id, n_items=len(service.catalogue), **told)
 
     @app.get("/docs", include_in_schema=False)

@@ -79,6 +79,8 @@ class ItemMaker:
             ValueError: an item brings no vector, and none can be made.
         """
         given = [item.vector for item in items if item.vector is not None]
+        if len({len(vector) for vector in given}) > 1:
+            raise ValueError("their vectors have different lengths: make each as those of the run are made")
         if len(given) == len(items):
             return np.array(given, dtype=np.float16)
         if given or self.recipe.vectors.own:

@@ -91,6 +91,8 @@ def wrong_field(error: Any) -> Problem:
     place = error["loc"][1:] if error["loc"][:1] in (("body",), ("query",), ("header",)) else error["loc"]
     if error["loc"][0] == "header":
         return Problem(field=error["loc"][1], message=error["msg"][:1].lower() + error["msg"][1:])
+    if error["type"] == "not_tellable":
+        place = error["ctx"]["place"]
     parts = [str(part) for part in place if isinstance(part, int) or (FIELD.match(part) and part not in KINDS)]
     field = ".".join(parts) or None
     if error["type"] == "json_invalid" or (field is None and error["type"] == "model_attributes_type"):

@@ -3,11 +3,13 @@
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_DOCUMENTS = 10_000
 MOST_EVENTS = 1_000
 MOST_ITEMS = 200
+DEEPEST = 32  # levels of what is sent
 
 
 def storable(text: str) -> str:
@@ -21,8 +23,8 @@ def storable(text: str) -> str:
     return text
 
 
-Id = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(storable)]
-Words = Annotated[str, Field(max_length=200_000), AfterValidator(storable)]
+Id = Annotated[str, Field(min_length=1, max_length=512)]
+Words = Annotated[str, Field(max_length=200_000)]
 ImageText = Annotated[str, Field(description="base64, a data: URL or, if the server fetches them, an http(s) URL")]
 
 
@@ -30,6 +32,39 @@ class Body(BaseModel):
     """What is sent: no value passes for one of another type, as `true` would for 1."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Sent(Body):
+    """A whole body: whatever is in it can be told again."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_told(cls, value: Any) -> Any:
+        places: list[tuple[tuple[Any, ...], Any]] = [((), value)]
+        while places:
+            place, each = places.pop()
+            inner = each.items() if isinstance(each, dict) else enumerate(each) if isinstance(each, list) else ()
+            for name, part in inner:
+                if isinstance(name, str):
+                    _check(place, name, "a name in it ")
+                if len(place) == DEEPEST and isinstance(part, dict | list):
+                    raise _wrong(place, f"is nested more than {DEEPEST} levels deep: send less in one another")
+                if isinstance(part, str):
+                    _check((*place, name), part)
+                elif isinstance(part, dict | list):
+                    places.append(((*place, name), part))
+        return value
+
+
+def _check(place: tuple[Any, ...], text: str, what: str = "") -> None:
+    try:
+        storable(text)
+    except ValueError as error:
+        raise _wrong(place, f"{what}{error}") from error
+
+
+def _wrong(place: tuple[Any, ...], message: str) -> PydanticCustomError:
+    return PydanticCustomError("not_tellable", "{message}", {"message": message, "place": list(place)})
 
 
 class Strict(Body):
@@ -72,7 +107,7 @@ class Document(Body):
     image: ImageText | None = None
 
 
-class RerankRequest(Body):
+class RerankRequest(Sent):
     """Order documents for a user. Fields that are unknown, such as Cohere's `max_chunks_per_doc`, are left alone."""
 
     query: Words | dict[str, Words] = Field(description="a preference in words, or `user:` and the id of a user")
@@ -108,7 +143,7 @@ class RerankReply(Reply):
 # ---- users and items -----------------------------------------------------------------------------------------------
 
 
-class Who(Strict):
+class Who(Sent, Strict):
     """A user: by id, by a history of item ids, or in words."""
 
     user_id: Id | None = None
@@ -157,7 +192,7 @@ class EventIn(Strict):
     )
 
 
-class EventsRequest(Strict):
+class EventsRequest(Sent, Strict):
     events: list[EventIn] = Field(min_length=1, max_length=MOST_EVENTS)
 
 
@@ -186,7 +221,7 @@ class ForgottenReply(Reply):
 Value = str | int | Annotated[float, Field(allow_inf_nan=False)] | bool
 
 
-class Filters(Strict):
+class Filters(Sent, Strict):
     n: int = Field(default=10, ge=1, le=1000, description="how many to return")
     by: Literal["answer", "head", "fused"] | None = Field(
         default=None, description="what orders the result; by default fused, and the answer where there are no heads"
@@ -272,7 +307,7 @@ class ItemIn(Strict):
         return self
 
 
-class ItemsRequest(Strict):
+class ItemsRequest(Sent, Strict):
     items: list[ItemIn] = Field(min_length=1, max_length=MOST_ITEMS)
 
     @model_validator(mode="after")

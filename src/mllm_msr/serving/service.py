@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.preference import split_history
 from mllm_msr.modeling.recommending import By, Recommendation, Refused, Wanted, fused_scores, recommend
+from mllm_msr.processing.prompt_encoding import PromptRefused
 from mllm_msr.serving.answers import KeptAnswers
 from mllm_msr.serving.batching import ModelQueue
 from mllm_msr.serving.catalogue import ServedCatalogue
@@ -28,14 +30,20 @@ from mllm_msr.serving.condensing import Condenser, PreferenceWriter
 from mllm_msr.serving.items import ItemMaker, NewItem
 from mllm_msr.serving.opening import Opened
 from mllm_msr.serving.store import Appended, Event, Store, StoredItem
-from mllm_msr.serving.users import Users, UserState
+from mllm_msr.serving.users import MOST_TOLD, Users, UserState
 
 logger = logging.getLogger(__name__)
+AGAIN = 3  # times that recommendations are made anew when an item goes meanwhile
+LINE = 16  # tokens of an item of the history, at least, if there are many
 FRAME = 16  # tokens, about, that a prompt adds to the words of an item
 
 
 class Unknown(LookupError):
     """A user or an item that is not there."""
+
+
+class ItemGone(Refused):
+    """An item was there when a request came, and is not any more."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,9 @@ class Service:
         self.catalogue = ServedCatalogue(
             opened.items, opened.titles, opened.summaries, opened.columns, store.image, prepare
         )
-        self.users = Users(opened.users, store, opened.recipe.summaries.block_size)
+        limit = recommender.model.config.user_limit if recommender.late else recommender.processor.max_length
+        most_told = min(MOST_TOLD, (limit or 10**6) // LINE)
+        self.users = Users(opened.users, store, opened.recipe.summaries.block_size, most_told)
         self.queue = ModelQueue(recommender.score, token_budget, max_tokens=max_tokens)
         self.answers = KeptAnswers()
         self.writer, self.maker = PreferenceWriter(opened.recipe), ItemMaker(opened.recipe)
@@ -103,18 +113,18 @@ class Service:
             raise Unknown(f"user {user_id!r} is not known: send events of this user first, or a history")
         return state
 
-    def append(self, user_id: str, events: Sequence[Event]) -> tuple[Appended, int]:
+    def append(self, user_id: str, events: Sequence[Event], until: float = float("inf")) -> tuple[Appended, int]:
         """Append events, durably; also the length of the user's history now."""
         for place, event in enumerate(events):
-            self.check_item(f"events.{place}.item_id", event.item_id)
+            self.check_item(f"events.{place}.item_id", event.item_id, until)
         appended = self.users.append(user_id, events)
         self.condenser.wake()
         return appended, sum(map(len, self.users.of_run(user_id)[:2])) + appended.total
 
-    def check_item(self, field: str, item_id: str) -> None:
+    def check_item(self, field: str, item_id: str, until: float = float("inf")) -> None:
         """Raise :class:`Refused` for an item that is not in the catalogue."""
         if item_id not in self.catalogue:
-            self.refresh()  # another server may have just put it
+            self.refresh(until)  # another server may have just put it
             if item_id not in self.catalogue:
                 raise Refused(field, f"item {item_id!r} is not in the catalogue: put it by PUT /v1/items first")
 
@@ -133,18 +143,17 @@ class Service:
         """
         if user_id is not None:
             state = self.state(user_id)
-            return Asker(state.words(self.catalogue.summary), state.whole, state.recent)
+            return Asker(state.words(self.catalogue.summary), state.whole, state.told)
         history = history or []
         for place, item in enumerate(history):
-            self.check_item(f"history.{place}", item)
+            self.check_item(f"history.{place}", item, until)
         recent, words = history, preference or ""
         if condense:
             described = [item for item in map(self.described, history) if item is not None]
             texts = self.writer.preferences(described, until)
             words, recent = texts[-1] if texts else "", split_history(history, self.users.block_size)[1]
-        state = UserState("", list(recent), self.users.block_size)
-        told = state.words(self.catalogue.summary)
-        return Asker(User(words, told.recent), history, recent)
+        state = UserState("", list(recent), self.users.block_size, most_told=self.users.most_told)
+        return Asker(User(words, state.words(self.catalogue.summary).recent), history, state.told)
 
     # ---- answers -----------------------------------------------------------------------------------------------
 
@@ -161,8 +170,10 @@ class Service:
             scored = self.queue.submit(user, missing, self.catalogue, costs, _tokens(user), until)
             try:
                 new = dict(zip(missing, _result(scored, until).tolist(), strict=True))
+            except PromptRefused as error:
+                raise Refused("items", str(error)) from error
             except KeyError as error:
-                raise Refused("items", "one was deleted before it could be scored: send the request again") from error
+                raise ItemGone("items", "one was deleted before it could be scored: send the request again") from error
             found = {key: new[key[0]] for key in keys if key[0] in new}
             self.answers.add(user, found)
             kept |= found
@@ -173,7 +184,11 @@ class Service:
         number = next(self._numbers)
         named = {f"\0{number}\0{place}": document for place, document in enumerate(documents)}
         costs = [self._cost_of(document) for document in documents]
-        return _result(self.queue.submit(user, list(named), named, costs, _tokens(user), until), until)
+        scored = self.queue.submit(user, list(named), named, costs, _tokens(user), until)
+        try:
+            return _result(scored, until)
+        except PromptRefused as error:
+            raise Refused("documents", str(error)) from error
 
     def _cost_of(self, item: Candidate) -> int:
         image = self.opened.image_tokens if item.image is not None else 0
@@ -206,14 +221,20 @@ class Service:
         def allowed(item: str) -> bool:
             return all(self.catalogue.value(item, column) in values for column, values in where.items())
 
-        return recommend(
-            self.opened.item_ranker,
-            asker.history,
-            self.catalogue,
-            replace(wanted, allowed=allowed if where else None),
-            lambda ids: self.answer(asker.words, ids, until),
-            lambda work: _result(self.queue.call(work, until), until),
-        )
+        def best() -> tuple[By, list[Recommendation]]:
+            return recommend(
+                self.opened.item_ranker,
+                asker.history,
+                self.catalogue,
+                replace(wanted, allowed=allowed if where else None),
+                lambda ids: self.answer(asker.words, ids, until),
+                lambda work: _result(self.queue.call(work, until), until),
+            )
+
+        for _ in range(AGAIN):
+            with suppress(ItemGone):  # between heads and answer, which nobody has asked for by name
+                return best()
+        return best()
 
     # ---- items -------------------------------------------------------------------------------------------------
 
@@ -246,12 +267,12 @@ class Service:
         )
         self.refresh(until)
 
-    def delete(self, item_id: str) -> None:
+    def delete(self, item_id: str, until: float = float("inf")) -> None:
         """Take an item out of the catalogue; :class:`Unknown` if it is not there."""
         if item_id not in self.catalogue:
             raise Unknown(f"item {item_id!r} is not in the catalogue")
         self.store.put([StoredItem(item_id, deleted=True)])
-        self.refresh()
+        self.refresh(until)
 
     def refresh(self, until: float = float("inf")) -> None:
         """Take over items that this or another server has put or deleted."""

@@ -9,6 +9,8 @@ from mllm_msr.records.storage import digest
 from mllm_msr.serving.opening import RunUsers
 from mllm_msr.serving.store import Appended, Event, Store
 
+MOST_TOLD = 32
+
 
 @dataclass(frozen=True)
 class UserState:
@@ -19,6 +21,7 @@ class UserState:
         cut: items before these, which no prompt reads.
         steps: the preference after each history block, as far as they are written.
         block_size: items of a history block.
+        most_told: items that no preference has read yet and answers are told of; more only where blocks are large.
     """
 
     user_id: str
@@ -26,6 +29,7 @@ class UserState:
     block_size: int
     cut: Sequence[str] = ()
     steps: Sequence[str] = ()
+    most_told: int = MOST_TOLD
 
     @property
     def known(self) -> bool:
@@ -47,13 +51,18 @@ class UserState:
         return self.history[len(self.steps) * self.block_size :]
 
     @property
+    def told(self) -> Sequence[str]:
+        """Of these the newest, as many as answers are told of."""
+        return self.recent[max(0, len(self.recent) - max(self.most_told, 2 * self.block_size)) :]
+
+    @property
     def blocks_due(self) -> int:
         """History blocks that are full and not condensed."""
         return whole_blocks(len(self.history), self.block_size) - len(self.steps)
 
     def words(self, summary: Callable[[str], str | None]) -> User:
         """As the model reads the user; items that are no more are left out."""
-        summaries = [summary(item) for item in self.recent]
+        summaries = [summary(item) for item in self.told]
         return User(self.preference, [HistoryItem(summary=text) for text in summaries if text is not None])
 
 
@@ -69,6 +78,7 @@ class Users:
     run: RunUsers
     store: Store
     block_size: int
+    most_told: int = MOST_TOLD
 
     def state(self, user_id: str) -> UserState:
         """A user as of now; of one that nobody knows, an empty history."""
@@ -78,7 +88,7 @@ class Users:
         for step, (grounds, text) in sorted(self.store.preferences(user_id).items()):
             if step == len(steps) + 1 and grounds == rests_on(history, step, self.block_size):
                 steps = [*steps, text]
-        return UserState(user_id, history, self.block_size, cut, steps)
+        return UserState(user_id, history, self.block_size, cut, steps, self.most_told)
 
     def of_run(self, user_id: str) -> tuple[list[str], list[str], list[str]]:
         """History, what was cut off before it, and preferences that the run has of a user who is not forgotten."""
