@@ -61,6 +61,9 @@ def test_bad_rows(folder: Path) -> None:
         read_microlens(folder)
     assert len(read_microlens(folder, on_bad_rows="skip").interactions.collect()) == 3
     (folder / "MicroLens-50k_pairs.csv").unlink()
+    (folder / "MicroLens-50k_pairs.tsv").write_text("7\t10 12\n8\t11\n7\t11\n")
+    with pytest.raises(ValueError, match=r"pairs\.tsv, row 3: another line of the same user"):
+        read_microlens(folder)
     (folder / "MicroLens-50k_pairs.tsv").write_text("7\t10 12\n8 11\n")
     with pytest.raises(ValueError, match=r"pairs\.tsv, row 2: not user<TAB>item"):
         read_microlens(folder)
