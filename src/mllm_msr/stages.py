@@ -49,6 +49,7 @@ MORE_TASKS = "lower data.min_history, raise data.max_train_targets or bring more
 
 def run_all(run: RunFolder) -> None:
     """Every stage in order; what training would refuse stops the run before it begins."""
+    check_models(run.recipe)
     check_training(run.recipe)
     with run.lock(f"mllm-msr run, in {run.path}"):
         for name in stages_of(run.recipe):
@@ -209,6 +210,17 @@ def vectors(run: RunFolder) -> None:
         write(frame)
 
     run.stage("vectors", work, writes=writes, facts=facts)
+
+
+def check_models(recipe: Recipe) -> None:
+    """Raise FileNotFoundError for a model that is a folder and is not there, which its stage would say hours later."""
+    models = {"training.model_name_or_path": recipe.training.get("model_name_or_path")}
+    models["vectors.model"] = None if recipe.vectors.own else recipe.vectors.model
+    if recipe.summaries.engine != "openai":  # a server may call its model by any name
+        models |= {"summaries.model": recipe.summaries.model, "summaries.user_model": recipe.summaries.user_model}
+    for name, model in models.items():
+        if model and (Path(model).is_absolute() or model.startswith(".")) and not Path(model).is_dir():
+            raise FileNotFoundError(f"{name}: there is no folder {model}")
 
 
 def check_training(recipe: Recipe) -> None:

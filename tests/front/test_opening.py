@@ -207,3 +207,10 @@ def test_tables_without_a_recipe_make_one(shop: Shop) -> None:
     run = open_recipe(None, own, shop.run)
     assert (run.recipe.name, run.recipe.summaries.engine) == ("log", "extractive")
     assert run.recipe.training["model_name_or_path"] == "demo"
+
+
+def test_a_model_folder_that_is_not_there_stops_a_run_before_its_first_stage(recipe_file: Path, tmp_path: Path) -> None:
+    for key in ("training.model_name_or_path", "vectors.model"):
+        with pytest.raises(SystemExit, match=f"{key}: there is no folder /nowhere"):
+            main(["run", str(recipe_file), "--set", f"{key}=/nowhere", "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run/data").exists()

@@ -1,5 +1,9 @@
 """What was parsed once, kept in temporary files so that it can be scanned as often as needed."""
 
+import glob
+import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -8,10 +12,16 @@ from pathlib import Path
 
 import polars as pl
 
+from mllm_msr.records.storage import is_alive
+
 
 @cache
 def _spools() -> tuple[tempfile.TemporaryDirectory, Iterator[int]]:
-    return tempfile.TemporaryDirectory(prefix="mllm_msr_"), count()  # removed when the process ends
+    prefix = f"mllm_msr.{socket.gethostname()}."
+    for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix)}*.*"):  # by processes that were killed
+        if not is_alive(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}."), count()  # removed when the process ends
 
 
 def spool_folder() -> Path:
