@@ -334,7 +334,7 @@ def after(first, second):
             ),
             "backbone is not on the Hub",
         ),
-        (write("config.json", "{"), r"config\.json is damaged"),
+        (write("config.json", "{"), r"config\.json is no whole JSON file"),
         (without("processor_config.json"), r"processor_config\.json is missing"),
         (without("tokenizer.json"), "has no tokenizer"),
         (without("modeling_mllm_msr.py"), "the model's code, is missing"),
