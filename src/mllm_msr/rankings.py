@@ -2,7 +2,9 @@
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -32,9 +34,9 @@ def _is_ranking(path: Path, form: str | None) -> bool:
         return False
     if form not in ("csv", "json", "parquet") or not path.stat().st_size:
         return True
+    readers: dict[str, Callable[..., Any]] = {"csv": pl.scan_csv, "json": pl.read_json, "parquet": pl.scan_parquet}
     try:
-        read = {"csv": pl.scan_csv, "json": pl.read_json, "parquet": pl.scan_parquet}[form]
-        return set(RANKINGS.columns) <= set(read(path).lazy().collect_schema())
+        return set(RANKINGS.columns) <= set(readers[form](path).lazy().collect_schema())
     except (pl.exceptions.PolarsError, UnicodeDecodeError):
         return False
 

@@ -84,7 +84,8 @@ def discover(
     log = _log(folder, samples, unused, interactions, known, reasons)
     others = [sample for sample in samples if sample.place != log.place and items in (None, sample.place)]
     join = _join(log, others, known)
-    if join and (join.log.ids(join.ours) == join.theirs).any():
+    chosen = join.log.ids(join.ours) if join else None
+    if join and chosen is not None and join.theirs in chosen.to_list():
         raise _no_names(join.catalogue, join.theirs)
     if join:
         known.setdefault("item_id", join.ours)

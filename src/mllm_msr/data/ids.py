@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -9,7 +10,11 @@ from mllm_msr.data.raw import EXAMPLES, BadRows, short
 
 # As pandas, R, Excel and databases write a missing value; pandas takes the same for one.
 MISSING = ("", "NaN", "nan", "NaT", "NULL", "null", "<NA>", "None", "NA", "N/A", "n/a", "#N/A", r"\N")
-EXACT = {pl.Float16: 2.0**11, pl.Float32: 2.0**24, pl.Float64: 2.0**53}  # floats hold every whole number below
+EXACT: dict[Any, float] = {
+    pl.Float16: 2.0**11,
+    pl.Float32: 2.0**24,
+    pl.Float64: 2.0**53,
+}  # floats hold every whole number below
 AS_FLOAT = r"^([+-]?\d+)\.0+$"
 ROUNDED = r"^[+-]?\d+(?:\.\d+)?[eE]\+\d+$|^[+-]?\d{17,}\.0+$"  # as Python writes floats beyond that
 
