@@ -91,11 +91,10 @@ class Watch:
     def run(self) -> None:
         start, here = time.perf_counter(), psutil.Process()
         while not self.done.wait(1):
-            workers = [process for process in psutil.process_iter(["name"]) if "Worker" in (process.info["name"] or "")]
             elsewhere = 0.0
-            for worker in workers:
+            for process in here.children(recursive=True):
                 try:
-                    elsewhere += worker.memory_info().rss / 1e6
+                    elsewhere += process.memory_info().rss / 1e6 if "Worker" in process.name() else 0.0
                 except psutil.Error:
                     continue
             self.seen.append((time.perf_counter() - start, self.count(), here.memory_info().rss / 1e6, elsewhere))
