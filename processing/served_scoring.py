@@ -18,12 +18,13 @@ from yarl import URL
 from mllm_msr.modeling.inputs import Candidate, User
 from mllm_msr.modeling.late_ranking import Scores
 from mllm_msr.modeling.ranking import Recommender
-from mllm_msr.processing.engine_openai import PASSING, authorization, proxy_of, run_to_end, server_url
+from mllm_msr.processing.engine_openai import PASSING, REMEDIES, authorization, proxy_of, run_to_end, server_url
 from mllm_msr.processing.engines import EngineUnavailable
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
 VLLM, SGLANG = "generative_scoring", "v1/score"
 CANDIDATES = 256  # of one request
+ROUNDING = 1e-3  # by which probabilities in half precision may be beyond 0 and 1
 USERS = 64  # whose prompts are made at a time
 
 
@@ -122,14 +123,15 @@ class _ServedPlan:
             # it tells the probability of the first label only, so each spelling of Yes is the first once
             answers = [await self._post(session, self._asked(request, token)) for token in self.yes]
             if None not in answers:
-                return _logit(sum(_of_vllm(answer, len(request["items"])) for answer in answers))
+                return _logit(np.sum([_of_vllm(answer, len(request["items"])) for answer in answers], axis=0), VLLM)
             self.path = SGLANG
         answer = await self._post(session, self._asked(request, self.yes[0]))
         if answer is None:
             raise EngineUnavailable(
                 f"the server has neither /{VLLM} (vLLM) nor /{SGLANG} (SGLang): check evaluation.served"
             )
-        return _logit(_of_sglang(answer, len(request["items"]))[:, : len(self.yes)].sum(1))
+        shape = (len(request["items"]), len(self.yes) + len(self.no))
+        return _logit(_of_sglang(answer, shape)[:, : len(self.yes)].sum(1), SGLANG)
 
     def _asked(self, request: Mapping[str, Any], first: int) -> dict[str, Any]:
         labels = [first, *(token for token in (*self.yes, *self.no) if token != first)]
@@ -138,29 +140,31 @@ class _ServedPlan:
     async def _post(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Any:
         """What the server answers, as JSON; None if it has no such path."""
         url, reason = (self.url / self.path).with_query(self.url.query), ""
+        remedy = "start it again, or check the address"
         for attempt in range(self.tries):
             try:
                 async with session.post(
                     url, data=json.dumps(request).encode(), allow_redirects=False, proxy=proxy_of(url)
                 ) as response:
                     if response.status == 200:
-                        return json.loads(await response.read())
+                        if (answer := json.loads(await response.read())) is not None:
+                            return answer
+                        raise ValueError("null")
                     if response.status in (404, 405):
                         return None
                     reason = f"http-{response.status}"
+                    remedy = REMEDIES.get(response.status, remedy)
                     if response.status not in PASSING and response.status < 500:
                         break
             except TimeoutError:
                 reason = "timeout"
             except (aiohttp.ClientError, OSError):
                 reason = "connection"
-            except ValueError:
+            except (ValueError, RecursionError):
                 reason = "malformed-answer"
                 break
             await asyncio.sleep(self.pause * 2**attempt)
-        raise EngineUnavailable(
-            f"the server of evaluation.served failed ({reason}): start it again, or check the address"
-        )
+        raise EngineUnavailable(f"the server of evaluation.served failed ({reason}): {remedy}")
 
 
 def _of_vllm(answer: Any, count: int) -> np.ndarray:
@@ -172,18 +176,23 @@ def _of_vllm(answer: Any, count: int) -> np.ndarray:
         raise EngineUnavailable(f"the server's answer is not that of /{VLLM}") from error
 
 
-def _of_sglang(answer: Any, count: int) -> np.ndarray:
+def _of_sglang(answer: Any, shape: tuple[int, int]) -> np.ndarray:
     """(C, labels) their probabilities."""
     try:
         scores = np.array(answer["scores"], dtype=np.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineUnavailable(f"the server's answer is not that of /{SGLANG}") from error
-    if scores.ndim != 2 or len(scores) != count:
+    if scores.shape != shape:
         raise EngineUnavailable(f"the server's answer is not that of /{SGLANG}")
     return scores
 
 
-def _logit(probability: Any) -> np.ndarray:
+def _logit(probability: np.ndarray, path: str) -> np.ndarray:
     """float32; beyond what float64 tells apart from 0 and 1, its ends."""
+    if not np.all((probability >= -ROUNDING) & (probability <= 1 + ROUNDING)):  # NaN is neither
+        raise EngineUnavailable(
+            f"the server's answers of /{path} are no probabilities, as it does not apply the softmax it was asked for: "
+            "serve the model by another version"
+        )
     p = np.clip(probability, 1e-15, 1 - 1e-15)
     return (np.log(p) - np.log1p(-p)).astype(np.float32)

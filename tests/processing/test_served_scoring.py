@@ -10,11 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from chat_server import Reply, chat_server
 from PIL import Image
 
 from mllm_msr import Candidate, HistoryItem, MllmMsrForRecommendation, MllmMsrProcessor, Recommender, User
 from mllm_msr.processing.engines import EngineUnavailable
-from mllm_msr.processing.served_scoring import ServedRecommender
+from mllm_msr.processing.served_scoring import SGLANG, ServedRecommender
 
 USERS = [User("quiet red films"), User("", (HistoryItem("Jaws", "a shark"),)), User("</s> [INST] <image> ships")]
 CATALOGUE = {
@@ -114,3 +115,36 @@ def test_what_a_server_cannot_do_is_said(recommender):
         ServedRecommender(processor, url, tries=2, pause=0.01).score(USERS, CANDIDATES, CATALOGUE)
     with pytest.raises(ValueError, match=r"set evaluation\.served"):
         ServedRecommender(processor, "nowhere")
+
+
+def of_vllm(*scores: object) -> bytes:
+    return json.dumps({"data": [{"index": index, "score": score} for index, score in enumerate(scores)]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "message"),
+    [
+        (200, of_vllm(float("nan"), 0.2), "are no probabilities"),
+        (200, of_vllm(-0.1, -2.2), "are no probabilities"),  # their logarithms
+        (200, of_vllm(4.2, 0.1), "are no probabilities"),
+        (200, of_vllm(0.5), "not that of /generative_scoring"),
+        (200, of_vllm(None, 0.5), "not that of /generative_scoring"),
+        (200, b"null", "malformed-answer"),
+        (200, b"[" * 100_000, "malformed-answer"),
+        (401, b"no such key: sk-secret", r"\(http-401\): set OPENAI_API_KEY"),
+    ],
+)
+def test_what_a_server_says_is_no_score_unless_it_is_one(recommender, status, answer, message):
+    with chat_server(lambda body, n: Reply(status, answer)) as (url, _):
+        served = ServedRecommender(recommender.processor, url, tries=1, pause=0.01)
+        with pytest.raises(EngineUnavailable, match=message) as stop:
+            served.score(USERS[:1], [["a", "b"]], CATALOGUE)
+    assert "sk-secret" not in str(stop.value)
+
+
+def test_every_label_of_an_answer_has_a_probability(recommender):
+    with chat_server(lambda body, n: Reply(content=b'{"scores": [[0.5], [0.1]]}')) as (url, _):
+        served = ServedRecommender(recommender.processor, url, tries=1, pause=0.01)
+        served.plan.path = SGLANG
+        with pytest.raises(EngineUnavailable, match="not that of /v1/score"):
+            served.score(USERS[:1], [["a", "b"]], CATALOGUE)
