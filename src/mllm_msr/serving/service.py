@@ -33,7 +33,7 @@ from mllm_msr.serving.store import Appended, Event, Store, StoredItem
 from mllm_msr.serving.users import MOST_TOLD, Users, UserState
 
 logger = logging.getLogger(__name__)
-AGAIN = 3  # times that recommendations are made anew when an item goes meanwhile
+AGAIN = 10  # times that recommendations are made anew when an item goes meanwhile
 LINE = 16  # tokens of an item of the history, at least, if there are many
 FRAME = 16  # tokens, about, that a prompt adds to the words of an item
 
