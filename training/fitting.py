@@ -1,6 +1,7 @@
 """What ``sft.py`` and ``dpo.py`` do alike between a loaded model and a finished training."""
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from transformers import EarlyStoppingCallback, Trainer
@@ -51,8 +52,10 @@ def fit(trainer: Trainer, data: TrainingData, arguments: ExampleArguments, model
             "nothing was trained: there is not one whole batch; lower --per_device_train_batch_size or leave "
             "--dataloader_drop_last out"
         )
-    for name, weights in trainer.model.named_parameters():
-        if weights.requires_grad and not getattr(weights, "to_local", lambda w=weights: w)().isfinite().all():
+    model: Any = trainer.model
+    for name, weights in model.named_parameters():
+        own = weights.to_local() if hasattr(weights, "to_local") else weights  # where processes share them
+        if weights.requires_grad and not own.isfinite().all():
             raise RuntimeError(
                 f"training has diverged, as {name} is no longer a number: lower --learning_rate, and give another "
                 "--output_dir or remove its checkpoints, which have such weights, too"
