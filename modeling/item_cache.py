@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class ItemKeys:
         content: Any = getattr(catalogue, "content", None)
         named = content(item_id) if content else Candidate.of(catalogue[item_id]).content
         return named + self._precision + self.kept_as
+
+    def missing(self, catalogue: Mapping[str, Any], items: Iterable[str], there: Container[str]) -> list[str]:
+        """Those of ``items`` whose names are not ``there``; of equal ones the last."""
+        keys = {self.of(catalogue, item): item for item in items}
+        return [item for key, item in keys.items() if key not in there]
 
     def of_user(self, user: User) -> str:
         return user.content + self._precision

@@ -187,9 +187,8 @@ class Recommender:
         """Those of ``items``, or of the whole catalogue, that the ``cache`` has not; of equal ones the last."""
         if self.cache is None or not isinstance(self.plan, LatePlan):
             raise ValueError("an index needs a model with interaction='late' and Recommender(cache=folder)")
-        keys = {self.plan.keys.of(catalogue, item): item for item in (catalogue if items is None else items)}
         self.cache.refresh()
-        return [item for key, item in keys.items() if key not in self.cache.places]
+        return self.plan.keys.missing(catalogue, catalogue if items is None else items, self.cache.places)
 
 
 class Plan(Protocol):

@@ -2,17 +2,20 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
+import torch
 from tqdm import tqdm
 
 from mllm_msr.evaluation.loading import Computing, load_catalogue, load_recommender
 from mllm_msr.evaluation.scoring import Show, as_it_is
 from mllm_msr.evaluation.spread_scoring import run_at, run_folders
 from mllm_msr.modeling.inputs import Candidate
+from mllm_msr.modeling.item_cache import ItemKeys
+from mllm_msr.modeling.item_shards import ShardFolder
 from mllm_msr.processing.open_workers import open_workers
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.storage import write_bytes
@@ -40,11 +43,18 @@ class ViewIndex:
         """Have what is missing of these items computed; whether any was."""
         if self.done.issuperset(names):
             return False
-        keys = load_recommender(self.run, Computing(device="cpu", cache=self.folder))
-        missing = keys.not_indexed(self.catalogue, names)
+        self._shards.refresh()
+        missing = ItemKeys(torch.device("cpu")).missing(self.catalogue, names, self._shards.places)
         spread_index(self.run, missing, self.folder, self.show)
         self.done.update(names)
         return bool(missing)
+
+    @cached_property
+    def _shards(self) -> ShardFolder:
+        """What is there; of the model, which only says the name of its folder, nothing is kept."""
+        shards = load_recommender(self.run, Computing(device="cpu", cache=self.folder)).cache
+        assert shards is not None
+        return shards
 
 
 def spread_index(
