@@ -40,7 +40,7 @@ class PreferenceWriter:
     def __init__(self, recipe: Recipe) -> None:
         self.options = recipe.summaries.for_users()
         self.engine = build_engine(self.options, recipe.prompts, recipe.item_noun)
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def write(self, items: Sequence[HistoryItem], previous: str | None) -> str:
         """The preference after some items; "" if the engine has no answer to them.
@@ -50,7 +50,7 @@ class PreferenceWriter:
         """
         block = HistoryBlock(items, previous)
         inputs = Inputs([""], [asdict(block)], [0], [block].__getitem__)
-        with self._lock, TemporaryDirectory() as folder, tqdm(disable=True) as progress:
+        with self.lock, TemporaryDirectory() as folder, tqdm(disable=True) as progress:
             store = TextStore(Path(folder))
             (key,) = TextWriter(self.engine, store, self.options.seed).write("preference", inputs, progress)
             return store.rows[key].text

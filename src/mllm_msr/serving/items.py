@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -40,10 +42,14 @@ class NewItem:
 
 
 class ItemMaker:
-    """The models that describe items, each loaded when it is first wanted; for one request at a time."""
+    """The models that describe items, each loaded when it is first wanted; for one request at a time.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self._lock = recipe, threading.Lock()
+    Args:
+        lock: held while a model is loaded or used; a load changes torch's default dtype for the whole process.
+    """
+
+    def __init__(self, recipe: Recipe, lock: AbstractContextManager[Any] | None = None) -> None:
+        self.recipe, self._lock = recipe, lock or threading.Lock()
 
     @cached_property
     def engine(self) -> Engine:
