@@ -51,7 +51,7 @@ def block_attention(
     if block_layout.whole is not None:
         return torch.cat(list(_attend_suffixes(module, block_layout, q, k, v, scaling, dropout)))[None], None
     outputs = [
-        _sdpa(*(segments.gather(tensor) for tensor in (q, k, v)), segments.mask, scaling, dropout)
+        _sdpa(segments.gather(q), segments.gather(k), segments.gather(v), segments.mask, scaling, dropout)
         for segments in block_layout.prefixes
     ]
     outputs = [output.transpose(1, 2).flatten(0, 1) for output in outputs]

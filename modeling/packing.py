@@ -331,7 +331,8 @@ def _copies(suffixes: Segments, prefixes: list[Segments], prefix_of: list[torch.
     seen = [(each, of[some]) for each, of in zip(prefixes, prefix_of, strict=True)]
     places = torch.cat([*(each.places[of] for each, of in seen), suffixes.places[some]], 1)
     inside = torch.cat([*(each.inside[of] for each, of in seen), suffixes.inside[some]], 1)
-    own: Any = suffixes.mask if len(suffixes.mask) == 1 else suffixes.mask[some]
+    mask: Any = suffixes.mask  # never None
+    own = mask if len(mask) == 1 else mask[some]
     before = inside[:, None, None, : -own.shape[-1]]
     count = 1 if len(own) == 1 and before.all() else len(places)
     mask = torch.cat([before[:count].expand(-1, -1, own.shape[-1], -1), own.expand(count, -1, -1, -1)], -1)

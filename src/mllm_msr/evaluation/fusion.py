@@ -208,7 +208,9 @@ def fit_fusion(
     whole, fold = place < (len(data) if n_whole is None else n_whole), place % FOLDS
     for towards in (shared, single):
         chosen, value = None, float(quality(alone[best], data).mean())
-        for fit in (towards, *(partial(by_bucket, towards=towards, penalty=penalty) for penalty in PENALTIES)):
+        fits: list[Callable[[Tensor], ScoreFusion]] = [towards]
+        fits += [partial(by_bucket, towards=towards, penalty=penalty) for penalty in PENALTIES]
+        for fit in fits:
             gained, loss = torch.zeros(len(data)), torch.zeros(len(data))
             for number in range(min(FOLDS, len(data))):
                 fusion, rest = fit(fold != number), data.part(fold == number)

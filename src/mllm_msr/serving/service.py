@@ -73,7 +73,8 @@ class Service:
         self.catalogue = ServedCatalogue(
             opened.items, opened.titles, opened.summaries, opened.columns, store.image, prepare
         )
-        limit = recommender.model.config.user_limit if recommender.late else recommender.processor.max_length
+        processor: Any = recommender.processor
+        limit = recommender.model.config.user_limit if recommender.late else processor.max_length
         most_told = min(MOST_TOLD, (limit or 10**6) // LINE)
         self.users = Users(opened.users, store, opened.recipe.summaries.block_size, most_told)
         self.queue = ModelQueue(recommender.score, token_budget, max_tokens=max_tokens)
