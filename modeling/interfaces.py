@@ -44,6 +44,7 @@ class RecommendationModel(Protocol):
 class RecommendationProcessor(Protocol):
     prompts: dict[str, str]
     item_noun: str
+    max_length: int | None
     image_processor: Any
 
     def __call__(self, users: Sequence[User], candidates: Sequence[Candidate]) -> BatchFeature: ...
