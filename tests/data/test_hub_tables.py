@@ -47,3 +47,9 @@ def test_a_published_table_names_no_file_of_this_machine(tmp_path: Path) -> None
 def test_a_folder_is_read_as_it_is_now_and_not_as_one_of_its_name_was(tmp_path: Path) -> None:
     for count, folder in enumerate(("a/own", "b/own", "b/own"), start=1):
         assert len(load_table(publish(tmp_path / folder, *[None] * count), "items", "train")) == count
+
+
+def test_a_folder_of_something_else_is_refused_at_once(tmp_path: Path) -> None:
+    pl.DataFrame({"item_id": ["a"]}).write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(FileNotFoundError, match=r"neither a run .* nor a data set"):
+        load_table(str(tmp_path), "items", "train")

@@ -20,11 +20,15 @@ def load_table(source: str, config: str, split: str) -> Dataset:
         split: "train" or "validation" of "sft"; "tasks" come whole, as "all"; others have "train" only.
 
     Raises:
-        FileNotFoundError: a run directory whose table has not been made yet.
+        FileNotFoundError: a run directory whose table has not been made yet, or a folder of something else.
         ValueError: a data set of other people that names images in files instead of holding them.
     """
     run = Path(source)
     if not (run / "config.yaml").is_file():
+        if run.is_dir() and not (run / "README.md").is_file():  # all of it would be searched for tables
+            raise FileNotFoundError(
+                f"{source}: neither a run (config.yaml) nor a data set (README.md with its tables): name one of these"
+            )
         name, _, revision = (source, "", "") if run.exists() else source.partition("@")
         table = _facts(load_afresh(name, name=config, split=split, revision=revision or None))
         for column, feature in table.features.items():

@@ -19,7 +19,7 @@ from mllm_msr.evaluation.full_catalogue import (
     rerank_depth,
     users_among_all,
 )
-from mllm_msr.evaluation.kept_scores import MODEL_STAGES, kept, scores_folder
+from mllm_msr.evaluation.kept_scores import MODEL_STAGES, kept, kept_scores, scores_folder
 from mllm_msr.evaluation.metrics import Columns, user_columns
 from mllm_msr.evaluation.places import place_columns
 from mllm_msr.evaluation.rankers import training_counts
@@ -128,10 +128,7 @@ class ScoredVariant:
             self.scorer.__exit__(*error)
 
     def scores(self) -> pl.DataFrame:
-        def score() -> pl.DataFrame:
-            return self.scorer.score(self.tasks).select(pl.lit(self.variant.name).alias("variant"), pl.all())
-
-        return kept(SCORES, self.folder / f"{self.variant.name}.parquet", score)
+        return kept_scores(self.folder, self.variant.name, lambda: self.scorer, self.tasks)
 
     def places(self, users: int | Literal["all"]) -> pl.DataFrame | None:
         """Where the choices of some users stand among all items; None if our model had to score too many."""

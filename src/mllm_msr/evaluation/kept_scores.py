@@ -1,12 +1,15 @@
 """Scores that are kept, so that nothing is scored twice: where they lie, by all that they depend on."""
 
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.evaluation.scorers import ModelScorer, ModelView
+from mllm_msr.evaluation.scorers import ModelScorer, ModelView, Scorer
 from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import SCORES, Table
@@ -30,12 +33,35 @@ def kept(table: Table, path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataF
     return table.read(path)
 
 
-def answer_scores(run: RunFolder) -> pl.DataFrame:
-    """The trained model's scores of the evaluated tasks: what the variant ``mllm_msr`` has, or will find."""
+def kept_scores(folder: Path, name: str, scorer: Callable[[], Scorer], tasks: pl.DataFrame) -> pl.DataFrame:
+    """A variant's scores of all tasks, saved part by part, so that a killed evaluation goes on.
+
+    ``scorer`` makes what scores them; it is called if something is missing.
+    """
+    parts = folder / f"{name}.parts"
 
     def score() -> pl.DataFrame:
-        with ModelScorer(ModelView(), run) as scorer:
-            scores = scorer.score(run_contexts(run, run.recipe.evaluation.split))
-        return scores.select(pl.lit(OURS).alias("variant"), pl.all())
+        maker = scorer()
+        shown, size = maker.shown(tasks), maker.part_size or max(1, len(tasks))
+        made = []
+        for begin in range(0, max(1, len(shown)), size):
+            part = shown[begin : begin + size]
+            path = parts / f"{begin}-{begin + len(part)}.parquet"
+            scored = partial(lambda some: maker.score(some).select(pl.lit(name).alias("variant"), pl.all()), part)
+            made.append(kept(SCORES, path, scored) if len(part) < len(shown) else scored())
+        return pl.concat(made)
 
-    return kept(SCORES, scores_folder(run, MODEL_STAGES) / f"{OURS}.parquet", score)
+    scores = kept(SCORES, folder / f"{name}.parquet", score)
+    shutil.rmtree(parts, ignore_errors=True)
+    return scores
+
+
+def answer_scores(run: RunFolder) -> pl.DataFrame:
+    """The trained model's scores of the evaluated tasks: what the variant ``mllm_msr`` has, or will find."""
+    with ExitStack() as held:
+        return kept_scores(
+            scores_folder(run, MODEL_STAGES),
+            OURS,
+            lambda: held.enter_context(ModelScorer(ModelView(), run)),
+            run_contexts(run, run.recipe.evaluation.split),
+        )

@@ -25,25 +25,34 @@ if TYPE_CHECKING:
     from mllm_msr.modeling.ranking import Recommender
 
 PROGRESS = "    pairs"  # label of the progress bar
+PART = 256  # tasks, as many as a piece of what workers of a cluster are given
+SPREAD = 64  # such pieces that a cluster has at a time
 
 
 class Scorer(ABC):
     """What gives a value to every candidate of a task, and to every item of the catalogue.
 
     ``held``: what it holds elsewhere, such as workers of a cluster; given back at the end of a `with` block.
+    ``part_size``: of how many tasks the scores are saved at a time; None: those of all.
     """
+
+    part_size: int | None = None
 
     @cached_property
     def held(self) -> ExitStack:
         return ExitStack()
 
+    def shown(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        """All tasks as they are scored; then any part of them may be scored by itself."""
+        return tasks
+
     @abstractmethod
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
-        """``user_id``, ``item_id``, ``label``, ``logit``, ``score`` of every candidate, task after task."""
+        """``user_id``, ``item_id``, ``label``, ``logit``, ``score`` of every candidate of shown tasks, in order."""
 
     @abstractmethod
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
-        """(U, I): the logit of every item for each task's user; ``items`` are all ids, sorted."""
+        """(U, I): the logit of every item for the user of each shown task; ``items`` are all ids, sorted."""
 
     def __enter__(self) -> Self:
         return self
@@ -67,6 +76,7 @@ class ModelScorer(Scorer):
     def __init__(self, view: ModelView, run: RunFolder) -> None:
         self.view, self.seed = view, run.recipe.evaluation.seed
         self.catalogue = view.items(load_catalogue(run), self.seed)
+        self.part_size = PART
         if run.cluster is None:
             self.recommender = view.load(run)
             return
@@ -78,12 +88,16 @@ class ModelScorer(Scorer):
             index = self.held.enter_context(ViewIndex(run, view.items, self.catalogue))
         work = partial(_scoring_worker, view, run, index is not None)
         self.recommender = self.held.enter_context(SpreadRecommender(run, work, index))
+        self.part_size = SPREAD * PART  # else most workers would wait for the last of a part
+
+    def shown(self, tasks: pl.DataFrame) -> pl.DataFrame:
+        return self.view.users(tasks, self.seed)
 
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
-        return score_with_model(self.recommender, self.view.users(tasks, self.seed), self.catalogue, PROGRESS)
+        return score_with_model(self.recommender, tasks, self.catalogue, PROGRESS)
 
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
-        users = users_of(self.view.users(tasks, self.seed))
+        users = users_of(tasks)
         return np.stack(self.recommender.score(users, [items] * len(users), self.catalogue, progress=PROGRESS))
 
 
