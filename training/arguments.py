@@ -22,15 +22,13 @@ from mllm_msr.records.mistakes import in_words
 from mllm_msr.records.recipe import load_recipe
 from mllm_msr.records.sections import LARGEST_SEED
 from mllm_msr.records.typed import as_number, check_names, check_type, did_you_mean
-from mllm_msr.training.unsupported import UNSUPPORTED, check_machine, obstacles, supports_bfloat16
+from mllm_msr.training.unsupported import LEAST, UNSUPPORTED, check_machine, obstacles, supports_bfloat16
 
 # what a recipe or a run says outside the training section, by the default of the flag
 OF_THE_RUN: dict[str, Any] = {"dataset_name": None, "output_dir": None, "item_noun": "item", "prompts": None}
 
 
 # the least value of flags whose other values are an error of a library, without a name, once training begins
-LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-LEAST |= {"lora_r": 1, "lora_alpha": 1, "learning_rate": 0, "weight_decay": 0, "seed": 0, "data_seed": 0}
 REPORTERS = ("none", "all", *INTEGRATION_TO_CALLBACK)
 
 

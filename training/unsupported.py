@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ LEAST: dict[str, int] = {
     "pairs_per_user": 1,
     "lora_r": 1,
     "lora_alpha": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
     "seed": 0,
     "data_seed": 0,
 }
@@ -152,8 +155,8 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
 def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
     """One sentence for each value that would end training late, in words of other libraries, or train nothing."""
     for name, least in LEAST.items():
-        if values.get(name) is not None and values[name] < least:
-            yield f"--{name} {values[name]}: must be at least {least}"
+        if values.get(name) is not None and not least <= values[name] < inf:
+            yield f"--{name} {values[name]}: must be at least {least}, and finite"
     if values["max_steps"] == 0 or (values["max_steps"] < 0 and values["num_train_epochs"] <= 0):
         yield "--max_steps or --num_train_epochs: nothing would be trained; give a number above 0"
     if not str(values.get("item_noun", "item")).strip():

@@ -78,12 +78,12 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"bf16": True}, "no GPU that computes in bfloat16; give --bf16 false"),
         ({"fp16": True}, "float16 needs a GPU; give --fp16 false"),
         ({"use_cpu": True, "activation_offloading": True}, "no GPU whose memory it would save"),
-        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0: must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps=0: must be at least 1"),
         ({"per_device_train_batch_size": -1}, "must be at least 1"),
         ({"lora_alpha": 0}, "must be at least 1"),
         ({"prompt_max_length": 0}, "must be at least 1"),
         ({"interaction": "late", "pairs_per_user": 0}, "must be at least 1"),
-        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"seed": -1}, "training.seed=-1: must be at least 0"),
         ({"max_steps": 0}, "nothing would be trained"),
         ({"num_train_epochs": 0}, "nothing would be trained"),
         ({"item_noun": " "}, "--item_noun: is empty"),
@@ -100,6 +100,12 @@ def test_flags_that_cannot_be_honoured_together_or_here_are_refused(flags, messa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         sft.parse([], **{**NAMED, "model_name_or_path": "org/name", **flags})
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--learning_rate", "--gradient_accumulation_steps"])
+def test_numbers_of_a_command_line_are_refused_by_the_flags_name(flag):
+    with pytest.raises(ValueError, match=rf"^{flag} -1(\.0)?: must be at least [01], and finite$"):
+        sft.parse([f"{flag}=-1"], **{**NAMED, "model_name_or_path": "org/name"})
 
 
 def test_flags_of_dpo_are_read_and_one_without_effect_is_refused():
