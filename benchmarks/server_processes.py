@@ -47,9 +47,9 @@ class Server:
 
 
 @contextmanager
-def server(kind: str, run: Path, state: Path | str) -> Iterator[Server]:
-    """A server of a kind on a free port, until the block ends."""
-    ours = ["-m", "mllm_msr.cli", "serve", str(run), "--port", "0", "--device", "cpu", "--state", str(state)]
+def server(kind: str, run: Path, state: Path | str, *flags: str) -> Iterator[Server]:
+    """A server of a kind on a free port, until the block ends; ``flags`` of `mllm-msr serve`."""
+    ours = ["-m", "mllm_msr.cli", "serve", str(run), "--port", "0", "--device", "cpu", "--state", str(state), *flags]
     line = [sys.executable, *(ours if kind == OURS else [__file__, kind, str(run), str(state)])]
     process = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **THREADS}

@@ -19,6 +19,7 @@ from mllm_msr.records.run import RunFolder
 WRITERS, READERS, DYING = 4, 2, 2  # clients of each kind
 BETWEEN_KILLS = 5.0  # seconds
 WARMING = 60.0  # seconds before memory is looked at
+KEPT_GB = "0.25"  # of users and items, full by then: what grows beyond it leaks
 
 
 def soak(run: RunFolder, items: list[str], state: Path | str, minutes: float) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def soak(run: RunFolder, items: list[str], state: Path | str, minutes: float) ->
     Writers append events and repeat each, under its key, until it is acknowledged; each user's history must then be
     what was sent, every event once and in order.
     """
-    with server(OURS, run.path, state) as running:
+    with server(OURS, run.path, state, "--memory-gb", KEPT_GB) as running:
         found = asyncio.run(_soak(running, items, str(state), 60 * minutes))
         assert running.process.poll() is None, "the server has ended"
     return found
