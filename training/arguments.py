@@ -26,9 +26,6 @@ from mllm_msr.training.unsupported import LEAST, UNSUPPORTED, check_machine, obs
 
 # what a recipe or a run says outside the training section, by the default of the flag
 OF_THE_RUN: dict[str, Any] = {"dataset_name": None, "output_dir": None, "item_noun": "item", "prompts": None}
-
-
-# the least value of flags whose other values are an error of a library, without a name, once training begins
 REPORTERS = ("none", "all", *INTEGRATION_TO_CALLBACK)
 
 

@@ -82,6 +82,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
     ),
     "precompute_ref_batch_size": Unsupported((None,), "the reference is computed with each batch; leave it out"),
 }
+# flags whose lower values are an error of a library, without a name, once training begins
 LEAST: dict[str, int] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,

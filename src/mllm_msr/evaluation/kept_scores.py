@@ -42,13 +42,17 @@ def kept_scores(folder: Path, name: str, scorer: Callable[[], Scorer], tasks: pl
 
     def score() -> pl.DataFrame:
         maker = scorer()
-        shown, size = maker.shown(tasks), maker.part_size or max(1, len(tasks))
+        shown, size = maker.shown(tasks), maker.part_size or len(tasks)
+
+        def scored(part: pl.DataFrame) -> pl.DataFrame:
+            return maker.score(part).select(pl.lit(name).alias("variant"), pl.all())
+
+        if len(shown) <= size:
+            return scored(shown)
         made = []
-        for begin in range(0, max(1, len(shown)), size):
+        for begin in range(0, len(shown), size):
             part = shown[begin : begin + size]
-            path = parts / f"{begin}-{begin + len(part)}.parquet"
-            scored = partial(lambda some: maker.score(some).select(pl.lit(name).alias("variant"), pl.all()), part)
-            made.append(kept(SCORES, path, scored) if len(part) < len(shown) else scored())
+            made.append(kept(SCORES, parts / f"{begin}-{begin + len(part)}.parquet", partial(scored, part)))
         return pl.concat(made)
 
     scores = kept(SCORES, folder / f"{name}.parquet", score)
