@@ -132,6 +132,15 @@ class Engine(Author, Protocol):
         ...
 
 
+def load(engine: Engine) -> None:
+    """Load now what an engine computes with in this process, if anything; else its first text does.
+
+    Raises:
+        EngineUnavailable: it cannot be loaded.
+    """
+    getattr(engine, "model", None)
+
+
 @dataclass(frozen=True)
 class AbsentAuthor:
     """An engine as it is known where it is not: only its workers need what it imports and loads.

@@ -130,3 +130,12 @@ def test_a_text_gives_way_to_requests_for_a_while(users: Users, condenser, monke
     start = time.monotonic()
     condenser.start()
     assert len(condensed(users, "patient", 1)) == 1 and time.monotonic() - start >= 0.3
+
+
+def test_an_engine_is_loaded_once_and_while_nothing_else_computes() -> None:
+    loads = []
+    writer = PreferenceWriter(tiny_recipe(), lambda function: loads.append(function))
+    assert not loads
+    for _ in range(2):
+        assert writer.write([HistoryItem("Mug", "blue mug")], None)
+    assert len(loads) == 1

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tqdm import tqdm
 
 from mllm_msr.modeling.inputs import HistoryItem
 from mllm_msr.modeling.preference import preference_step, preference_waves
 from mllm_msr.processing.engine_registry import build_engine
-from mllm_msr.processing.engines import EngineUnavailable, HistoryBlock
+from mllm_msr.processing.engines import EngineUnavailable, HistoryBlock, load
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.processing.text_writer import Inputs, TextWriter
 from mllm_msr.records.recipe import Recipe
@@ -35,12 +37,17 @@ AGAIN = 20.0  # seconds until an engine that could not be used is tried again
 
 
 class PreferenceWriter:
-    """The run's text engine, for one history at a time; its model is loaded when the first text is wanted."""
+    """The run's text engine, for one history at a time; its model is loaded when the first text is wanted.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Args:
+        alone: calls a function while no other model computes, as a load needs it; see
+            :class:`~mllm_msr.serving.items.ItemMaker`.
+    """
+
+    def __init__(self, recipe: Recipe, alone: Callable[[Callable], Any] = lambda function: function()) -> None:
         self.options = recipe.summaries.for_users()
         self.engine = build_engine(self.options, recipe.prompts, recipe.item_noun)
-        self.lock = threading.Lock()
+        self.lock, self._alone, self._loaded = threading.Lock(), alone, False
 
     def write(self, items: Sequence[HistoryItem], previous: str | None) -> str:
         """The preference after some items; "" if the engine has no answer to them.
@@ -51,6 +58,9 @@ class PreferenceWriter:
         block = HistoryBlock(items, previous)
         inputs = Inputs([""], [asdict(block)], [0], [block].__getitem__)
         with self.lock, TemporaryDirectory() as folder, tqdm(disable=True) as progress:
+            if not self._loaded:
+                self._alone(partial(load, self.engine))
+                self._loaded = True
             store = TextStore(Path(folder))
             (key,) = TextWriter(self.engine, store, self.options.seed).write("preference", inputs, progress)
             return store.rows[key].text

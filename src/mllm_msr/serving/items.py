@@ -1,10 +1,9 @@
 """New and changed items: what the stages of a run would have made of them, made at once."""
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from mllm_msr.data.images import decode
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.processing.engine_registry import build_engine
-from mllm_msr.processing.engines import Engine
+from mllm_msr.processing.engines import Engine, load
 from mllm_msr.processing.summaries import summarize_items
 from mllm_msr.processing.text_store import TextStore
 from mllm_msr.records.recipe import Recipe
@@ -45,21 +44,25 @@ class ItemMaker:
     """The models that describe items, each loaded when it is first wanted; for one request at a time.
 
     Args:
-        lock: held while a model is loaded or used; a load changes torch's default dtype for the whole process.
+        lock: held while a model is loaded or used.
+        alone: calls a function while no other model computes: a load changes torch's default dtype for the whole
+            process.
     """
 
-    def __init__(self, recipe: Recipe, lock: AbstractContextManager[Any] | None = None) -> None:
-        self.recipe, self._lock = recipe, lock or threading.Lock()
+    def __init__(self, recipe: Recipe, lock: AbstractContextManager[Any], alone: Callable[[Callable], Any]) -> None:
+        self.recipe, self._lock, self._alone = recipe, lock, alone
 
     @cached_property
     def engine(self) -> Engine:
-        return build_engine(self.recipe.summaries, self.recipe.prompts, self.recipe.item_noun)
+        engine = build_engine(self.recipe.summaries, self.recipe.prompts, self.recipe.item_noun)
+        self._alone(partial(load, engine))
+        return engine
 
     @cached_property
     def encode(self):
         from mllm_msr.processing.vectors import recipe_encoder
 
-        return recipe_encoder(self.recipe)
+        return self._alone(partial(recipe_encoder, self.recipe))
 
     def summaries(self, items: Sequence[NewItem]) -> list[str]:
         """The summary of each item: its own, or the engine's.

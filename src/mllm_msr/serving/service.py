@@ -7,7 +7,7 @@ which its answer is not wanted any more.
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -79,17 +79,20 @@ class Service:
         self.users = Users(opened.users, store, opened.recipe.summaries.block_size, most_told)
         self.queue = ModelQueue(recommender.score, token_budget, max_tokens=max_tokens)
         self.answers = KeptAnswers()
-        self.writer = PreferenceWriter(opened.recipe)
-        self.maker = ItemMaker(opened.recipe, self.writer.lock)
+        self.writer = PreferenceWriter(opened.recipe, self._alone)
+        self.maker = ItemMaker(opened.recipe, self.writer.lock, self._alone)
         self.condenser = Condenser(self.users, store, self.writer, self.described, lambda: self.queue.busy)
         self._numbers = itertools.count()
         self._item_cost = self._cost_of(next(iter(opened.items.values()), Candidate()))
         # of items that were put before, a late model's cache has what it needs, or gets it when they are first asked of
-        _result(self.queue.call(self._apply_changes), float("inf"))
+        self._alone(self._apply_changes)
 
     def _prepared(self, image: Any) -> Any:
         (prepared,) = self.opened.recommender.processor.prepare_images([image])
         return prepared
+
+    def _alone(self, function: Callable[[], Any]) -> Any:
+        return _result(self.queue.call(function), float("inf"))
 
     def start(self) -> None:
         """Begin to condense what is due."""
