@@ -17,6 +17,7 @@ OPEN = 3  # of which the reasons are there at once
 MEMBERS = {
     "answer": "the answer",
     "sequence_head": "sequence head",
+    "neighbour_identity": "neighbours' identity",
     "identity_only": "identity alone",
     "content_only": "content alone",
     "likeness": "likeness of content",

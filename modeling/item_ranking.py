@@ -8,7 +8,7 @@ Letters: B histories, L places of the longest one, I items it knows, N items ask
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .content_likeness import ContentLikeness
+from .neighbours import taken
 from .score_fusion import ScoreFusion, frequency_buckets
 from .sequence_head import PADDING, SequenceHead, SequenceHeadConfig
 
@@ -155,14 +156,15 @@ class ItemRanker(nn.Module):
         half = content.to(self.content.device, torch.float16)
         if wrong := (~half.isfinite().all(dim=1)).nonzero()[:, 0].tolist():
             raise ValueError(f"the vector of item {item_ids[wrong[0]]!r} has a number that float16 cannot hold")
-        new = [item for item in item_ids if item not in self._codes]
-        kept = self._vectors
+        new, kept = [item for item in item_ids if item not in self._codes], self._vectors
         if new:
-            self._rows(lambda rows: torch.cat([rows, rows.new_zeros(len(new), *rows.shape[1:])]))
-            self._name(self._ids + new)
+            rows = torch.arange(len(self) + len(new), device=self.counts.device)
+            self._take(rows.where(rows < len(self), PADDING), self._ids + new)
         codes = self.codes_of(item_ids)
         self.content[codes] = half
         self._share()
+        for head in self._heads():
+            head.find_neighbours(codes)
         for name, rows in kept.items():
             grown = torch.cat([rows, rows.new_empty(len(new), rows.shape[1])])
             grown[codes] = self.members[name].item_vectors(codes)
@@ -174,18 +176,17 @@ class ItemRanker(nn.Module):
         stay = torch.ones(len(self), dtype=torch.bool, device=self.counts.device)
         stay[self.codes_of(item_ids)] = False
         gone, kept = set(item_ids), self._vectors
-        self._rows(lambda rows: rows[stay])
-        self._name([item for item in self._ids if item not in gone])
+        self._take(stay.nonzero()[:, 0], [item for item in self._ids if item not in gone])
         self._share()
-        self._vectors = {name: rows[stay] for name, rows in kept.items()}
+        lent = {name for name, member in self.members.items() if name != LIKENESS and member.config.neighbours}
+        self._vectors = {name: rows[stay] for name, rows in kept.items() if name not in lent}
 
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change everything that has a row for each item."""
-        self.content, self.counts = change(self.content), change(self.counts)
+    def _take(self, rows: Tensor, item_ids: Sequence[str]) -> None:
+        """Go over to (M,) items that have these codes among the present ones, ``PADDING`` for new ones."""
+        self.content, self.counts = taken(self.content, rows), taken(self.counts, rows)
         for head in self._heads():
-            if head.config.identity:
-                head.identity = nn.Parameter(change(head.identity.data), requires_grad=False)
-            head.config = replace(head.config, n_items=len(self.counts))
+            head.take_items(rows)
+        self._name(item_ids)
 
     # ---- scores --------------------------------------------------------------------------------------------------
 

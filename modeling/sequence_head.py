@@ -6,12 +6,15 @@ has none; in training it is left out for a random share of the items of each ste
 alone. A small causal network reads the vectors of a history and gives a state ``u_t`` at each place; the score of an
 item is ``<u_t, v_i>``. So a new item needs a content vector and nothing else, a user a history and nothing else.
 
+A head may also lend to each item the mean identity of those nearest to it by content (``neighbours``): what is said of
+an item then stands for what is known of its like, which tells more apart than ``MLP(c_i)`` alone.
+
 Without content this is SASRec (Kang and McAuley, ICDM 2018) or GRU4Rec (Hidasi et al., ICLR 2016); without identity it
 ranks by content alone. Letters: B histories, L places, D hidden, I items of the catalogue, F content features,
 C candidates, N any number of items.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-PADDING = -1  # in histories and candidates, after the last item
+from .neighbours import PADDING, mean_of, nearest_chosen, renumbered, taken
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class SequenceHeadOptions:
         max_length: places of a history that are read, from its end.
         join: how content and identity make a vector: the sum of ``MLP(c_i)`` and the identity, or, as in baselines with
             item features, one projection of a linear embedding of content beside the identity.
+        neighbours: k: to each item's vector the mean identity is added of the k items nearest to it by content that
+            somebody has chosen; 0: nothing is.
     """
 
     identity: bool = True
@@ -49,6 +54,7 @@ class SequenceHeadOptions:
     gate: bool = False
     max_length: int = 100
     join: Literal["sum", "concatenation"] = "sum"
+    neighbours: int = 0
 
     def __post_init__(self) -> None:
         if self.encoder not in ("transformer", "gru"):
@@ -59,6 +65,8 @@ class SequenceHeadOptions:
         for name in ("dropout", "identity_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours={self.neighbours}: must be at least 0")
         if self.hidden % self.heads:
             raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
 
@@ -79,6 +87,8 @@ class SequenceHeadConfig(SequenceHeadOptions):
         super().__post_init__()
         if not self.identity and not self.content_size:
             raise ValueError("an item needs an identity, content, or both: give content_size or identity=True")
+        if self.neighbours and not (self.identity and self.content_size):
+            raise ValueError(f"neighbours={self.neighbours}: they are found by content, and lend their identity")
 
     @property
     def joined(self) -> bool:
@@ -106,6 +116,7 @@ class SequenceHead(nn.Module):
     mean: Tensor
     deviation: Tensor
     counts: Tensor
+    near: Tensor
     reader: Any  # of content
 
     def __init__(self, config: SequenceHeadConfig) -> None:
@@ -130,6 +141,8 @@ class SequenceHead(nn.Module):
                 self.gate = nn.Parameter(torch.ones(GATES))
         if config.identity:
             self.identity = nn.Parameter(torch.empty(config.n_items, config.hidden))
+        if config.neighbours:
+            self.register_buffer("near", torch.full((config.n_items, config.neighbours), PADDING, dtype=torch.int32))
         self.encoder = Transformer(config) if config.encoder == "transformer" else Recurrent(config)
         self.dropout = Dropout(config.dropout)
         self._initialise()
@@ -166,6 +179,24 @@ class SequenceHead(nn.Module):
         self.mean.copy_(content.float().mean(dim=0))
         self.deviation.copy_(content.float().std(dim=0, correction=0).clamp(min=1e-6))
         self.content.copy_(content)
+        self.find_neighbours(torch.arange(self.config.n_items, device=self.counts.device))
+
+    def find_neighbours(self, codes: Tensor) -> None:
+        """Find the neighbours of the items with these (N,) codes again, whose content has changed."""
+        if self.config.neighbours:
+            self.near[codes] = self._near(self.content[codes], codes)
+
+    def take_items(self, rows: Tensor) -> None:
+        """Go over to (M,) items that have these codes among the present ones, ``PADDING`` for new ones, which have been
+        chosen by nobody yet; :meth:`find_neighbours` of them is still to come."""
+        if self.config.neighbours:
+            self.near = renumbered(taken(self.near, rows), rows, self.config.n_items)
+        if self.config.identity:
+            self.identity = nn.Parameter(taken(self.identity.data, rows), requires_grad=False)
+        self.config = replace(self.config, n_items=len(rows))
+
+    def _near(self, content: Tensor, own: Tensor) -> Tensor:
+        return nearest_chosen(content, own, self.content, self.counts, self.config.neighbours)
 
     def item_vectors(self, codes: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """(N, D): v of the items with these (N,) codes, of the whole catalogue for None.
@@ -187,6 +218,9 @@ class SequenceHead(nn.Module):
         if self.config.identity:
             identity = (self.identity if codes is None else self.identity[codes]) * whole[:, None]
             vectors = self._join(vectors, identity)
+        if self.config.neighbours:
+            near = self.near if codes is None else self.near[codes]
+            vectors = vectors + mean_of(self.identity, near, hidden)
         return vectors
 
     def new_item_vectors(self, content: Tensor) -> Tensor:
@@ -194,7 +228,11 @@ class SequenceHead(nn.Module):
         if not self.config.content_size:
             raise ValueError("this head knows items by their identity alone: it cannot rank new ones")
         vectors = self._read(content, torch.zeros(len(content), dtype=torch.int32, device=content.device))
-        return self._join(vectors, torch.zeros_like(vectors)) if self.config.identity else vectors
+        vectors = self._join(vectors, torch.zeros_like(vectors)) if self.config.identity else vectors
+        if self.config.neighbours:
+            own = torch.full((len(content),), PADDING, device=content.device)
+            vectors = vectors + mean_of(self.identity, self._near(content, own))
+        return vectors
 
     def _join(self, content: Tensor, identity: Tensor) -> Tensor:
         joined = self.config.joined

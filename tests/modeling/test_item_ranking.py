@@ -7,6 +7,7 @@ import torch
 from tiny_rankers import IDS, N_ITEMS, SIZE, content, make
 
 from mllm_msr.modeling.item_ranking import ITEMS, AlikeItem, ItemRanker
+from mllm_msr.modeling.neighbours import nearest_chosen
 from mllm_msr.modeling.score_fusion import ScoreFusion, frequency_buckets
 
 HISTORIES = [["film-3", "film-7", "film-29"], ["film-0"], [], [f"film-{code}" for code in range(20)]]
@@ -67,8 +68,26 @@ def test_kept_vectors_score_as_vectors_made_anew_after_items_came_changed_and_we
     assert head.config.n_items == len(ranker) == 29
 
 
-def test_a_new_item_scores_as_one_of_the_catalogue_that_nobody_chose():
-    ranker = make()
+def test_neighbours_are_kept_saved_and_found_again_as_items_come_change_and_go():
+    ranker = make("sequence_head", "likeness", neighbours=3)
+    head, before = ranker.members["sequence_head"], ranker.score(HISTORIES)
+    ranker.put_items(["new"], ranker.content[5:6].float())
+    assert head.near[-1].tolist()[0] == 5 and torch.allclose(ranker.score(HISTORIES)[:, :N_ITEMS], before, atol=1e-6)
+    near = [[ranker.item_ids[code] for code in row] for row in head.near.tolist()]
+    ranker.remove_items(["film-5", "film-0"])
+    for item, row in zip(ranker.item_ids, head.near.tolist(), strict=True):
+        left = [ranker.item_ids[code] if code >= 0 else "film-5" for code in row]
+        assert left == near[[*IDS, "new"].index(item)]
+    assert torch.allclose(ranker.score(HISTORIES[:2]), again(ranker).score(HISTORIES[:2]), atol=1e-6)
+    ranker.put_items(["film-9"], ranker.content[-1:].float())
+    changed = ranker.codes_of(["film-9"])
+    expected = nearest_chosen(ranker.content[changed], changed, ranker.content, ranker.counts, 3)
+    assert torch.equal(head.near[changed], expected) and changed not in expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"neighbours": 3}])
+def test_a_new_item_scores_as_one_of_the_catalogue_that_nobody_chose(settings):
+    ranker = make(*(["sequence_head"] if settings else []), **settings)
     twin = ranker.content[:1].float()  # of film-0
     ranker.put_items(["twin"], twin)
     scores = ranker.score(HISTORIES)

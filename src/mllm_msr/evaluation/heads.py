@@ -1,8 +1,9 @@
 """The heads of a run: what ranks by item vectors, trained and fused, saved beside the model and read again to rank.
 
 Members of the fused score can be the sequence head (content and identity), the same network with identity alone and
-with content alone, a recurrent one with identity alone, both with item features (SASRecF, GRU4RecF), and the likeness
-of content as it is. ``RUN/head`` holds the members, the sequence head and the likeness as an ``ItemRanker``.
+with content alone, a recurrent one with identity alone, both with item features (SASRecF, GRU4RecF), the sequence head
+in which items also have the mean identity of the ten nearest to them, and the likeness of content as it is.
+``RUN/head`` holds the members, the sequence head and the likeness as an ``ItemRanker``.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ TRAINED: dict[str, dict[str, Any]] = {  # options of their own
     "gru4rec": {"encoder": "gru"},
     "sasrecf": FEATURED,
     "gru4recf": {**FEATURED, "encoder": "gru"},
+    "neighbour_identity": {"neighbours": 10},
 }
 # members that are these baselines, and are trained once for both
 BASELINES = {"identity_only": "sasrec", "gru4rec": "gru4rec", "sasrecf": "sasrecf", "gru4recf": "gru4recf"}

@@ -188,6 +188,15 @@ VARIANTS = {
             "12 4",
         ),
         Variant(
+            "neighbour_identity",
+            "neighbours' identity",
+            "the sequence head, each item with the mean identity of the ten nearest to it by content",
+            "head",
+            headed("neighbour_identity"),
+            "blue",
+            "2 3",
+        ),
+        Variant(
             "content_only",
             "content only",
             "the sequence head without identities",

@@ -13,9 +13,12 @@ from mllm_msr.records.typed import check_types
 OnBadRows = Literal["error", "skip"]
 DEFAULT_METRICS = ("auc", "auc_user", "hr@1", "hr@5", "hr@10", "mrr@5", "ndcg@5", "ndcg@10", "map")
 OURS = "mllm_msr"  # the variant that is our model, trained
-FusionMember = Literal["sequence_head", "identity_only", "content_only", "gru4rec", "sasrecf", "gru4recf", "likeness"]
+FusionMember = Literal[
+    "sequence_head", "neighbour_identity", "identity_only", "content_only", "gru4rec", "sasrecf", "gru4recf", "likeness"
+]
 FUSED: list[FusionMember] = ["sequence_head", "identity_only", "content_only", "sasrecf", "gru4recf", "likeness"]
-HEAD_VARIANTS = ("sequence_head", "fused", "content_only", "identity_only", "likeness")  # which rank by item vectors
+# which rank by item vectors
+HEAD_VARIANTS = ("sequence_head", "fused", "neighbour_identity", "content_only", "identity_only", "likeness")
 DEFAULT_VARIANTS = (
     *(OURS, "sequence_head", "fused", "sasrec"),
     *("popularity", "random", "text_only", "blank_images", "no_sft"),
