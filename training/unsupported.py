@@ -141,12 +141,10 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
     samples = values["negatives_per_positive"] is not None or values["hard_negatives"]
     if samples and values["dataloader_persistent_workers"]:
         yield "--dataloader_persistent_workers: such workers keep the negatives of the first epoch; leave the flag out"
-    if (
-        values.get("lora_modules_to_save")
-        and values["use_peft"]
-        and not values.get("merge_adapter", True)
-        and not Path(backbone_path(values["model_name_or_path"] or "")).is_dir()
-    ):
+    folder = Path(backbone_path(values["model_name_or_path"] or "")).is_dir()
+    if folder and values["model_revision"] not in (None, "main"):
+        yield f"--model_revision {values['model_revision']}: a folder has no revisions; leave the flag out"
+    if values.get("lora_modules_to_save") and values["use_peft"] and not (folder or values.get("merge_adapter", True)):
         yield (
             f"--lora_modules_to_save {values['lora_modules_to_save']}: modules_to_save are whole weights, which an "
             "adapter of a backbone on the Hub cannot hold; add --merge_adapter to save whole weights"

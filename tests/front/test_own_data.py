@@ -16,6 +16,7 @@ from mllm_msr.opening import check_recipe
 from mllm_msr.records.recipe import load_content
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import PREFERENCES, RANKING_MEMBERS, RANKINGS
+from mllm_msr.records.sections import FUSED
 from mllm_msr.records.sections import PrepareOptions
 from mllm_msr.sizing import Backbone, Machine, sized_for
 
@@ -61,7 +62,7 @@ def test_own_tables_reach_a_ranked_table_by_the_lines_of_the_docs(
     main(["rank", "runs/shop", "--user", user, "--top-k", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("preference: ") and lines[1].startswith("after: No ")
-    members = [name for name in RANKING_MEMBERS if name != "gru4rec"]  # which is none by default
+    members = [name for name in RANKING_MEMBERS if name in ("answer", *FUSED)]
     assert lines[2].split() == ["rank", "score", "item", *members, "title"]
     assert [line.split()[0] for line in lines[3:]] == ["1", "2", "3"]
 

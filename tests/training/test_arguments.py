@@ -94,6 +94,7 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"positive_weight": "inf"}, "give a number above 0"),
         ({"resume_from_checkpoint": "true"}, "goes on from the last whole checkpoint by itself"),
         ({"metric_for_best_model": "eval_ndgc@5"}, "no evaluation finds it; give one of eval_loss, eval_auc"),
+        ({"model_name_or_path": ".", "model_revision": "v2"}, "--model_revision v2: a folder has no revisions"),
     ],
 )
 def test_flags_that_cannot_be_honoured_together_or_here_are_refused(flags, message, monkeypatch):
