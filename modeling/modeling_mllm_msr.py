@@ -24,6 +24,7 @@ from .image_features import encoder_outputs
 from .item_ranking import PREFIX, ItemRanker
 from .last_layer import compute_answers_only
 from .lora import adapter_layers, merge_adapter, save_adapter
+from .naming import naming
 
 MEMORY = "item_memory.safetensors"  # beside an adapter
 ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
@@ -101,11 +102,12 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
             kwargs: as in `from_pretrained` (`device_map`, ...).
         """
         hub = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
-        if not os.path.isdir(id_or_path):  # pinned to the commit that this revision is today
-            config_file = cached_file(id_or_path, "config.json", revision=revision, **hub)
-            revision = extract_commit_hash(config_file, None) or revision
-        where = {"revision": revision} if revision else {}
-        vlm_config = AutoConfig.from_pretrained(id_or_path, **where, **hub)
+        with naming(id_or_path):
+            if not os.path.isdir(id_or_path):  # pinned to the commit that this revision is today
+                config_file = cached_file(id_or_path, "config.json", revision=revision, **hub)
+                revision = extract_commit_hash(config_file, None) or revision
+            where = {"revision": revision} if revision else {}
+            vlm_config = AutoConfig.from_pretrained(id_or_path, **where, **hub)
         given = {"attn_implementation": attn_implementation, "quantization_config": quantization_config, "dtype": dtype}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if vlm_config.model_type == cls.config_class.model_type:  # one of ours, to be trained further
@@ -253,11 +255,10 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         `revision` is then the adapter's; the backbone's is in the configuration.
         """
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
-        saved = (
-            config
-            if isinstance(config, PreTrainedConfig)
-            else cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        )
+        saved = config
+        if not isinstance(config, PreTrainedConfig):
+            with naming(pretrained_model_name_or_path):
+                saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         ranker = None
         if saved.sequence_head is not None:
             ranker = ItemRanker.from_pretrained(pretrained_model_name_or_path, saved.sequence_head, **hub)

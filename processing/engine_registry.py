@@ -90,13 +90,15 @@ def _openai(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> E
 
 
 def _transformers(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:
+    from mllm_msr.modeling.naming import naming
     from mllm_msr.processing.engine_transformers import TransformersEngine
     from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
     name = backbone_path(options.model)
-    processor = MllmMsrProcessor.from_backbone(
-        name, revision=options.revision, prompts=dict(prompts), item_noun=noun, max_length=options.max_length
-    )
+    with naming(name):
+        processor = MllmMsrProcessor.from_backbone(
+            name, revision=options.revision, prompts=dict(prompts), item_noun=noun, max_length=options.max_length
+        )
     return TransformersEngine(
         name,
         processor,

@@ -18,6 +18,7 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_quantization_config
 
+from mllm_msr.modeling.naming import naming
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.training import arguments
 from mllm_msr.training.arguments import ExampleArguments
@@ -39,7 +40,8 @@ def main(script_args: ExampleArguments, training_args: DPOConfig, model_args: Mo
 def train(script_args: ExampleArguments, training_args: DPOConfig, model_args: ModelConfig) -> DPOTrainer:
     # Model, its reference, and processor
     name = model_args.model_name_or_path or ""
-    processor = MllmMsrProcessor.from_pretrained(name, revision=model_args.model_revision or "main")
+    with naming(name):
+        processor = MllmMsrProcessor.from_pretrained(name, revision=model_args.model_revision or "main")
     model = load_recommender(model_args)
     if model.config.interaction == "late":
         raise ValueError(f"{name} is a late recommender; dpo.py trains joint ones")

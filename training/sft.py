@@ -20,6 +20,7 @@ from typing import Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
+from mllm_msr.modeling.naming import naming
 from mllm_msr.modeling.packing import block_limits
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
@@ -42,13 +43,14 @@ def train(script_args: RecommenderArguments, training_args: SFTConfig, model_arg
     # Model and processor
     name = backbone_path(model_args.model_name_or_path or "")
     revision = model_args.model_revision if name == model_args.model_name_or_path else None
-    processor = MllmMsrProcessor.from_backbone(
-        name,
-        revision=revision,
-        prompts=json.loads(script_args.prompts) if script_args.prompts else None,
-        item_noun=script_args.item_noun,
-        max_length=script_args.prompt_max_length,
-    )
+    with naming(name):
+        processor = MllmMsrProcessor.from_backbone(
+            name,
+            revision=revision,
+            prompts=json.loads(script_args.prompts) if script_args.prompts else None,
+            item_noun=script_args.item_noun,
+            max_length=script_args.prompt_max_length,
+        )
     model = MllmMsrForRecommendation.from_backbone(
         name,
         revision=revision,

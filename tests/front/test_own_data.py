@@ -16,8 +16,7 @@ from mllm_msr.opening import check_recipe
 from mllm_msr.records.recipe import load_content
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import PREFERENCES, RANKING_MEMBERS, RANKINGS
-from mllm_msr.records.sections import FUSED
-from mllm_msr.records.sections import PrepareOptions
+from mllm_msr.records.sections import FUSED, PrepareOptions
 from mllm_msr.sizing import Backbone, Machine, sized_for
 
 SETTINGS = [

@@ -197,6 +197,19 @@ def test_an_adapter_repository_holds_the_adapter_and_no_other_weights(backbone, 
         model.save_pretrained(tmp_path / "out")
 
 
+def test_a_repository_that_cannot_be_reached_is_named(backbone, tmp_path: Path, monkeypatch) -> None:
+    model, _ = make(backbone("llava"))
+    adapt(model)
+    model.config.backbone_name_or_path = "org/backbone"
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="org/backbone"):
+        MllmMsrForRecommendation.from_pretrained(tmp_path)
+    for load in (MllmMsrForRecommendation.from_pretrained, MllmMsrForRecommendation.from_backbone):
+        with pytest.raises(OSError, match=r"^org/model: "):
+            load("org/model")
+
+
 def test_loads_by_remote_code_where_the_package_is_not_installed(backbone, tmp_path: Path) -> None:
     """A full and an adapter repository, and the pipeline of the latter, in a process of its own."""
     model, processor = make(backbone("llava"))

@@ -1,0 +1,15 @@
+"""Errors that say which repository was asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def naming(id_or_path: object) -> Iterator[None]:
+    """Let an OSError from within name what was to be loaded: libraries do not when the Hub cannot be reached."""
+    try:
+        yield
+    except OSError as error:
+        if str(id_or_path) in str(error):
+            raise
+        raise OSError(f"{id_or_path}: {error}") from error
