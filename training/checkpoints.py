@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.training.saving import sharded
@@ -24,6 +24,14 @@ class OwnCheckpoints(Trainer):
         if not self._load_whole(self.state.best_model_checkpoint or ""):
             super()._load_best_model()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """No step beyond the last one, as ``Trainer`` would do when it resumes from the checkpoint of that."""
+        stopped = any(isinstance(one, Patience) and one.at_end for one in self.callback_handler.callbacks)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None at a checkpoint: TRL's would be that of a chat model; ``saving`` writes one at the end."""
 
@@ -35,3 +43,16 @@ class OwnCheckpoints(Trainer):
         stored = type(model).from_pretrained(checkpoint, dtype="auto").state_dict()
         model.load_state_dict(stored)
         return True
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that knows, when a training goes on, for how long nothing had become better."""
+
+    @property
+    def at_end(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)

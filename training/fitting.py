@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import Trainer
 from trl import ModelConfig, get_peft_config
 
 from mllm_msr.modeling.lora import language_model_lora_targets
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.training.arguments import ExampleArguments
 from mllm_msr.training.callbacks import RankingCallback
+from mllm_msr.training.checkpoints import Patience
 from mllm_msr.training.data import TrainingData, task_lists
 from mllm_msr.training.negatives import NegativesCallback
-from mllm_msr.training.saving import last_checkpoint
+from mllm_msr.training.whole_checkpoints import SealCallback, damage, last_checkpoint, settings
 
 
 def language_model_lora(model: MllmMsrForRecommendation, model_args: ModelConfig) -> PeftConfig | None:
@@ -39,18 +40,20 @@ def fit(trainer: Trainer, data: TrainingData, arguments: ExampleArguments, model
     if data.validation is not None:
         trainer.add_callback(RankingCallback(trainer, task_lists(data.validation), data.items))
     if arguments.early_stopping_patience is not None:  # reads what the ranking before it has found
-        trainer.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
+        trainer.add_callback(Patience(arguments.early_stopping_patience))
     if data.negatives is not None:
         facts = [str(vars(arguments)), str(vars(model_args)), str(trainer.args.to_sanitized_dict())]
         trainer.add_callback(NegativesCallback(trainer, data.negatives, facts))
-    checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(Path(trainer.args.output_dir or "."))
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: there is no such folder")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(trainer, settings(trainer, arguments, model_args, data.examples)))
     if trainer.state.global_step == 0:
         raise ValueError(
             "nothing was trained: there is not one whole batch; lower --per_device_train_batch_size or leave "
             "--dataloader_drop_last out"
+        )
+    if trainer.state.global_step > trainer.state.max_steps:
+        raise ValueError(
+            f"{trainer.args.output_dir} has a checkpoint of step {trainer.state.global_step}, beyond the "
+            f"{trainer.state.max_steps} asked for: give another --output_dir, or remove it to begin anew"
         )
     model: Any = trainer.model
     for name, weights in model.named_parameters():
@@ -60,3 +63,16 @@ def fit(trainer: Trainer, data: TrainingData, arguments: ExampleArguments, model
                 f"training has diverged, as {name} is no longer a number: lower --learning_rate, and give another "
                 "--output_dir or remove its checkpoints, which have such weights, too"
             )
+
+
+def _checkpoint(trainer: Trainer, facts: dict[str, str]) -> str | None:
+    """What the training goes on from: the checkpoint that a flag names, or the last whole one of the same training."""
+    trainer.add_callback(SealCallback(trainer, facts))
+    named = trainer.args.resume_from_checkpoint
+    if named is None:  # without an optimizer's state the rest would be another training
+        return None if trainer.args.save_only_model else last_checkpoint(Path(trainer.args.output_dir or "."), facts)
+    if not Path(named).is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint {named}: there is no such folder")
+    if reason := damage(Path(named)):
+        raise ValueError(f"--resume_from_checkpoint {named}: {reason}; name another, or leave the flag out")
+    return named

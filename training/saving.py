@@ -1,6 +1,5 @@
 """From a trainer to a ``from_pretrained`` folder and to the Hub, whatever number of processes holds the weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +138,3 @@ def push_recommender(arguments: TrainingArguments, folder: Path) -> None:
     api.create_commit(
         repo.repo_id, additions, revision=arguments.hub_revision, commit_message="Model as it was trained"
     )
-
-
-def last_checkpoint(output_dir: Path) -> str | None:
-    """The newest checkpoint that was written to the end (its trainer state is written last), if any."""
-    whole = []
-    for state in output_dir.glob("checkpoint-*/trainer_state.json"):
-        try:
-            whole.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
-        except ValueError:
-            continue  # killed while writing
-    return max(whole)[1] if whole else None

@@ -17,7 +17,8 @@ from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.training import sft
 from mllm_msr.training.collators import AnswerCollator
-from mllm_msr.training.saving import last_checkpoint, save_recommender
+from mllm_msr.training.saving import save_recommender
+from mllm_msr.training.whole_checkpoints import last_checkpoint
 
 SCRIPT = Path(sft.__file__)
 PROMPT = yaml.safe_load((Path(backbone_path("demo")).parent / "recipe.yaml").read_text("utf-8"))["prompts"][
