@@ -259,23 +259,28 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         if not isinstance(config, PreTrainedConfig):
             with naming(pretrained_model_name_or_path):
                 saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        if saved.vlm_config is None:
+            raise ValueError(f"{pretrained_model_name_or_path} is no recommender: its config.json has no `vlm_config`")
         ranker = None
         if saved.sequence_head is not None:
             ranker = ItemRanker.from_pretrained(pretrained_model_name_or_path, saved.sequence_head, **hub)
         if saved.adapter is None:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            with naming(pretrained_model_name_or_path):
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded).attach(ranker)
             return loaded
         # these are of this repository, not of the backbone's
         own = {name: kwargs.pop(name) for name in OWN if name in kwargs}
         where = {"revision": saved.backbone_revision} if saved.backbone_revision else {}
         memory, saved.item_memory = saved.item_memory, 0  # which the backbone has not
-        loaded = super().from_pretrained(saved.backbone_name_or_path, *model_args, config=saved, **where, **kwargs)
+        with naming(saved.backbone_name_or_path):
+            loaded = super().from_pretrained(saved.backbone_name_or_path, *model_args, config=saved, **where, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub.update(subfolder="/".join(part for part in (own.get("subfolder"), saved.adapter) if part))
-        if memory:
-            model._load_item_memory(memory, cached_file(pretrained_model_name_or_path, MEMORY, **hub))
-        model.backbone.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub)
+        with naming(pretrained_model_name_or_path):
+            if memory:
+                model._load_item_memory(memory, cached_file(pretrained_model_name_or_path, MEMORY, **hub))
+            model.backbone.load_adapter(str(pretrained_model_name_or_path), adapter_kwargs=hub)
         model.attach(ranker)
         return loaded
 

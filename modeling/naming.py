@@ -3,13 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def naming(id_or_path: object) -> Iterator[None]:
-    """Let an OSError from within name what was to be loaded: libraries do not when the Hub cannot be reached."""
+    """Let an OSError from within name what was to be loaded: libraries do not when the Hub cannot be reached.
+
+    One of damaged weights, which they do not name either, becomes an OSError.
+    """
     try:
         yield
     except OSError as error:
         if str(id_or_path) in str(error):
             raise
         raise OSError(f"{id_or_path}: {error}") from error
+    except SafetensorError as error:
+        raise OSError(f"{id_or_path}: its weights are damaged ({error}): save or download them again") from error

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from mllm_msr.data.catalogue import Catalogue
 from mllm_msr.data.hub_tables import load_table
+from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS
 from mllm_msr.training.arguments import ExampleArguments
 from mllm_msr.training.negatives import EpochNegatives, NegativeOptions
@@ -40,6 +41,8 @@ class TrainingData:
     def load(cls, arguments: ExampleArguments, training_args: TrainingArguments) -> "TrainingData":
         """The data set that the flags name: a run's folder, a folder as published, or one of the Hub."""
         source = arguments.dataset_name or ""
+        if (Path(source) / "config.yaml").is_file():
+            RunFolder.open(Path(source)).require("summarize users")
         items = Catalogue(load_table(source, "items", "train"))
         examples = load_table(source, "sft", arguments.dataset_train_split)
         cut_file = CUT_INTERACTIONS.path(Path(source))

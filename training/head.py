@@ -26,12 +26,15 @@ from mllm_msr.data.vector_files import read_vectors, vector_matrix
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks
 from mllm_msr.evaluation.rankers import training_log
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
+from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.item_ranking import ItemRanker
+from mllm_msr.modeling.naming import naming
 from mllm_msr.modeling.score_fusion import ScoreFusion
 from mllm_msr.modeling.sequence_head import SequenceHeadConfig, SequenceHeadOptions
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS
+from mllm_msr.records.sections import at_least
 from mllm_msr.training.arguments import flag, mistakes_in_words
 
 
@@ -48,10 +51,13 @@ class HeadArguments:
     def __post_init__(self) -> None:
         if not self.dataset_name or not self.output_dir:
             raise ValueError("give --dataset_name, a prepared run, and --output_dir")
+        at_least(self, seed=0)
 
 
 def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: FitOptions) -> ItemRanker:
     run = RunFolder.open(Path(arguments.dataset_name))
+    run.require("prepare")
+    check(arguments, options, fit_options)
     items, folder = run.read(ITEMS, ["item_id"]), Path(arguments.output_dir)
 
     # Data
@@ -76,6 +82,19 @@ def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: Fi
         model.save_pretrained(folder)
         MllmMsrProcessor.from_pretrained(arguments.model).save_pretrained(folder)
     return ranker
+
+
+def check(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: FitOptions) -> None:
+    """Raise ValueError, or OSError, for what would be passed over or be an error only after the training."""
+    if arguments.vectors is None and (options.gate or options.join != "sum"):
+        raise ValueError(f"--{'gate' if options.gate else 'join'} is about content: give --vectors as well")
+    if not fit_options.max_epochs:
+        raise ValueError("--max_epochs 0: nothing would be trained; give a number above 0")
+    if arguments.model is not None:
+        with naming(arguments.model):
+            config = MllmMsrConfig.from_pretrained(arguments.model)
+        if config.vlm_config is None:
+            raise ValueError(f"--model {arguments.model} is no recommender: its config.json has no `vlm_config`")
 
 
 def load_data(run: RunFolder, content: Tensor | None) -> TrainingData:

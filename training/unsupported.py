@@ -95,6 +95,9 @@ LEAST: dict[str, int] = {
     "lora_alpha": 1,
     "learning_rate": 0,
     "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "adam_epsilon": 0,
     "seed": 0,
     "data_seed": 0,
 }
@@ -158,6 +161,10 @@ def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{name} {values[name]}: must be at least {least}, and finite"
     if values["max_steps"] == 0 or (values["max_steps"] < 0 and values["num_train_epochs"] <= 0):
         yield "--max_steps or --num_train_epochs: nothing would be trained; give a number above 0"
+    for part in (values.get("optim_args") or "").split(","):
+        if part and part.count("=") != 1:
+            yield f"--optim_args {values['optim_args']}: give name=value pairs with commas between them"
+            break
     if not str(values.get("item_noun", "item")).strip():
         yield "--item_noun: is empty; name what an item is called in the prompts, such as film"
     for name, value in values.items():

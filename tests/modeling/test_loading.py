@@ -352,3 +352,12 @@ def test_memory_tokens_are_part_of_every_kind_of_repository(backbone, name: str,
     for other, folder in ((loaded, "merged"), (model, "trained")):
         other.merge().save_pretrained(tmp_path / folder)
         torch.testing.assert_close(ranked(AutoModel.from_pretrained(tmp_path / folder)), expected)
+
+
+def test_damaged_weights_are_named(build, tmp_path):
+    model, _ = build("llava")
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match=rf"{tmp_path}: its weights are damaged .*: save or download them again"):
+        MllmMsrForRecommendation.from_pretrained(tmp_path)

@@ -56,6 +56,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         SCORES.read(tmp_path / "scores.parquet")
 
 
+def test_a_file_whose_end_alone_is_sound_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    INTERACTIONS.write(LOG, path)
+    content = bytearray(path.read_bytes())
+    content[4:60] = bytes(56)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"log\.parquet is no whole Parquet file"):
+        INTERACTIONS.read(path)
+
+
 def test_a_table_with_a_file_for_each_split_has_to_be_told_which(tmp_path: Path) -> None:
     assert EXAMPLES.path(tmp_path, "validation") == tmp_path / "sft/validation.parquet"
     with pytest.raises(ValueError, match="has a file for each split: say which"):

@@ -165,3 +165,13 @@ def test_flags_of_qlora_are_understood(small_run, tmp_path):
 def test_an_unknown_flag_in_a_recipe_is_named(small_run, tmp_path):
     with pytest.raises(ValueError, match="no_such_flag"):
         sft.parse([], **flags(small_run, tmp_path, no_such_flag=1))
+
+
+def test_a_run_whose_recipe_has_changed_is_not_trained_on(small_run, tmp_path):
+    folder = shutil.copytree(small_run.folder, tmp_path / "run", copy_function=shutil.copy2)
+    recipe = (folder / "config.yaml").read_text(encoding="utf-8")
+    changed = recipe.replace("block_size: 3", "block_size: 2")
+    assert changed != recipe
+    (folder / "config.yaml").write_text(changed, encoding="utf-8")
+    with pytest.raises(ValueError, match="stage 'summarize users' of .* is out of date, as the recipe has changed"):
+        sft.train(*sft.parse([], **flags(small_run, tmp_path / "out", dataset_name=str(folder))))

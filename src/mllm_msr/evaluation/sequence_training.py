@@ -55,6 +55,8 @@ class FitOptions:
         at_least(
             self, batch_size=1, learning_rate=0, weight_decay=0, average=0, most_classes=1, max_epochs=0, patience=1
         )
+        if self.average >= 1:
+            raise ValueError(f"average={self.average}: must be below 1, or weights would never move")
         if self.stop_by not in ("candidates", "catalogue"):
             raise ValueError(f"stop_by={self.stop_by!r} is not known; there are 'candidates' and 'catalogue'")
 

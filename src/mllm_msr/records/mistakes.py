@@ -6,6 +6,8 @@ import re
 # as torch and others say that a file could not be written whole
 DISK_FULL = r"(?i)no space left|inline_container|PytorchStreamWriter failed|disk quota exceeded"
 
+DAMAGED = ("polars.exceptions", "safetensors")  # whose errors say what is wrong with a file, and not with which
+
 
 def in_words(error: BaseException, more: str) -> str:
     """An error as one line; of one that was not foreseen, its type and how to see more.
@@ -25,6 +27,8 @@ def in_words(error: BaseException, more: str) -> str:
     text = " ".join(str(error).split())  # those of libraries may have many lines
     if getattr(error, "errno", None) == errno.ENOSPC or re.search(DISK_FULL, text):
         return f"{text}: there is no room left on the disk; make some and do it again"
+    if type(error).__module__.startswith(DAMAGED):  # of what no stage has noted the content
+        return f"a file is damaged, or of another kind ({text}); {more} to see which"
     if isinstance(error, OSError | ValueError | RuntimeError | ImportError):  # the last: of an optional package
         return text
     return f"unexpected {type(error).__name__}: {text}; {more} to see where it comes from"

@@ -83,15 +83,16 @@ class Table:
         try:
             self.check(frame, paths[0])
         except pl.exceptions.PolarsError as error:
-            raise ValueError(
-                f"{paths[0]} is no whole Parquet file ({error}): make it again with the stage that writes it"
-            ) from error
+            raise _damaged(paths[0], error) from error
         return frame
 
     def read(self, path: Path | Sequence[Path], columns: Sequence[str] | None = None) -> pl.DataFrame:
         """Read a checked file, or some columns of it, in their order."""
         frame = self.scan(path)
-        return (frame if columns is None else frame.select(columns)).collect()
+        try:
+            return (frame if columns is None else frame.select(columns)).collect()
+        except pl.exceptions.ComputeError as error:  # within it, which its end does not show
+            raise _damaged(path if isinstance(path, Path) else path[0], error) from error
 
     def frame(self, rows: Any = None) -> pl.DataFrame:
         """A frame of these columns from rows in their order (none: an empty one)."""
@@ -127,6 +128,10 @@ class Table:
                     writer.write_table(part.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(schema))
 
             yield write
+
+
+def _damaged(path: Path, error: pl.exceptions.PolarsError) -> ValueError:
+    return ValueError(f"{path} is no whole Parquet file ({error}): make it again with the stage that writes it")
 
 
 def _arrow_type(dtype: Any) -> pa.DataType:
