@@ -30,7 +30,7 @@ def language_model_lora(model: MllmMsrForRecommendation, model_args: ModelConfig
         ("lora_target_parameters", model_args.lora_target_parameters, [name for name, _ in model.named_parameters()]),
     ):
         for wanted in given or []:
-            if not any(name.endswith(wanted) for name in names):
+            if not wanted or not any(name.endswith(wanted) for name in names):
                 raise ValueError(f"--{flag} {wanted}: the model has none of that name; its last is {names[-1]!r}")
     return peft_config
 
@@ -73,6 +73,8 @@ def _checkpoint(trainer: Trainer, facts: dict[str, str]) -> str | None:
         return None if trainer.args.save_only_model else last_checkpoint(Path(trainer.args.output_dir or "."), facts)
     if not Path(named).is_dir():
         raise FileNotFoundError(f"--resume_from_checkpoint {named}: there is no such folder")
+    if not (Path(named) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {named}: is no checkpoint, as it has no trainer_state.json")
     if reason := damage(Path(named)):
         raise ValueError(f"--resume_from_checkpoint {named}: {reason}; name another, or leave the flag out")
     return named

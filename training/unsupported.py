@@ -98,6 +98,13 @@ LEAST: dict[str, int] = {
     "warmup_steps": 0,
     "max_grad_norm": 0,
     "adam_epsilon": 0,
+    "lora_dropout": 0,
+    "beta": 0,
+    "label_smoothing": 0,
+    "ld_alpha": 0,
+    "f_alpha_divergence_coef": 0,
+    "discopop_tau": 0,
+    "ref_model_mixup_alpha": 0,
     "seed": 0,
     "data_seed": 0,
 }

@@ -77,6 +77,11 @@ def test_one_that_a_flag_names_must_be_whole(trained, tmp_path):
         sft.train(*sft.parse([], **flags | {"output_dir": str(tmp_path), "resume_from_checkpoint": str(named)}))
 
 
+def test_one_that_a_flag_names_must_be_one(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"is no checkpoint, as it has no trainer_state\.json"):
+        sft.train(*sft.parse([], **trained[1] | {"resume_from_checkpoint": str(tmp_path)}))
+
+
 def test_checkpoints_of_other_settings_are_not_gone_on_from(trained):
     with pytest.raises(ValueError, match=r"of another training \(--learning_rate 0\.001, not 0\.1\): give another"):
         sft.train(*sft.parse([], **trained[1] | {"learning_rate": 0.1}))

@@ -173,5 +173,5 @@ def test_a_run_whose_recipe_has_changed_is_not_trained_on(small_run, tmp_path):
     changed = recipe.replace("block_size: 3", "block_size: 2")
     assert changed != recipe
     (folder / "config.yaml").write_text(changed, encoding="utf-8")
-    with pytest.raises(ValueError, match="stage 'summarize users' of .* is out of date, as the recipe has changed"):
+    with pytest.raises(ValueError, match=r"stage 'summarize users' of .* is out of date, as the recipe has changed"):
         sft.train(*sft.parse([], **flags(small_run, tmp_path / "out", dataset_name=str(folder))))
