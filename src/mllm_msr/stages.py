@@ -175,8 +175,15 @@ def before_targets(interactions: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFr
 
 
 def forget_failures(run: RunFolder, table: Table) -> None:
-    """A stage some of whose texts have failed is not finished: what it wrote goes, so that they are tried again."""
-    if run.has(table) and run.read(table, ["status"])["status"].str.starts_with("failed").any():
+    """A stage some of whose texts have failed is not finished: what it wrote goes, so that they are tried again; and
+    so does what is damaged."""
+    if not run.has(table):
+        return
+    try:
+        failed = run.read(table, ["status"])["status"].str.starts_with("failed").any()
+    except ValueError:
+        failed = True
+    if failed:
         run.file(table).unlink()
 
 

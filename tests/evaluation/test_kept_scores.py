@@ -65,3 +65,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_what_is_kept_is_not_scored_at_all(tmp_path: Path) -> None:
     first = kept_scores(tmp_path, "one", lambda: PreferenceScorer(4), TASKS)
     assert kept_scores(tmp_path, "one", lambda: pytest.fail("scored again"), TASKS).equals(first)
+
+
+@pytest.mark.parametrize("other", [b"", b"PAR1", "two"])
+def test_what_is_damaged_or_of_another_variant_is_scored_again(tmp_path: Path, other: bytes | str) -> None:
+    first = kept_scores(tmp_path, "one", lambda: PreferenceScorer(4), TASKS)
+    if isinstance(other, str):
+        kept_scores(tmp_path, other, lambda: PreferenceScorer(4), TASKS)
+        other = (tmp_path / f"{other}.parquet").read_bytes()
+    (tmp_path / "one.parquet").write_bytes(other)
+    assert kept_scores(tmp_path, "one", lambda: PreferenceScorer(4), TASKS).equals(first)
+    assert kept_scores(tmp_path, "one", lambda: pytest.fail("scored again"), TASKS).equals(first)

@@ -76,6 +76,15 @@ def test_a_failed_item_is_tried_again_by_the_same_command(prepared, capsys):
     assert run.read(ITEM_SUMMARIES).equals(whole)
 
 
+def test_a_damaged_table_is_made_again_by_its_stage(prepared, capsys):
+    stages_done(capsys, prepared)
+    run = RunFolder.open(prepared)
+    whole = run.read(ITEM_SUMMARIES)
+    run.file(ITEM_SUMMARIES).write_bytes(b"PAR1")
+    assert stages_done(capsys, prepared) == ["summarize items"]
+    assert run.read(ITEM_SUMMARIES).equals(whole)
+
+
 def test_show_prints_a_user(prepared, capsys):
     stages_done(capsys, prepared)
     user = RunFolder.open(prepared).read(PREFERENCES)["user_id"][0]

@@ -38,6 +38,13 @@ def do(run: RunFolder, name: str, text: str = "made") -> bool:
     return bool(calls)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"stages": 1}', "{"])
+def test_a_provenance_that_says_nothing_is_named(run: RunFolder, content: str) -> None:
+    (run.path / "provenance.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"provenance\.json .*: remove it, and do"):
+        run.require("prepare")
+
+
 def do_all(run: RunFolder) -> RunFolder:
     for name in STAGES:
         do(run, name)

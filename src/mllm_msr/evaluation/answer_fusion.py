@@ -127,7 +127,7 @@ def answers_of(run: RunFolder, heads: Heads, task_ids: pl.Series, lists: AnswerL
 
     def answered(block: pl.DataFrame) -> pl.DataFrame:
         path = folder / f"{digest(block['task_id'].to_list(), block['candidates'].to_list())}.parquet"
-        return kept(SCORES, path, lambda: model().score(block).select(pl.lit(OURS).alias("variant"), pl.all()))
+        return kept(SCORES, path, lambda: model().score(block).select(pl.lit(OURS).alias("variant"), pl.all()), OURS)
 
     scored = pl.concat([answered(contexts[begin : begin + BLOCK]) for begin in range(0, len(contexts), BLOCK)])
     for stale in set(run.answers.iterdir()) - {folder}:

@@ -95,7 +95,8 @@ def evaluate(run: RunFolder, variants: Sequence[Variant] | None = None) -> Resul
         folders = {names: scores_folder(run, names) for names in stages}
         score_and_measure(run, wanted, folders).write(run.metrics)
         for stale in set(run.scores.iterdir()) - set(folders.values()):
-            shutil.rmtree(stale)
+            if stale.is_dir():  # a file is somebody else's
+                shutil.rmtree(stale)
 
     facts = [[variant.name for variant in wanted], asdict(run.recipe.evaluation), asdict(run.recipe.head)]
     run.stage("evaluate", work, writes=[run.metrics, run.file(SCORES)], facts=facts, after=after)

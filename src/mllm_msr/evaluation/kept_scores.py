@@ -1,5 +1,6 @@
 """Scores that are kept, so that nothing is scored twice: where they lie, by all that they depend on."""
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from mllm_msr.records.schema import SCORES, Table
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import digest
 
+logger = logging.getLogger(__name__)
 MODEL_STAGES = ("prepare", "summarize users", "train")  # whose output scores of our model depend on
 
 
@@ -26,10 +28,18 @@ def scores_folder(run: RunFolder, stages: Sequence[str]) -> Path:
     return run.scores / digest([run.key(stage) for stage in stages], run.recipe.evaluation.facts(), head)
 
 
-def kept(table: Table, path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
-    """What ``path`` holds; made and written first if it is not there."""
-    if not path.is_file():
-        table.write(make(), path)
+def kept(table: Table, path: Path, make: Callable[[], pl.DataFrame], variant: str | None = None) -> pl.DataFrame:
+    """What ``path`` holds; made and written first if it is not there, is damaged, or has another ``variant``."""
+    if path.is_file():
+        try:
+            frame = table.read(path)
+        except ValueError as error:
+            logger.warning("%s: it is made again", error)
+        else:
+            if variant is None or frame["variant"].unique().to_list() == [variant]:
+                return frame
+            logger.warning("%s does not hold the scores of %s: it is made again", path, variant)
+    table.write(make(), path)
     return table.read(path)
 
 
@@ -52,10 +62,10 @@ def kept_scores(folder: Path, name: str, scorer: Callable[[], Scorer], tasks: pl
         made = []
         for begin in range(0, len(shown), size):
             part = shown[begin : begin + size]
-            made.append(kept(SCORES, parts / f"{begin}-{begin + len(part)}.parquet", partial(scored, part)))
+            made.append(kept(SCORES, parts / f"{begin}-{begin + len(part)}.parquet", partial(scored, part), name))
         return pl.concat(made)
 
-    scores = kept(SCORES, folder / f"{name}.parquet", score)
+    scores = kept(SCORES, folder / f"{name}.parquet", score, name)
     shutil.rmtree(parts, ignore_errors=True)
     return scores
 

@@ -230,9 +230,10 @@ class RunFolder:
         recipe; ``writes``, for each file its digest, size and time; ``seconds``; ``finished``.
         """
         path = self.path / "provenance.json"
-        if path.is_file():
-            return read_json(path)
-        return {"versions": {}, "stages": {}}
+        content = read_json(path, {"versions": {}, "stages": {}})
+        if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
+            raise ValueError(f"{path} does not say what is done of this run: remove it, and do all stages again")
+        return content
 
     def write_provenance(self, content: Mapping[str, Any]) -> None:
         write_text(self.path / "provenance.json", json.dumps(content, indent=2))
