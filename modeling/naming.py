@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 def naming(id_or_path: object) -> Iterator[None]:
     """Let an OSError from within name what was to be loaded: libraries do not when the Hub cannot be reached.
 
-    One of damaged weights, which they do not name either, becomes an OSError.
+    What they do not name either becomes one: damaged weights, and a connection that breaks off.
     """
     try:
         yield
@@ -18,5 +19,7 @@ def naming(id_or_path: object) -> Iterator[None]:
         if str(id_or_path) in str(error):
             raise
         raise OSError(f"{id_or_path}: {error}") from error
+    except HTTPError as error:
+        raise OSError(f"{id_or_path} cannot be fetched from the Hub ({error}): do it again") from error
     except SafetensorError as error:
         raise OSError(f"{id_or_path}: its weights are damaged ({error}): save or download them again") from error

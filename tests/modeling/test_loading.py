@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import DEVICE
+from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tiny_models import FAMILIES, WITHOUT_PACKAGE, draw_image, randomise
@@ -24,6 +25,7 @@ from transformers import (
 
 from mllm_msr import Candidate, MllmMsrForRecommendation, MllmMsrProcessor, User
 from mllm_msr.modeling.lora import language_model_lora_targets, without_adapter
+from mllm_msr.modeling.naming import naming
 from mllm_msr.modeling.ranking import Recommender
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -361,3 +363,11 @@ def test_damaged_weights_are_named(build, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match=rf"{tmp_path}: its weights are damaged .*: save or download them again"):
         MllmMsrForRecommendation.from_pretrained(tmp_path)
+
+
+def test_a_connection_that_breaks_off_is_named():
+    with (
+        pytest.raises(OSError, match=r"org/mugs cannot be fetched from the Hub \(peer closed\): do it again"),
+        naming("org/mugs"),
+    ):
+        raise HTTPError("peer closed")

@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image
 
 from mllm_msr.data.table_files import load_afresh
+from mllm_msr.modeling.naming import naming
 from mllm_msr.records import schema
 
 RUN_TABLES = {table.name: table for table in schema.PUBLISHED}
@@ -30,7 +31,8 @@ def load_table(source: str, config: str, split: str) -> Dataset:
                 f"{source}: neither a run (config.yaml) nor a data set (README.md with its tables): name one of these"
             )
         name, _, revision = (source, "", "") if run.exists() else source.partition("@")
-        table = _facts(load_afresh(name, name=config, split=split, revision=revision or None))
+        with naming(name):
+            table = _facts(load_afresh(name, name=config, split=split, revision=revision or None))
         for column, feature in table.features.items():
             if isinstance(feature, Image) and _names_files(table, column):
                 raise ValueError(
