@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_msr.modeling.inputs import User
 
-MOST = 1_000_000  # logits that are kept
+MOST = 250_000  # logits that are kept, some 60 MB
 
 
 class KeptAnswers:
