@@ -7,7 +7,7 @@ from typing import Any
 
 from mllm_msr.modeling.inputs import User
 
-MOST = 250_000  # logits that are kept, some 60 MB
+MOST = 100_000  # logits that are kept, some 20 MB
 
 
 class KeptAnswers:
