@@ -48,7 +48,7 @@ class PreferenceScorer(Scorer):
         )
 
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
-        raise NotImplementedError
+        raise AssertionError("only the tasks' own candidates are scored here")
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
