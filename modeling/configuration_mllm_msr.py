@@ -54,6 +54,11 @@ class MllmMsrConfig(PreTrainedConfig):
             if not yes or not no or yes & no:
                 raise ValueError(f"the answers need distinct tokens, not {self.answer_token_ids}")
 
+    def require_backbone(self, name: object) -> None:
+        """Raise ValueError, which begins with ``name``, if this was read from something else than a recommender."""
+        if self.vlm_config is None:
+            raise ValueError(f"{name} is no recommender: its config.json has no `vlm_config`")
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         if self.vlm_config is None:
             return self

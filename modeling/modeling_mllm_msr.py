@@ -259,8 +259,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         if not isinstance(config, PreTrainedConfig):
             with naming(pretrained_model_name_or_path):
                 saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        if saved.vlm_config is None:
-            raise ValueError(f"{pretrained_model_name_or_path} is no recommender: its config.json has no `vlm_config`")
+        saved.require_backbone(pretrained_model_name_or_path)
         ranker = None
         if saved.sequence_head is not None:
             ranker = ItemRanker.from_pretrained(pretrained_model_name_or_path, saved.sequence_head, **hub)

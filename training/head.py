@@ -93,8 +93,7 @@ def check(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: F
     if arguments.model is not None:
         with naming(arguments.model):
             config = MllmMsrConfig.from_pretrained(arguments.model)
-        if config.vlm_config is None:
-            raise ValueError(f"--model {arguments.model} is no recommender: its config.json has no `vlm_config`")
+        config.require_backbone(f"--model {arguments.model}")
 
 
 def load_data(run: RunFolder, content: Tensor | None) -> TrainingData:
