@@ -57,7 +57,10 @@ class MllmMsrConfig(PreTrainedConfig):
     def require_backbone(self, name: object) -> None:
         """Raise ValueError, which begins with ``name``, if this was read from something else than a recommender."""
         if self.vlm_config is None:
-            raise ValueError(f"{name} is no recommender: its config.json has no `vlm_config`")
+            raise ValueError(
+                f"{name} is no recommender: it has no config.json with `vlm_config`. A run has its recommender in the "
+                "folder `model`; a stock backbone becomes one by `from_backbone`"
+            )
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         if self.vlm_config is None:

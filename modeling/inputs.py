@@ -136,6 +136,7 @@ def _several(values: Any, what: str) -> Sequence[Any]:
 def _from(kind: Any, value: Any, what: str) -> Any:
     names = [field.name for field in fields(kind)]
     if isinstance(value, kind):
+        _check_texts(vars(value), what)
         return value
     if all(hasattr(value, name) for name in names):  # of the package, where this file came from a repository
         value = {name: getattr(value, name) for name in names}
@@ -146,10 +147,14 @@ def _from(kind: Any, value: Any, what: str) -> Any:
     if not any(value.get(name) is not None for name in names if name != "item_id"):
         raise ValueError(f"{what} needs at least one of {', '.join(name for name in names if name != 'item_id')}")
     given = {name: part for name, part in value.items() if part is not None}
+    _check_texts(given, what)
+    return kind(**given)
+
+
+def _check_texts(given: Mapping[str, Any], what: str) -> None:
     for name in ("item_id", "title", "text", "summary", "preference"):
         if not isinstance(given.get(name, ""), str):
             raise TypeError(f"`{name}` of {what} is a text, not {_kind(given[name])}")
-    return kind(**given)
 
 
 def _kind(value: Any) -> str:

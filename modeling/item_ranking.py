@@ -136,12 +136,12 @@ class ItemRanker(nn.Module):
         return torch.tensor([self._codes[item] for item in item_ids], dtype=torch.int64, device=self.counts.device)
 
     @torch.no_grad()
-    def put_items(self, item_ids: Sequence[str], content: Tensor) -> None:
+    def put_items(self, item_ids: Sequence[str], content: Tensor | Sequence[Any]) -> None:
         """Add new items, of which nobody's choice is known, or change the content of others, which keep their identity.
 
         Args:
             item_ids: of N items, each once.
-            content: (N, F), their vectors, made as those of the catalogue were.
+            content: (N, F), a tensor, array or lists: their vectors, made as those of the catalogue were.
 
         Raises:
             ValueError: an item comes twice, a vector is of another length, or a number in one is not finite.
@@ -151,6 +151,7 @@ class ItemRanker(nn.Module):
             raise ValueError("these heads know items by their identity alone: they cannot rank new ones")
         if len(set(item_ids)) < len(item_ids):
             raise ValueError("an item comes twice: give each once")
+        content = torch.as_tensor(content)
         if content.shape != (len(item_ids), size):
             raise ValueError(f"the vectors of {len(item_ids)} items are {tuple(content.shape)}, not (items, {size})")
         half = content.to(self.content.device, torch.float16)
@@ -192,7 +193,9 @@ class ItemRanker(nn.Module):
 
     def read(self, histories: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """(B, L) codes of histories, oldest first, padded at the end, and (B,) how many of each one's items are unknown
-        and were skipped."""
+        and were skipped; TypeError for a text in the place of a history."""
+        if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
+            raise TypeError("histories are lists of item ids, one list for each user, such as [['a', 'b']]")
         known = [[self._codes[item] for item in history if item in self._codes] for history in histories]
         codes = torch.full((len(known), max([1, *map(len, known)])), PADDING)
         for row, history in zip(codes, known, strict=True):

@@ -13,7 +13,7 @@ from transformers import BatchFeature, Pipeline
 
 from .generated_text import tidy
 from .inputs import Candidate, HistoryItem, User, as_candidates
-from .lora import without_adapter
+from .lora import adapter_layers, without_adapter
 from .preference import PreferenceStep, preference_waves, split_history
 from .ranking import Recommender, in_order
 from .recommending import Recommendation, Wanted, recommend
@@ -259,11 +259,17 @@ class SequentialRecommendationPipeline(Pipeline):
     def _write(
         self, prompts: Callable[[Sequence[Input]], BatchFeature], inputs: Sequence[Input], writing: Writing
     ) -> Iterator[str]:
-        """The backbone's text for each input, in their order; a live adapter is switched off meanwhile."""
+        """The backbone's text for each input, in their order; a live adapter is switched off meanwhile.
+
+        Weights that were trained whole, or merged, say Yes and No in the middle of texts: they write without these two.
+        """
+        trained = {} if any(adapter_layers(self.model)) else self.model.config.answer_token_ids or {}
+        without = [ids[0] for ids in trained.values()] or None
         for start in range(0, len(inputs), writing.write_batch_size):
             batch = prompts(inputs[start : start + writing.write_batch_size]).to(self.model.device)
             with torch.inference_mode(), without_adapter(self.model):
-                ids = self.model.generate(**batch, max_new_tokens=writing.max_new_tokens, do_sample=False)
+                options = {"max_new_tokens": writing.max_new_tokens, "do_sample": False, "suppress_tokens": without}
+                ids = self.model.generate(**batch, **options)
             texts = self.processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             yield from map(tidy, texts)
 

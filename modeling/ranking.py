@@ -159,8 +159,13 @@ class Recommender:
 
         Returns:
             For each user the best ``top_k`` candidates, best first. Equal logits keep the order given.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it should be; an id is there twice.
         """
-        candidates = as_candidates(candidates)
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k={top_k!r}: must be a number of at least 1, or None for all candidates")
+        users, candidates = as_users(users), as_candidates(candidates)
         ids = [candidate.item_id for candidate in candidates if candidate.item_id]
         if duplicate := _duplicate(ids):
             raise ValueError(f"item {duplicate!r} is there twice among the candidates")

@@ -5,7 +5,7 @@ Whoever recommends does so by this file: the pipeline, the demo page, and `mllm-
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class Wanted:
     only: Sequence[str] | None = None
     allowed: Callable[[str], bool] | None = None
     explain: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in (None, *get_args(By)):
+            raise Refused("by", f"by={self.by!r} is not known; there are {', '.join(get_args(By))}")
 
     def among(self, ids: Iterable[str]) -> list[str]:
         """Those of some items that may be recommended."""

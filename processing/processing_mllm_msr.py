@@ -173,6 +173,7 @@ class MllmMsrProcessor(ProcessorMixin):
             previous: B preferences before the block, where there are any.
         """
         before = previous if previous is not None else [None] * len(blocks)
+        _check_counts(blocks=blocks, previous=before)
         values = [{"items": _in_words(block), "previous": text} for block, text in zip(blocks, before, strict=True)]
         return self._batch([self._prompt("preference", value) for value in values])
 
@@ -201,24 +202,26 @@ class MllmMsrProcessor(ProcessorMixin):
             but for the answer), token types where the backbone knows them, and the backbone's image tensors.
         """
         if text is not None:
-            return self._as_the_backbone(
-                text, images, {name: value for name, value in kwargs.items() if value is not None}
-            )
+            return self._as_the_backbone(text, images, kwargs)
         if users is None or candidates is None or kwargs or images is not None:
             raise TypeError("call the processor with `users` and `candidates`, or with `text` and perhaps `images`")
         _check(users, "users", "preference")
         _check(candidates, "candidates", "title")
+        _check_counts(users=users, candidates=candidates, **({} if labels is None else {"labels": labels}))
         prompts = [
             self._prompt("recommendation", {**_user_values(user), **_candidate_values(candidate)})
             for user, candidate in zip(users, candidates, strict=True)
         ]
         answers = None
         if labels is not None:
+            if wrong := [label for label in labels if label not in (0, 1)]:
+                raise ValueError(f"a label is 1 (Yes) or 0 (No), not {wrong[0]!r}")
             tokens = self.answer_token_ids
             answers = [tokens["yes" if label else "no"][0] for label in labels]
         return self._batch(prompts, answers, room=1)
 
-    def _as_the_backbone(self, text: Any, images: Any, kwargs: dict[str, Any]) -> BatchFeature:
+    def _as_the_backbone(self, text: Any, images: Any, given: dict[str, Any]) -> BatchFeature:
+        kwargs = {name: value for name, value in given.items() if value is not None}
         if self._backbone is not None:
             return self._backbone(text=text, images=images, **kwargs)
         if images is not None:
@@ -247,11 +250,8 @@ class MllmMsrProcessor(ProcessorMixin):
         Args:
             limits: the most tokens of a user and of a candidate, `config.user_limit` and `config.item_limit`.
         """
-        return LateBlocks(
-            users=self.late_users(users, limits[0]),
-            items=self.late_items(candidates, limits[1]),
-            answer_ids=self.late_answer_ids,
-        )
+        users_in, items_in = self.late_users(users, limits[0]), self.late_items(candidates, limits[1])
+        return LateBlocks(users=users_in, items=items_in, answer_ids=self.late_answer_ids)
 
     def prepare_images(self, images: Sequence[Any]) -> list[PreparedImage]:
         """Each image made ready once, to stand for it as `image` of any candidate in any later batch."""
@@ -325,6 +325,8 @@ class MllmMsrProcessor(ProcessorMixin):
         self, prompts: list[Prompt], answers: list[int] | None = None, room: int = 0, limit: int | None = None
     ) -> PromptBatch:
         """The batch of some prompts of up to ``limit`` tokens, ``room`` of which are kept free for an answer."""
+        if not prompts:
+            raise ValueError("there is nothing to write a prompt of: give at least one")
         images: list[PreparedImage] = []
         for field in (field for prompt in prompts for field in prompt.images):
             prepared = self.prepare_images(field.value)
@@ -372,6 +374,13 @@ def _check(values: Sequence[Any], name: str, attribute: str) -> None:
     if isinstance(values, (str, Mapping)) or not all(hasattr(value, attribute) for value in values):
         kind = type(values).__name__ if isinstance(values, (str, Mapping)) else "a list of something else"
         raise TypeError(f"`{name}` is a list of objects with the attribute `{attribute}` (see as_{name}), not {kind}")
+
+
+def _check_counts(**lists: Sequence[Any]) -> None:
+    """A ValueError unless there are as many of each."""
+    if len({len(values) for values in lists.values()}) > 1:
+        counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise ValueError(f"there are {counts}: give as many of each")
 
 
 def _in_words(items: Sequence[Any]) -> list[dict[str, str]]:

@@ -89,7 +89,7 @@ def test_neighbours_are_kept_saved_and_found_again_as_items_come_change_and_go()
 def test_a_new_item_scores_as_one_of_the_catalogue_that_nobody_chose(settings):
     ranker = make(*(["sequence_head"] if settings else []), **settings)
     twin = ranker.content[:1].float()  # of film-0
-    ranker.put_items(["twin"], twin)
+    ranker.put_items(["twin"], twin.tolist())
     scores = ranker.score(HISTORIES)
     assert torch.allclose(scores[:, 0], scores[:, -1], atol=1e-6)
     as_read = ranker.score([["film-3", "twin"], ["film-3", "film-0"]])
@@ -105,6 +105,9 @@ def test_unknown_items_are_skipped_in_histories_and_named_as_candidates():
         ranker.score([["film-1"]], ["film-1", "gone"])
     with pytest.raises(ValueError, match="'gone' and 1 others are none of"):
         ranker.remove_items(["gone", "went"])
+    for histories in ("film-1", ["film-1"]):
+        with pytest.raises(TypeError, match="histories are lists of item ids, one list for each user"):
+            ranker.score(histories)
     with pytest.raises(ValueError, match=r"by='sasrec' is not known; there are fused, sequence_head"):
         ranker.score([[]], by="sasrec")
 

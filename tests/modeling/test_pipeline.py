@@ -97,6 +97,22 @@ def test_a_history_is_condensed_by_the_backbone_without_the_adapter(parts) -> No
     check(rank(request), ranked(model, processor, before, blue))
 
 
+def test_weights_that_learned_to_say_yes_do_not_say_it_in_a_preference(parts) -> None:
+    model, processor = parts
+    rank = pipeline("sequential-recommendation", model=model, processor=processor, max_new_tokens=4)
+    history = [{"title": f"Film {index}", "summary": "blue"} for index in range(3)]
+    before = list(rank.preferences(history))
+    yes, no = (ids[0] for ids in processor.answer_token_ids.values())
+
+    def lean_to_answers(_: object, __: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_add(-1, torch.tensor([yes, no]), torch.full((*logits.shape[:-1], 2), 1e3))
+
+    model.get_output_embeddings().register_forward_hook(lean_to_answers)
+    batch = processor.preference([[HistoryItem("Film", "blue")]])
+    assert model.generate(**batch, max_new_tokens=1, do_sample=False)[0, -1] in (yes, no)
+    assert list(rank.preferences(history)) == before
+
+
 def test_preferences_come_block_by_block_and_the_rest_is_recent(parts) -> None:
     model, processor = parts
     rank = pipeline("sequential-recommendation", model=model, processor=processor)

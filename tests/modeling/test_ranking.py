@@ -221,6 +221,7 @@ def test_dicts_are_taken_and_what_is_wrong_with_them_is_said(backbone):
     assert sorted(logits, reverse=True) == [one.logit for one in objects[0]]
     for users, candidates, message in (
         (user, items, "`users` is a list, not dict"),
+        (User("red"), items, "`users` is a list, not User"),
         (["red"], items, "a user is a mapping"),
         ([{}], items, "needs at least one of"),
         ([user], items[0], "`candidates` is a list, not dict"),
@@ -232,6 +233,9 @@ def test_dicts_are_taken_and_what_is_wrong_with_them_is_said(backbone):
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             recommender.rank(users, candidates)
+    for count in (0, -1, "2"):
+        with pytest.raises(ValueError, match=f"top_k={count!r}: must be a number of at least 1"):
+            recommender.rank([user], items, top_k=count)
     for candidates, message in (
         ([["a", "c"]], "item 'c' is among the candidates, but not in the catalogue"),
         ([["a", "b", "a"]], "item 'a' is there twice"),

@@ -92,6 +92,7 @@ def test_only_what_is_wanted_is_ranked_and_asked_about(ranker: ItemRanker) -> No
     [
         (False, HISTORY, "fused", "needs the heads, which this model has not"),
         (True, [], "head", "reads a history, and there is none"),
+        (True, HISTORY, "heads", "by='heads' is not known; there are answer, head, fused"),
         (False, [], None, "30 items are too many for the answer alone: name up to 20"),
     ],
 )

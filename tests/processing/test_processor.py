@@ -372,6 +372,22 @@ def test_what_is_neither_a_pair_nor_a_text_is_refused(backbone) -> None:
         processor([User("x")], [{"title": "One"}])
 
 
+def test_lists_that_do_not_fit_each_other_and_labels_that_are_none_are_refused(backbone) -> None:
+    processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
+    users, candidates = [User("x")] * 2, [Candidate(title="One")] * 2
+    with pytest.raises(ValueError, match="there are 2 users, 1 candidates: give as many of each"):
+        processor(users, candidates[:1])
+    with pytest.raises(ValueError, match="there are 2 users, 2 candidates, 1 labels"):
+        processor(users, candidates, labels=[1])
+    with pytest.raises(ValueError, match=r"a label is 1 \(Yes\) or 0 \(No\), not 'No'"):
+        processor(users, candidates, labels=[1, "No"])
+    with pytest.raises(ValueError, match="there are 1 blocks, 2 previous"):
+        processor.preference([[HistoryItem("One")]], ["a", "b"])
+    for write in (lambda: processor([], []), lambda: processor.item_summary([]), lambda: processor.preference([])):
+        with pytest.raises(ValueError, match="there is nothing to write a prompt of"):
+            write()
+
+
 def test_a_prompt_is_no_longer_than_the_backbone_has_positions(backbone) -> None:
     processor = MllmMsrProcessor.from_backbone(str(backbone("llava")))
     assert processor.max_length == 2048

@@ -106,7 +106,7 @@ def test_the_head_becomes_a_part_of_a_model(small_run, vectors, backbone, tmp_pa
         (["--average", "1"], 2, "average=1.0: must be below 1"),
         (["--gate"], 1, "--gate is about content: give --vectors as well"),
         (["--max_epochs", "0"], 1, "--max_epochs 0: nothing would be trained"),
-        (["--model", str(Path(__file__).parent)], 1, "is no recommender: its config.json has no `vlm_config`"),
+        (["--model", str(Path(__file__).parent)], 1, "is no recommender: it has no config.json with `vlm_config`"),
         (["--no_identity"], 1, "an item needs an identity, content, or both"),
     ],
 )
