@@ -52,6 +52,8 @@ CSS = """
 #shelf .thumbnail-item img { height: auto; aspect-ratio: 1; object-fit: contain }
 #shelf .thumbnail-item.selected { border-color: var(--border-color-primary); box-shadow: none }
 #shelf .caption-label { position: static; max-width: 100%; border: 0; white-space: normal; overflow: visible }
+#who:not(:focus-within) [role=listbox] { display: none } /* else it stays open when Tab leaves it */
+#who input:focus-visible, #find textarea:focus-visible { outline: 2px solid var(--body-text-color) !important }
 @media (max-width: 640px) {
   .cards { grid-template-columns: 1fr }
   #ways .form { flex-direction: column }
@@ -73,7 +75,7 @@ class View:
     def story(self, history: Sequence[str], steps: Sequence[str]) -> str:
         """A history, oldest first, with the preference after each history block."""
         if not history:
-            return f'<p class="quiet">No history yet: choose a user, or click {self.demo.noun}s.</p>'
+            return f'<p class="quiet">No history: choose a user who has one, or click {self.demo.noun}s.</p>'
         blocks, recent = self.demo.split_history(history, self.demo.block_size)
         parts = []
         for number, block in enumerate(blocks):
@@ -123,7 +125,7 @@ class View:
     ) -> tuple[str, bool]:
         """The best of all items after a history with what is to be said of them; and whether there are more."""
         if not history:
-            return '<p class="quiet">Nothing is ranked before something is chosen.</p>', False
+            return '<p class="quiet">Nothing is ranked without a history.</p>', False
         found, said = self.demo.rank(history, steps, image, text, heads, shown)
         target, places = self.demo.chosen_next(user), {each.item_id: place for place, each in enumerate(found, 1)}
         if target in places:

@@ -9,6 +9,7 @@ import yaml
 
 from mllm_msr.data.remote_files import is_remote
 from mllm_msr.data.sources.registry import check_source, effective_source, source_options
+from mllm_msr.evaluation.loading import check_cache_dtype
 from mllm_msr.evaluation.variants import check_evaluation
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS
 from mllm_msr.proof import check_templates
@@ -125,9 +126,11 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
     """An existing run; for a stage with its recipe checked, under ``settings`` of the sections that it reads. For
     ``summarize``, which reads nothing of the section ``training``, that is left as it is.
 
+    What is refused leaves the run's recipe as it was.
+
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: a mistake in the recipe, or a setting of a section that an earlier stage reads.
+        ValueError: a mistake in the recipe, or a setting that an earlier stage reads.
     """
     run = RunFolder.open(path)
     if stage is None:
@@ -144,9 +147,25 @@ def open_run(path: Path, stage: str | None = None, settings: Mapping[str, Any] |
     origins = [f"vectors.{name}" for name in VECTOR_ORIGINS]
     if any(key in origins for key in settings or {}):  # the one that is named takes the place of the others
         settings = {**dict.fromkeys(origins), **(settings or {})}
-    with_training = not stage.startswith("summarize")
-    recipe = check_recipe(with_settings(run.recipe.to_dict(), settings or {}), with_training)
-    return run if recipe == run.recipe else RunFolder.create(path, recipe)
+    content, with_training = with_settings(run.recipe.to_dict(), settings or {}), not stage.startswith("summarize")
+    recipe = check_recipe(content, with_training)
+    if recipe == run.recipe:
+        return run
+    _refuse_early_settings(run, replace(run, recipe=parse_recipe(content)), stage, settings or {})
+    if stage == "evaluate" and run.model.is_dir():
+        check_cache_dtype(run, recipe.evaluation.cache_dtype)
+    return RunFolder.create(path, recipe)
+
+
+def _refuse_early_settings(run: RunFolder, changed: RunFolder, stage: str, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if settings given to a stage put an earlier one out of date, to be done again first."""
+    for earlier in STAGES[stage].after(changed.recipe):
+        if spoilt := [name for name in changed.pending(earlier) if name not in run.pending(earlier)]:
+            given = " ".join(f"--set {key}={'null' if value is None else value}" for key, value in settings.items())
+            raise ValueError(
+                f"{given}: `{spoilt[0]}` reads this, too, and is done already: run `{run.command(spoilt[0])} {given}` "
+                f"first"
+            )
 
 
 def check_recipe(content: Mapping[str, Any], with_training: bool = True) -> Recipe:

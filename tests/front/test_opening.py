@@ -178,6 +178,18 @@ def test_or_it_says_which_stage_reads_them(run: RunFolder, stage: str, key: str,
     assert run.config.read_text() == before
 
 
+def test_settings_that_an_earlier_stage_reads_too_or_the_model_cannot_follow_leave_the_run_as_it_was(
+    run: RunFolder,
+) -> None:
+    before = run.config.read_text()
+    wanted = "`summarize items` reads this, too, .* `mllm-msr summarize items .* --set summaries.engine=titles` first"
+    with pytest.raises(SystemExit, match=wanted):
+        main(["summarize", "users", str(run.path), "--set", "summaries.engine=titles"])
+    with pytest.raises(SystemExit, match="is `joint` and keeps no items: leave it out"):
+        main(["evaluate", str(run.path), "--set", "evaluation.cache_dtype=int8"])
+    assert run.config.read_text() == before and not RunFolder.open(run.path).pending("report")
+
+
 def test_settings_of_a_later_stage_work_on_the_command_line(run: RunFolder) -> None:
     main(["evaluate", str(run.path), "--set", "evaluation.rows=[popularity, random]"])
     assert list(run.results().variants) == ["popularity", "random"]

@@ -43,13 +43,18 @@ def is_late(run: RunFolder) -> bool:
     return config.get("interaction") == "late"
 
 
+def check_cache_dtype(run: RunFolder, cache_dtype: str | None) -> None:
+    """Raise ValueError if the run's model keeps no items that could have this type."""
+    if cache_dtype and not is_late(run):
+        raise ValueError(f"evaluation.cache_dtype: the model of {run.path} is `joint` and keeps no items: leave it out")
+
+
 def load_recommender(run: RunFolder, how: Computing = Computing()) -> "Recommender":
     """The run's trained model, in this process or on the server of ``evaluation.served``."""
     if run.recipe.evaluation.served:
         return _served(run, run.recipe.evaluation.served)
     how = replace(how, cache_dtype=how.cache_dtype or run.recipe.evaluation.cache_dtype)
-    if how.cache_dtype and not is_late(run):
-        raise ValueError(f"evaluation.cache_dtype: the model of {run.path} is `joint` and keeps no items: leave it out")
+    check_cache_dtype(run, how.cache_dtype)
     from mllm_msr.processing.auto import MllmMsrForRecommendation
 
     loading = {"dtype": how.dtype, "attn_implementation": how.attn_implementation}
