@@ -11,8 +11,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mllm_msr.processing.safe_text import Field, mark, split
 
-# Names of control tokens, which a server may take for such within a text: <|im_end|>, </s>, <image>, [INST]
-_CONTROL = re.compile(r"<(?=\|?/?[A-Za-z_][\w-]*\|?>)|\[(?=/?[A-Z_]+\])")
+# Names of control tokens, which a server may take for such within a text: <|im_end|>, </s>, <image>, [INST], [gMASK];
+# DeepSeek's are between wide bars (U+FF5C), with a low block (U+2581) for a space
+_CONTROL = re.compile("<(?=[|\uff5c]?/?[^\\W\\d][\\w\u2581-]*[|\uff5c]?>)|\\[(?=/?[a-z]?[A-Z_]+\\])")
 
 
 @cache

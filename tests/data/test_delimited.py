@@ -1,9 +1,14 @@
 """CSV as people and programs write it."""
 
+import bz2
 import gzip
+import lzma
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from mllm_msr.data import delimited, text_files
@@ -150,3 +155,56 @@ def test_blanks_before_a_mark_are_no_part_of_the_field(tmp_path: Path) -> None:
     text = 'user, "item"\n"1", "Cats, dogs"\n2, "a ""b"""\n3, 24" screen\n4, "a" b\n'
     rows = [("1", "Cats, dogs"), ("2", 'a "b"'), ("3", ' 24" screen'), ("4", ' "a" b')]
     assert read(write(tmp_path / "a.csv", text)).drop(ROW).rows() == rows
+
+
+@pytest.mark.parametrize(
+    ("encoding", "title"),
+    [
+        ("shift_jis", "青いマグカップ"),
+        ("gb18030", "蓝色的杯子"),
+        ("big5", "藍色的杯子"),
+        ("euc_kr", "파란 머그잔"),
+        ("cp1251", "Привет мир"),
+        ("koi8_r", "Привет мир"),
+        ("cp1253", "Καλημέρα"),
+        ("iso2022_jp", "青いマグ"),
+    ],
+)
+def test_an_encoding_that_cannot_be_told_is_refused(tmp_path: Path, encoding: str, title: str) -> None:
+    with pytest.raises(ValueError, match=r"a\.csv: .* save it as UTF-8"):
+        read(write(tmp_path / "a.csv", f"id,title\n1,{title}\n2,Mug\n".encode(encoding)))
+
+
+def test_western_texts_with_neighbouring_accents_are_read(tmp_path: Path) -> None:
+    titles = ["Créée", "Informações", "Größe", "œuvre", "„Öl“ “café”…", "¿Qué?", "pääöö"]
+    rows = "".join(f"{number},{title}\n" for number, title in enumerate(titles))
+    assert read(write(tmp_path / "a.csv", f"id,title\n{rows}".encode("cp1252")))["title"].to_list() == titles
+    cut = b"id,title\n1,Mug " + "😀".encode()[:3] + b"\n"
+    assert read(write(tmp_path / "b.csv", cut)).height == 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r\r\n"])
+def test_a_carriage_return_within_a_row_does_not_end_it(tmp_path: Path, end: str) -> None:
+    rows = ["id,title", "1,A\rB", '2,"C\rD"', "3,E"]
+    path = write(tmp_path / "a.csv", "".join(row + end for row in rows).encode())
+    assert read(path).rows() == [(2, "1", "A B"), (3, "2", "C D"), (4, "3", "E")]
+
+
+def test_old_line_ends_are_read(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.csv", b"id,title\r1,A\r2,B\r")).rows() == [(2, "1", "A"), (3, "2", "B")]
+
+
+def test_a_separator_at_the_end_of_every_row_is_no_field(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.csv", "id,title\n1,A,\n2,B,,\n")).rows() == [(2, "1", "A"), (3, "2", "B")]
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, lzma.compress, partial(pa.compress, codec="zstd", asbytes=True)]
+)
+def test_packed_files_are_read_and_damaged_ones_named(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    content = b"id,title\n" + b"".join(b"%d,A\n" % row for row in range(2000))
+    packed = pack(content)
+    assert read(write(tmp_path / "a.csv", packed)).height == 2000
+    for part in (packed[: len(packed) // 2], packed[:30] + b"\xff\0\xff" + packed[33:]):
+        with pytest.raises((OSError, ValueError), match=r"a\.csv: .*damaged"):
+            read(write(tmp_path / "a.csv", part))

@@ -135,3 +135,10 @@ def test_a_folder_of_images_by_id(tmp_path: Path) -> None:
     assert images_by_id(ids, None).null_count() == images_by_id(ids, tmp_path / "none").null_count() == 5
     with pytest.raises(ValueError, match=r"none of its 3 images is called by the id of an item.*'001', '002'"):
         images_by_id(pl.Series("item_id", ["001", "002"]), tmp_path)
+
+
+def test_files_called_by_ids_that_went_through_floats_or_another_system_are_found(tmp_path: Path) -> None:
+    for name in ("10.0.png", "cafe\u0301.png", "007.png"):
+        (tmp_path / name).write_bytes(png())
+    found = images_by_id(pl.Series(["10", "caf\u00e9", "007", "7"]), tmp_path).to_list()
+    assert [Path(place).name if place else None for place in found] == ["10.0.png", "cafe\u0301.png", "007.png", None]

@@ -156,12 +156,13 @@ def test_what_is_stored_holds_pixels_and_nothing_else(kind: str, edge: int) -> N
 
 
 def test_numbers_are_scaled_whatever_their_range_and_byte_order() -> None:
-    for mode, numbers in {
-        "I;16": np.linspace(0, 65535, 4096).astype("<u2"),
-        "I;16B": np.linspace(0, 65535, 4096).astype(">u2"),
-        "I": np.linspace(-70_000, 200_000, 4096).astype("i4"),
-        "F": np.linspace(0, 1, 4096).astype("f4"),
-    }.items():
+    for mode, numbers in (
+        ("I;16", np.linspace(0, 65535, 4096).astype("<u2")),
+        ("I;16B", np.linspace(0, 65535, 4096).astype(">u2")),
+        ("I;16", np.linspace(0, 4095, 4096).astype("<u2")),  # of a camera of 12 bits
+        ("I", np.linspace(-70_000, 200_000, 4096).astype("i4")),
+        ("F", np.linspace(0, 1, 4096).astype("f4")),
+    ):
         image = Image.frombytes(mode, (64, 64), numbers.tobytes())
         assert decode(save(image, "TIFF")).convert("L").getextrema() == (0, 255), mode
     eight_bits = Image.frombytes("I;16", (64, 64), (np.arange(4096) % 200).astype("<u2").tobytes())

@@ -92,3 +92,10 @@ def test_other_encodings_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"id": "é"}\r\n{"id": "b"}\r\n'.encode("utf-16"))
     assert read(path, {"id": pl.String}).rows() == [(1, "é"), (2, "b")]
+
+
+def test_of_a_name_that_stands_twice_the_first_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for rest in ("", "\n\n"):  # fast, and line by line
+        path.write_text('{"a": "1", "a": "2"}\n' + rest)
+        assert pl.concat(json_blocks(path, {"a": pl.String}, BadRows()))["a"].to_list() == ["1"]

@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from mllm_msr.data.ids import as_text, check_join
+from mllm_msr.data.ids import as_text, check_join, plain_id
 from mllm_msr.data.logs import interactions_from
 from mllm_msr.data.raw import ROW, BadRows
 
@@ -66,11 +66,29 @@ def test_ids_that_a_float_has_spoilt_are_bad_rows(values: list[Any]) -> None:
     assert ids_of(values, BadRows("skip")) == ["2"]
 
 
-@pytest.mark.parametrize("values", [[b"\xff", b"\xfe", b"2"], ["a\ufffd", "b\ufffd", "2"]])
-def test_ids_that_could_not_be_read_are_bad_rows_as_two_may_have_become_one(values: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"log\.csv, row 2: user_id has a character that is no valid text"):
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (["a\ufffd", "b\ufffd", "2"], "has a character that is no valid text"),
+        ([b"\xff", b"\xfe", b"2"], "is bytes that are no text"),
+        ([bytes([1, *range(15)]), bytes(range(65, 81)) + b"\0", b"2"], "is bytes that are no text"),  # a UUID
+    ],
+)
+def test_ids_that_could_not_be_read_are_bad_rows_as_two_may_have_become_one(values: list[Any], what: str) -> None:
+    with pytest.raises(ValueError, match=rf"log\.csv, row 2: user_id {what}"):
         ids_of(values)
     assert ids_of(values, BadRows("skip")) == ["2"]
+
+
+def test_what_nobody_sees_makes_no_other_id() -> None:
+    bad = BadRows()
+    values = ["caf\u00e9", "cafe\u0301", "\ufeffA1", "A1\u200b", "a\u00a0b", "a b", "\u202eA1\0", "👩\u200d👧"]
+    assert ids_of(values, bad) == ["café", "café", "A1", "A1", "a b", "a b", "A1", "👩\u200d👧"]
+    noted = next(each for each in bad.skipped if "user_id" in each["what"])
+    assert "invisible" in noted["what"] and noted["count"] == 5 and noted["examples"][0] == r"'cafe\u0301'"
+    with pytest.raises(ValueError, match="row 3: no user_id"):
+        ids_of(["a", "\u200b"])
+    assert [plain_id(value) for value in values] == ids_of(values)
 
 
 @pytest.mark.parametrize("missing", [None, "", "  ", "NaN", "nan", "NULL", "<NA>", r"\N", "None", "NA", "#N/A"])
@@ -187,11 +205,15 @@ def test_texts_without_a_value_are_missing_and_lists_are_joined() -> None:
 def test_a_catalogue_that_lacks_most_items_of_the_log_stops_with_ids_of_both() -> None:
     log = pl.LazyFrame({"item_id": ["12", "13", "14", "14"]})
     half = pl.DataFrame({"item_id": ["12", "13", "99"]})
-    assert check_join(log, half, "goods.csv").to_list() == ["12", "13", "14"]
+    bad = BadRows()
+    assert check_join(log, half, "goods.csv", bad).to_list() == ["12", "13", "14"]
+    assert [(row["what"], row["examples"]) for row in bad.skipped] == [
+        ("goods.csv: items of the log that this catalogue lacks", ["14"])
+    ]
     with pytest.raises(
         ValueError, match=r"goods\.csv: of the 3 items in the log, this catalogue has only 1\. "
     ) as error:
-        check_join(log, pl.DataFrame({"item_id": ["12", "00013", "00014"]}), "goods.csv")
+        check_join(log, pl.DataFrame({"item_id": ["12", "00013", "00014"]}), "goods.csv", bad)
     assert "'13'" in str(error.value) and "'00013'" in str(error.value)
 
 
@@ -201,3 +223,46 @@ def test_times_that_a_float_has_rounded_are_noted() -> None:
     assert [row["what"] for row in bad.skipped] == [
         "log.csv: times kept as Float32, which has rounded them: some may tie"
     ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("007", "7"), ("A-1", "a1"), ("#12", "12"), ("\uff11", "1"), ("1,234", "1234")]
+)
+def test_ids_that_differ_only_in_their_writing_are_noted(ours: str, theirs: str) -> None:
+    log, bad = pl.LazyFrame({"item_id": ["x", "y", ours]}), BadRows()
+    check_join(log, pl.DataFrame({"item_id": ["x", "y", theirs, "z"]}), "goods.csv", bad)
+    lacking, alike = bad.skipped
+    assert lacking["examples"] == [ours]
+    assert "writes otherwise" in alike["what"] and alike["examples"] == [f"{ours} and {theirs}"]
+
+
+def test_times_that_a_spreadsheet_has_rounded_are_bad_rows() -> None:
+    with pytest.raises(ValueError, match=r"log\.csv, row 2: a time that a spreadsheet has rounded"):
+        seconds_of(["1.58E+09", "1.59E+09", "1583378629"])
+    exact = ["1.583378629e+09", "1e+09", "1583378630"]
+    assert seconds_of(exact) == [1583378629, 1_000_000_000, 1583378630]
+
+
+def test_one_wrong_number_among_dates_does_not_make_seconds_of_all() -> None:
+    days = [20200101 + day for day in range(19)]
+    with pytest.raises(ValueError, match=r"row 21: timestamp is no date, where most are dates written as one number"):
+        seconds_of([*days, 20201399])
+    assert seconds_of([*days, None], BadRows("skip"))[0] == 1577836800
+
+
+@pytest.mark.parametrize(
+    ("times", "what", "count"),
+    [
+        ([-1, 1_600_000_000, 1_600_000_001], "times before 1971 or after 2100", 1),
+        (["0", "1600000000000", "1600000000001"], "times before 1971 or after 2100", 1),
+        ([datetime(9999, 12, 31), datetime(2020, 1, 1), datetime(2020, 1, 2)], "times before 1971 or after 2100", 1),
+        ([2018, 2019, 2019], "times are read as seconds; if they are years", 3),
+        (["201801", "201912"], "times are read as seconds; if they are months", 2),
+        (["43831.5", "43832.25"], "times are read as seconds; if they are days of a spreadsheet", 2),
+    ],
+)
+def test_doubtful_times_are_noted(times: list[Any], what: str, count: int) -> None:
+    bad = BadRows()
+    seconds_of(times, bad)
+    (noted,) = bad.skipped
+    assert noted["what"].startswith(f"log.csv: {what}") and noted["count"] == count

@@ -30,6 +30,7 @@ def test_pairs_as_csv(folder: Path) -> None:
     assert items["10"]["image_path"] == str(folder / "MicroLens-50k_covers" / "10.jpg")
     assert (items["11"]["title"], items["11"]["image_path"]) == ("", None)
     assert {row["what"]: row["examples"] for row in raw.skipped} == {
+        "MicroLens-50k_titles.csv: items of the log that this catalogue lacks": ["11"],
         "items without a title": ["11"],
         "items without a cover": ["12", "11"],
     }

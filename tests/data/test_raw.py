@@ -14,6 +14,11 @@ def test_raw_data_fills_missing_columns_and_trims() -> None:
     assert raw.items.to_dicts() == [{"item_id": "a", "title": "A", "text": "", "image_path": None, "image_bytes": None}]
 
 
+def test_words_lose_characters_that_no_text_means() -> None:
+    words = RawData(LOG, ITEMS.with_columns(title=pl.lit("A\0B\x1b[1m\n\u2028C👩\u200d👧"))).items["title"].item()
+    assert words == "A B [1m\n\u2028C👩\u200d👧"
+
+
 def test_raw_data_refuses_what_cannot_be_used() -> None:
     with pytest.raises(ValueError, match="no column 'timestamp'"):
         RawData(LOG.drop("timestamp"), ITEMS)

@@ -1,5 +1,6 @@
 """Tables wherever they are: damaged files, folders of part files, data sets of the Hub."""
 
+import bz2
 import gzip
 import os
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mllm_msr.data.sources.tables import read_tables
@@ -177,3 +180,34 @@ def test_a_data_set_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: py
         rows("shop", tmp_path)
     with pytest.raises(OSError, match=r"hf://datasets/no/such/log\.csv: cannot be fetched"):
         rows("hf://datasets/no/such/log.csv", tmp_path)
+
+
+def test_a_part_that_is_packed_otherwise_is_read_and_one_of_another_kind_stops(tmp_path: Path) -> None:
+    folder = tmp_path / "log.csv"
+    folder.mkdir()
+    (folder / "part-0.csv").write_text("user_id,item_id,timestamp\na,1,1\n")
+    (folder / "part-1.csv.bz2").write_bytes(bz2.compress(b"user_id,item_id,timestamp\nb,2,2\n"))
+    (folder / "notes.txt").write_text("of the export")
+    assert rows("log.csv", tmp_path) == [("a", "1", 1), ("b", "2", 2)]
+    (folder / "part-2.csv.lz4").write_bytes(b"lz4")
+    with pytest.raises(ValueError, match=r"log\.csv: its parts are of two formats, as part-2\.csv\.lz4 is none of csv"):
+        rows("log.csv", tmp_path)
+
+
+def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
+    names = ["user_id", "item_id", "timestamp", "item_id"]
+    columns = [pa.array(["a"]), pa.array(["1"]), pa.array([1]), pa.array(["2"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match=r"log\.parquet: two columns are called 'item_id'"):
+        rows("log.parquet", tmp_path)
+
+
+def test_parts_with_and_without_a_zone_go_together(tmp_path: Path) -> None:
+    (tmp_path / "log.parquet").mkdir()
+    for part, zone in enumerate((None, "UTC", "Asia/Tokyo")):
+        moment = pl.Series([1600000000], dtype=pl.Int64).cast(pl.Datetime("us"))
+        table = pl.DataFrame({"user_id": [str(part)], "item_id": ["1"], "timestamp": moment})
+        zoned = pl.col("timestamp") if zone is None else pl.col("timestamp").dt.replace_time_zone("UTC")
+        table = table.with_columns(zoned if zone is None else zoned.dt.convert_time_zone(zone))
+        table.write_parquet(tmp_path / f"log.parquet/part-{part}.parquet")
+    assert rows("log.parquet", tmp_path) == [(str(part), "1", 1600000000) for part in range(3)]

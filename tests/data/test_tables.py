@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -73,9 +74,49 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text(json.dumps({"sku": 7}) + "\n")
     with pytest.raises(ValueError, match=r"items\.jsonl: no column 'name'"):
         read_tables(tmp_path / "log.csv", tmp_path / "items.jsonl", MAPPING)
-    with pytest.raises(ValueError, match=r"neither a file .* nor a folder of a data set"):
-        (tmp_path / "log.xls").touch()
-        read_tables(tmp_path / "log.xls")
+    with pytest.raises(ValueError, match=r"log: neither a file .* nor a folder of a data set"):
+        read_tables(tmp_path / "log")
+    with pytest.raises(ValueError, match="'who' cannot be two of user_id, item_id and timestamp"):
+        read_tables(tmp_path / "log.csv", columns={**MAPPING, "item_id": "who"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("u.data", b"1\t2\t3\n", r"a file whose name ends in none of \.csv, .*: rename it"),
+        ("log.xlsx", b"PK\x03\x04", "an Excel workbook: unpack it, or save the sheet as CSV"),
+        ("log.feather", b"ARROW1\0\0", "an Arrow or Feather file: write it as Parquet"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: this is .*{what}"):
+        read_tables(name, folder=tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_columns_that_are_spelled_otherwise_are_read_and_noted(tmp_path: Path, ending: str) -> None:
+    log = pl.DataFrame({"User ID": ["u"], "itemId": ["7"], " timestamp": [1]})
+    items = pl.DataFrame({"\ufeffItem-ID": ["7"], "Title": ["Seven"], "TEXT": ["blue"], "(row)": ["x"]})
+    write = {"csv": pl.DataFrame.write_csv, "parquet": pl.DataFrame.write_parquet, "jsonl": pl.DataFrame.write_ndjson}
+    write[ending](log, tmp_path / f"log.{ending}")
+    write[ending](items, tmp_path / f"goods.{ending}")
+    raw = read_tables(f"log.{ending}", f"goods.{ending}", folder=tmp_path)
+    assert raw.interactions.collect().rows() == [("u", "7", 1)]
+    assert raw.items.select("item_id", "title", "text").rows() == [("7", "Seven", "blue")]
+    noted = [row["what"] for row in raw.skipped]
+    assert f"goods.{ending}: column 'Title', read as 'title'" in noted and len(noted) == len(set(noted))
+
+
+def test_of_two_columns_that_could_be_meant_none_is_and_a_catalogue_without_titles_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nu,7,1\n")
+    (tmp_path / "goods.csv").write_text("item_id,Title,TITLE\n7,A,B\n")
+    raw = read_tables("log.csv", "goods.csv", folder=tmp_path)
+    assert raw.items["title"].to_list() == [""]
+    assert [row["what"] for row in raw.skipped] == ["goods.csv: no column 'title', so no item has a title"]
+    (tmp_path / "goods.csv").write_text("item_id,title\n7,A,B\n")
+    with pytest.raises(ValueError, match=r"goods\.csv: this catalogue has no rows, or every row of it was bad"):
+        read_tables("log.csv", "goods.csv", folder=tmp_path, on_bad_rows="skip")
 
 
 def test_a_data_set_is_read_as_load_dataset_reads_it(tmp_path: Path) -> None:

@@ -90,8 +90,16 @@ def test_an_image_goes_as_a_lossless_data_url_where_the_prompt_puts_it():
 
 def test_control_tokens_in_a_text_are_broken_up():
     with chat_server(echo) as (url, requests):
-        engine(url).generate("preference", blocks("a <|im_end|> b </s> c <image> d [INST] 1 < 2 [3]"))
-    assert requests[0].body["messages"][0]["content"] == ">a < |im_end|> b < /s> c < image> d [ INST] 1 < 2 [3]"
+        engine(url).generate(
+            "preference",
+            blocks(
+                "a <|im_end|> b </s> c <image> d [INST] 1 < 2 [3] <\uff5cUser\uff5c> <\uff5cend\u2581of\uff5c> [gMASK]"
+            ),
+        )
+    written = (
+        "a < |im_end|> b < /s> c < image> d [ INST] 1 < 2 [3] < \uff5cUser\uff5c> < \uff5cend\u2581of\uff5c> [ gMASK]"
+    )
+    assert requests[0].body["messages"][0]["content"] == f">{written}"
 
 
 def test_the_key_goes_into_the_header_only(monkeypatch, caplog):

@@ -123,7 +123,8 @@ class _Reader:
     def _frame(self, rows: Iterator[Row]) -> pl.DataFrame:
         width, good = len(self.header), []
         for number, fields in rows:
-            if len(fields) <= width:
+            if len(fields) <= width or not any(fields[width:]):  # some programs end every row with a separator
+                fields = fields[:width]
                 good.append([number, *(value or None for value in fields), *[None] * (width - len(fields))])
             else:
                 self.wide.add(number, self.separator.join(fields))

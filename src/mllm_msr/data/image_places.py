@@ -12,12 +12,12 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 import polars as pl
 from PIL import Image
 
-from mllm_msr.data.ids import MISSING
+from mllm_msr.data.ids import MISSING, plain_id
 from mllm_msr.data.raw import EXAMPLES, BadRows, Wrong, short
 from mllm_msr.data.spool import spool_folder
 
@@ -113,11 +113,11 @@ def opened(value: Any) -> Any:
 def _base64(text: str) -> bytes | None:
     """The bytes that a ``data:`` URL or bare base64 text holds; None if it is neither."""
     head, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
-    if comma and not head.endswith(";base64"):
+    if comma and not head.lower().endswith(";base64"):
         return unquote_to_bytes(body)
     if not comma and len(text) < SHORTEST:
         return None
-    body = "".join(body.split()).translate(str.maketrans("-_", "+/"))
+    body = "".join((unquote(body) if comma else body).split()).translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError):
@@ -131,11 +131,13 @@ def image_suffixes() -> frozenset[str]:
 
 
 def image_files(folder: Path | None) -> dict[str, str]:
-    """Name without suffix -> path, for the images of a folder (searched one level deep); {} when there is none."""
+    """Name without suffix, also as the id that it means -> path, for the images of a folder (searched one level deep);
+    {} when there is none."""
     if folder is None or not folder.is_dir():
         return {}
     paths = (path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))
-    return {path.stem: str(path) for path in paths if path.suffix.lower() in image_suffixes() and path.is_file()}
+    files = {path.stem: str(path) for path in paths if path.suffix.lower() in image_suffixes() and path.is_file()}
+    return {plain_id(stem): path for stem, path in files.items()} | files
 
 
 def images_by_id(ids: pl.Series, folder: Path | None) -> pl.Series:

@@ -13,7 +13,8 @@ MIN_EDGE = 32  # two patches of 14 or 16 pixels; some image processors fail belo
 MAX_ASPECT = 8  # wider than this is padded: processors that keep the aspect ratio reject or explode on ribbons
 THUMBNAIL = 96  # longer edge of the images in a report
 SMALL = 128  # images up to this edge are stored lossless
-WHITE: dict[str, tuple[float, ...]] = defaultdict(lambda: (255.0, 65535.0), F=(1.0, 255.0, 65535.0))  # of numbers
+DEPTHS = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # white of 8 to 16 bits
+WHITE: dict[str, tuple[float, ...]] = defaultdict(lambda: DEPTHS, F=(1.0, *DEPTHS))  # of numbers
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = {  # its values -> what sets the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

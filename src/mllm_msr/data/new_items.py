@@ -19,7 +19,7 @@ from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.records.schema import INTERACTIONS
 from mllm_msr.records.sections import PrepareOptions
 
-HARMLESS = "fields are divided by|read as"  # notes on how a file was read
+HARMLESS = "fields are divided by|read as|no column"  # notes on how a file was read
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ SUFFIXES = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
 }
-
-
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 PART = r"part|\d"  # how the name of a part begins
 
 
 def table_format(name: str) -> str | None:
-    """csv, tsv, parquet or jsonl, by the end of a file's name (also packed by gzip); None if it is none of these."""
-    return SUFFIXES.get(Path(name.lower().removesuffix(".gz")).suffix)
+    """csv, tsv, parquet or jsonl, by the end of a file's name (also packed); None if it is none of these."""
+    path = Path(name.lower())
+    return SUFFIXES.get(Path(path.stem).suffix if path.suffix in PACKED else path.suffix)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def table_parts(path: Path) -> tuple[str, list[Part]]:
     parts = list(_walk(path, path))
     kind = table_format(path.name) or next(filter(None, (table_format(part.path.name) for part in parts)), None)
     for part in parts:
-        if table_format(part.path.name) not in (None, kind) and re.match(PART, part.path.name):
+        if table_format(part.path.name) != kind and part.path.suffix != ".part" and re.match(PART, part.path.name):
             raise ValueError(f"{path}: its parts are of two formats, as {part.path.name} is none of {kind}: leave one")
     parts = [part for part in parts if table_format(part.path.name) == kind or part.path.suffix == ".part"]
     if kind is None or not parts:

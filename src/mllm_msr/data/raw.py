@@ -5,6 +5,7 @@ memory: it is scanned, never collected.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,9 +25,10 @@ CATALOGUE: dict[str, Any] = {
     "image_path": pl.String,
     "image_bytes": pl.Binary,
 }
-ROW = "(row)"  # the column with each row's number in its file; no file has one of this name
+ROW = "(row in its file)"  # the column with each row's number; no file has one of this name
 EXAMPLES = 5  # how many cases of one oddity a report shows
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")  # what moves or colours a terminal's text
+CONTROLS = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"  # which no title or text means, and some stores do not take
 LONGEST = 200  # characters of a value in a message
 
 
@@ -52,6 +54,26 @@ def short(value: Any) -> str:
 def one_line(text: str) -> str:
     """Other people's text on one line of a terminal, without what would break the line, or move or colour others."""
     return CONTROL.sub(" ", text)
+
+
+def meant(wanted: Iterable[str], have: Sequence[str]) -> dict[str, str]:
+    """Columns that are there under another spelling: their names -> the wanted ones, where just one fits.
+
+    >>> meant(["item_id", "title", "text"], ["Item ID", "title", "Text", "TEXT"])
+    {'Item ID': 'item_id'}
+    """
+    wanted, letters = list(wanted), [_letters(name) for name in have]
+    found = {}
+    for name in wanted:
+        if name not in have and letters.count(_letters(name)) == 1:
+            theirs = have[letters.index(_letters(name))]
+            if theirs not in wanted:
+                found[theirs] = name
+    return found
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", name)).casefold()
 
 
 def need_columns(have: Sequence[str], columns: Sequence[str], path: Path | str) -> None:
@@ -86,7 +108,8 @@ class RawData:
         log = _conform(self.interactions.lazy(), INTERACTIONS.columns, "interactions")
         optional = [pl.lit(None, CATALOGUE[c]).alias(c) for c in CATALOGUE if c not in self.items.columns]
         self.items = _conform(self.items.lazy().with_columns(optional), CATALOGUE, "items").collect()
-        self.items = self.items.with_columns(pl.col("title", "text").fill_null("").str.strip_chars())
+        words = pl.col("title", "text").fill_null("").str.replace_all(CONTROLS, " ").str.strip_chars()
+        self.items = self.items.with_columns(words)
         if in_memory:  # readers check what they scan
             _no_nulls(log.collect(), list(INTERACTIONS.columns))
         self.interactions = log

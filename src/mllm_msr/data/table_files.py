@@ -20,14 +20,15 @@ from huggingface_hub.file_download import repo_folder_name
 from mllm_msr.data.delimited import csv_blocks
 from mllm_msr.data.json_lines import json_blocks
 from mllm_msr.data.parts import SUFFIXES, Part, is_parts, table_format, table_parts
-from mllm_msr.data.raw import ROW, BadRows, need_columns, short
+from mllm_msr.data.raw import ROW, BadRows, meant, need_columns, short
 from mllm_msr.data.remote_files import fetch, is_remote, without_user
 from mllm_msr.data.spool import spool, spool_folder
-from mllm_msr.data.text_files import reading, text_blocks
+from mllm_msr.data.text_files import kind_of, reading, text_blocks
 
 ROWS = 10_000  # of a batch
 IMAGE_ROWS = 64  # of a batch, where rows hold images
 MOMENTS = cs.datetime(time_zone="*").dt.convert_time_zone("UTC")
+WITHOUT_ZONE = cs.datetime(time_zone=None).dt.replace_time_zone("UTC")  # so that parts with and without go together
 # A zone that is an offset, such as +02:00, is no error: pandas writes it, and the times beside it are in UTC anyway.
 os.environ.setdefault("POLARS_IGNORE_TIMEZONE_PARSE_ERROR", "1")
 ADDRESS = r"hf:/+datasets/([^/]+/[^/@?]+)(?:@([^/?]+))?"  # Path() turns hf:// into hf:/
@@ -95,6 +96,9 @@ class TableFile:
         if hub is None and is_parts(folder / place):
             kind, parts = table_parts(folder / place)
             return cls(place, kind, parts, root=(folder / place).parent)
+        if kind is None and hub is None and (folder / place).is_file():
+            what = kind_of(folder / place) or f"a file whose name ends in none of {', '.join(SUFFIXES)}: rename it"
+            raise ValueError(f"{folder / place}: this is {what}")
         if kind is None:
             root = inside or folder / place.partition("?")[0]
             return cls(place, "data set", data=_data_set(place, folder), root=root, inside=root)
@@ -107,16 +111,19 @@ class TableFile:
         """All rows as a scan, with ``ROW``; of JSON lines, and of a data set, ``columns`` only."""
         with reading(self.place):
             if self.kind == "parquet":
-                tables = [self._scan_part(part, columns) for part in self.parts]
+                told = set[str]()
+                tables = [self._scan_part(part, columns, bad, told) for part in self.parts]
             else:
                 tables = [spool(batches) for batches in self._batches(columns, (), "", bad)]
             return pl.concat(tables, how="diagonal_relaxed") if len(tables) > 1 else tables[0]
 
-    def _scan_part(self, part: Part, columns: Sequence[str]) -> pl.LazyFrame:
+    def _scan_part(self, part: Part, columns: Sequence[str], bad: BadRows, told: set[str]) -> pl.LazyFrame:
         with reading(part.path):
+            _parquet_names(part.path)
             table = pl.scan_parquet(part.path, row_index_name=ROW, row_index_offset=1, glob=False)
+            table = self._renamed(table, columns, bad, told)
             need_columns([*table.collect_schema().names(), *part.values], columns, part.path)
-            return self._named(table.with_columns(MOMENTS), part)
+            return self._named(table.with_columns(MOMENTS).with_columns(WITHOUT_ZONE), part)
 
     def batches(
         self, columns: Sequence[str], optional: Sequence[str], image: str, bad: BadRows
@@ -125,16 +132,21 @@ class TableFile:
         for tables in self._batches(columns, optional, image, bad):
             yield from tables
 
+    def columns(self) -> list[str]:
+        """The names of all columns; of parts, those of the first."""
+        if self.data is not None:
+            return self.data.column_names
+        if self.kind == "parquet":
+            return _parquet_names(self.parts[0].path)
+        if self.kind == "jsonl":
+            return self._json_keys()
+        first = next(self.batches((), (), "", BadRows("skip")))
+        return [name for name in first.columns if name != ROW]
+
     def head(self, rows: int) -> pl.DataFrame:
         """The first rows, all columns, with ``ROW``; bad rows are left out."""
-        if self.data is not None:
-            columns = self.data.column_names
-        elif self.kind == "parquet":
-            columns = pq.ParquetFile(self.parts[0].path).schema_arrow.names
-        else:
-            columns = self._json_keys() if self.kind == "jsonl" else []  # of delimited files all columns come anyway
         with reading(self.place):
-            for batch in self.batches(columns, (), "", BadRows("skip")):
+            for batch in self.batches(self.columns(), (), "", BadRows("skip")):
                 return batch.head(rows)
         raise ValueError(f"{self.place}: the table has no rows")
 
@@ -142,29 +154,40 @@ class TableFile:
         self, columns: Sequence[str], optional: Sequence[str], image: str, bad: BadRows
     ) -> Iterator[Iterator[pl.DataFrame]]:
         """The batches of each part."""
-        wanted = [*columns, *optional]
+        wanted, told = [*columns, *optional], set[str]()
         if self.data is not None:
-            need_columns(self.data.column_names, columns, self.place)
-            names = [name for name in self.data.column_names if name in wanted]
-            rows = IMAGE_ROWS if image in names else ROWS
-            yield _numbered(self.data.select_columns(names).with_format("arrow").iter(rows))
-        if self.kind == "jsonl":
-            need_columns(self._json_keys(), columns, self.place)
+            names = _named_so(self.data.column_names, columns, wanted, self.place)
+            rows = IMAGE_ROWS if image in names.values() else ROWS
+            tables = _numbered(self.data.select_columns(list(names)).with_format("arrow").iter(rows))
+            yield (self._renamed(table, wanted, bad, told) for table in tables)
+        keys = _named_so(self._json_keys(), columns, wanted, self.place) if self.kind == "jsonl" else {}
         for part in self.parts:
             if self.kind == "jsonl":
-                tables = json_blocks(part.path, dict.fromkeys(wanted, pl.String), bad)
+                absent = [name for name in wanted if name not in keys.values()]
+                tables = json_blocks(part.path, dict.fromkeys([*keys, *absent], pl.String), bad)
             elif self.kind == "parquet":
                 needed = [name for name in columns if name not in part.values]
                 tables = _parquet_batches(part.path, needed, wanted, image)
             else:
                 tables = csv_blocks(part.path, bad, "\t" if self.kind == "tsv" else ",")
-            yield self._of_part(tables, part, columns)
+            renamed = (self._renamed(table, wanted, bad, told) for table in tables)
+            yield self._of_part(renamed, part, columns)
 
     def _of_part(self, tables: Iterator[pl.DataFrame], part: Part, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         for table in tables:
             if len(self.parts) > 1:  # a part without the names would lose its first row to them
                 need_columns([*table.columns, *part.values], columns, part.path)
             yield self._named(table, part)
+
+    def _renamed(self, table: Any, wanted: Sequence[str], bad: BadRows, told: set[str]) -> Any:
+        """With columns that are spelled otherwise (``Title``, ``item-id``) under the names that are wanted; what is not
+        ``told`` yet is noted."""
+        names = meant(wanted, table.collect_schema().names())
+        for theirs, ours in names.items():
+            if theirs not in told:
+                bad.note(f"{self.place}: column {theirs!r}, read as {ours!r}", 1, [theirs])
+        told.update(names)
+        return table.rename(names) if names else table
 
     def _named(self, table: Any, part: Part) -> Any:
         """With the values of the folders' names, and with the part's name in ``ROW`` if there are several."""
@@ -180,9 +203,10 @@ class TableFile:
             lines = next(text_blocks(part.path, BadRows())).split("\n")
             for line in lines:
                 try:
-                    keys |= dict.fromkeys(json.loads(line))
-                except (TypeError, ValueError, RecursionError):  # a bad line; the reader names it
+                    record = json.loads(line)
+                except (ValueError, RecursionError):  # a bad line; the reader names it
                     continue
+                keys |= dict.fromkeys(record if isinstance(record, dict) else ())
             if not keys and (first := next(filter(str.strip, lines), "")):
                 raise ValueError(
                     f"{part.path}: JSON with one object a line is read, and no line is such an object: the first is "
@@ -195,9 +219,23 @@ class TableFile:
 def _parquet_batches(path: Path, needed: Sequence[str], wanted: Sequence[str], image: str) -> Iterator[pl.DataFrame]:
     with reading(path):
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)  # else it holds all it has read
-        need_columns(file.schema_arrow.names, needed, path)
-        names = [name for name in file.schema_arrow.names if name in wanted]
-        yield from _numbered(file.iter_batches(IMAGE_ROWS if image in names else ROWS, columns=names))
+        names = _named_so(_parquet_names(path), needed, wanted, path)
+        rows = IMAGE_ROWS if image in names.values() else ROWS
+        yield from _numbered(file.iter_batches(rows, columns=list(names)))
+
+
+def _parquet_names(path: Path) -> list[str]:
+    names = pq.read_schema(path).names
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{path}: two columns are called {twice!r}; rename one of them")
+    return names
+
+
+def _named_so(have: Sequence[str], needed: Sequence[str], wanted: Sequence[str], place: Path | str) -> dict[str, str]:
+    """The columns of a table to read: its names -> the wanted ones; ValueError if one that is needed is not there."""
+    names = {name: name for name in have if name in wanted} | meant(wanted, have)
+    need_columns([*names.values(), *(name for name in have if name not in names)], needed, place)
+    return names
 
 
 def _numbered(batches: Any) -> Iterator[pl.DataFrame]:

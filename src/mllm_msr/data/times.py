@@ -5,7 +5,7 @@ from pathlib import Path
 import polars as pl
 
 from mllm_msr.data.ids import EXACT, is_text
-from mllm_msr.data.raw import ROW, BadRows, short
+from mllm_msr.data.raw import EXAMPLES, ROW, BadRows, short
 from mllm_msr.data.spool import spool
 
 UNITS = {  # what a column of times may hold -> how many of its units are a second
@@ -28,7 +28,10 @@ ISO = (
     r"^(?<date>\d{4}[-/.]\d{1,2}[-/.]\d{1,2})(?:[T ]+(?<time>\d{1,2}:\d{2})(?::(?<second>\d{2})(?:[.,](?<part>\d+))?)?"
     r"\s*(?<zone>Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?)?$"
 )
+COUNTS = {"years": (1900, 2100), "months": (190001, 210012), "days of a spreadsheet": (30000, 60000)}
+EARLIEST, LATEST = 366 * 86400, 4102444800  # 1971 and 2100: times beyond these stand for missing ones
 TIME, KIND, PART = pl.col("(time)"), pl.col("(kind)"), pl.col("(part)")
+ROUNDED = pl.col("(rounded)")
 Problems = dict[str, pl.Expr]
 
 
@@ -50,9 +53,12 @@ def with_times(log: pl.LazyFrame, path: Path | str, bad: BadRows) -> tuple[pl.La
     if isinstance(dtype, pl.Datetime | pl.Date):
         unit = dtype.time_unit if isinstance(dtype, pl.Datetime) else "ms"
         log = log.with_columns(pl.col("timestamp").cast(pl.Datetime(unit)).dt.epoch(unit).alias("(time)"))
-        return log, {"ms": 10**3, "us": 10**6, "ns": 10**9}[unit], {"timestamp is no number or date": TIME.is_null()}
+        ticks = {"ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+        _note_doubtful(log, ticks, path, bad)
+        return log, ticks, {"timestamp is no number or date": TIME.is_null()}
     log = _parsed(log, dtype)
-    facts = {"low": TIME.min(), "high": TIME.max(), "part": PART.max()}
+    facts = {"low": TIME.min(), "high": TIME.max(), "part": PART.max(), "rounded": (ROUNDED & (TIME >= 1e8)).sum()}
+    facts |= {form: TIME.is_between(*ends).sum() for form, ends in COMPACT.items()}
     kinds = {row["(kind)"]: row for row in _collect(log.group_by(KIND).agg(pl.len(), **facts)).to_dicts()}
     readable = {kind: row for kind, row in kinds.items() if kind is not None and kind != ANY}
     main = max(sorted(readable), key=lambda kind: readable[kind]["len"], default=0)
@@ -67,16 +73,37 @@ def with_times(log: pl.LazyFrame, path: Path | str, bad: BadRows) -> tuple[pl.La
     if dtype.is_float() and largest >= EXACT[dtype.base_type()]:
         bad.note(f"{Path(path).name}: times kept as {dtype}, which has rounded them: some may tie", 1, [largest])
     most, ticks, scale = readable[main], UNITS[KINDS[main]], 1
-    for form, (low, high) in COMPACT.items():
-        date = TIME.cast(pl.String).str.to_datetime(form, strict=False, time_unit="ms")
-        if len(kinds) == 1 and low <= most["low"] <= most["high"] <= high and _all(log, date.is_not_null()):
-            bad.note(f"{Path(path).name}: times are dates written as one number", most["len"], [most["low"]])
-            return log.with_columns(date.dt.epoch("s").alias("(time)")), 1, problems
+    if 2 * most["rounded"] > most["len"]:  # a few are what R makes of round numbers
+        problems["a time that a spreadsheet has rounded: save it with all its digits"] = ROUNDED
+    for form in COMPACT:
+        date = TIME.cast(pl.String).str.to_datetime(form, strict=False, time_unit="ms").dt.epoch("s")
+        if 10 * most[form] >= 9 * most["len"]:
+            valid = _collect(log.select(date.is_not_null().sum())).item()
+            if 10 * valid >= 9 * most["len"]:
+                bad.note(f"{Path(path).name}: times are dates written as one number", valid, [most["high"]])
+                what = "is no date, where most are dates written as one number"
+                problems[f"timestamp {what}"] = TIME.is_null() & (main == KIND)
+                return log.with_columns(date.alias("(time)")), 1, problems
     if most["part"]:
         finer = (10**9 // ticks, 10**6 // ticks, 10**3 // ticks)
         scale = next((times for times in finer if times and largest * times < 2**62), 1)
         log = log.with_columns(TIME * scale + PART // (10**9 // scale))
+    for what, (low, high) in COUNTS.items():
+        if low <= most["low"] <= most["high"] <= high:
+            told = f"times are read as seconds; if they are {what}, write dates, or those within one tie"
+            bad.note(f"{Path(path).name}: {told}", most["len"], [most["low"], most["high"]])
+    _note_doubtful(log.filter(KIND.is_in([main, ANY])), ticks * scale, path, bad)
     return log, ticks * scale, problems
+
+
+def _note_doubtful(log: pl.LazyFrame, ticks: int, path: Path | str, bad: BadRows) -> None:
+    """Note times before 1971 or after 2100 among others, such as -1, 0 or the year 9999."""
+    doubtful = ~TIME.is_between(EARLIEST * ticks, LATEST * ticks)
+    some = pl.col("timestamp").filter(doubtful).head(EXAMPLES).implode()
+    count, rows, examples = _collect(log.select(doubtful.sum(), TIME.count().alias("rows"), some)).row(0)
+    if 2 * count < rows:
+        what = "times before 1971 or after 2100, read as they stand"
+        bad.note(f"{Path(path).name}: {what}", count, examples)
 
 
 def _parsed(log: pl.LazyFrame, dtype: pl.DataType) -> pl.LazyFrame:
@@ -112,7 +139,10 @@ def _parsed(log: pl.LazyFrame, dtype: pl.DataType) -> pl.LazyFrame:
     part = pl.when(below).then(10**9 - part).otherwise(part)
     log = _with(log, number.fill_null(moment - offset.fill_null(0)) - below.cast(pl.Int64), part)
     kind = pl.when(moment.is_null()).then(KIND).when(zone.is_null()).then(KINDS.index("dates without a zone"))
-    return spool(log.with_columns(kind.otherwise(KINDS.index("dates with a zone")).alias("(kind)")))
+    digits = time.str.extract(r"^[+-]?\d(?:\.(\d+))?[eE]\+?\d+$").fill_null("").str.len_chars()
+    rounded = digits < time.str.extract(r"^[+-]?\d(?:\.\d+)?[eE]\+?(\d+)$").cast(pl.Int64, strict=False)
+    kinds = kind.otherwise(KINDS.index("dates with a zone")).alias("(kind)")
+    return spool(log.with_columns(kinds, rounded.fill_null(False).alias("(rounded)")))
 
 
 def _with(log: pl.LazyFrame, number: pl.Expr, part: pl.Expr | None = None) -> pl.LazyFrame:
@@ -120,7 +150,8 @@ def _with(log: pl.LazyFrame, number: pl.Expr, part: pl.Expr | None = None) -> pl
     unit = pl.sum_horizontal((size >= limit).cast(pl.Int8) for limit in LIMITS)
     kind = pl.when(number == 0).then(ANY).when(number.is_not_null()).then(unit)
     parts = pl.lit(0, pl.Int64) if part is None else part.cast(pl.Int64)
-    return log.with_columns(number.alias("(time)"), kind.cast(pl.Int8).alias("(kind)"), parts.alias("(part)"))
+    named = {"(time)": number, "(kind)": kind.cast(pl.Int8), "(part)": parts, "(rounded)": pl.lit(False)}
+    return log.with_columns(**named)
 
 
 def _all(log: pl.LazyFrame, condition: pl.Expr) -> bool:

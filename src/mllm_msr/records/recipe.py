@@ -98,7 +98,7 @@ def parse_recipe(content: Any, check_training: CheckFlags = dict) -> Recipe:
         raise ValueError(f"a run of format {content['format']}, and this version of mllm-msr reads format {FORMAT}")
     check_names(content, ["format", *(each.name for each in fields(Recipe))], "recipe")
     given = {name: value for name, value in content.items() if value is not None and name != "format"}
-    for name in ("name", "item_noun"):
+    for name in ("name", "item_noun", "license"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(f"{name}={given[name]!r}: must be a text")
     given["source"] = _source(given["source"])

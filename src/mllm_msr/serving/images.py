@@ -86,10 +86,10 @@ class ImageReader:
             raise ImageRefused(f"it cannot be used ({error}): send a PNG or JPEG") from error
 
     def _inline(self, text: str) -> bytes:
-        head, comma, body = text.partition(",") if text.startswith("data:") else ("", "", text)
+        head, comma, body = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
         if len(body) * 3 // 4 > self.max_bytes + 3:
             raise ImageRefused(f"it has more than {self.max_bytes:,} bytes: send a smaller image")
-        if comma and not head.endswith(";base64"):
+        if comma and not head.lower().endswith(";base64"):
             return unquote_to_bytes(body)
         try:
             return base64.b64decode("".join(body.split()).translate(str.maketrans("-_", "+/")) + "==", validate=False)

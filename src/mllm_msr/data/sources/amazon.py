@@ -66,7 +66,7 @@ def read_amazon(folder: Path | str, category: str, on_bad_rows: OnBadRows = "err
     path = _find(folder, "meta_categories", f"meta_{category}")
     table = as_ids(spool(json_blocks(path, META, bad)).rename({"parent_asin": "item_id"}), ["item_id"], path, bad)
     table = bad.drop(table, {"no parent_asin": pl.col("item_id").is_null()}, path)
-    met = check_join(log, table.select("item_id").collect(engine="streaming"), path)
+    met = check_join(log, table.select("item_id").collect(engine="streaming"), path, bad)
     table = table.join(met.to_frame().lazy(), on="item_id", how="semi")
     meta = bad.unique_items(table.collect(engine="streaming").sort(ROW), path)
     main = pl.col("images").list.eval(
@@ -85,8 +85,6 @@ def read_amazon(folder: Path | str, category: str, on_bad_rows: OnBadRows = "err
             pl.coalesce(urls).alias("image_path"),
         )
     )
-    absent = met.filter(~met.is_in(items["item_id"].implode()))
-    bad.note(f"{path.name}: reviewed items without metadata", len(absent), absent.to_list())
     return RawData(log, items, bad.skipped, ticks)
 
 

@@ -64,7 +64,7 @@ def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadR
         covers = next(
             (path for path in sorted(folder.iterdir()) if path.is_dir() and "cover" in path.name.lower()), None
         )
-    met = check_join(log, items, titles)
+    met = check_join(log, items, titles, bad)
     ids = pl.concat([items["item_id"], met]).unique(maintain_order=True)
     items = pl.DataFrame({"item_id": ids}).join(items, on="item_id", how="left", maintain_order="left")
     items = items.with_columns(images_by_id(ids, covers), text=pl.lit(""))

@@ -63,7 +63,7 @@ def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:
     problems = {f"{genre} is neither 0 nor 1": ~flag.is_in(YES + NO) for genre, flag in flags.items()}
     table = bad.drop(table, {"no movie_id": pl.col("movie_id").is_null(), **problems}, path)
     items = bad.unique_items(table.rename({"movie_id": "item_id"}), path)
-    check_join(log, items, path)
+    check_join(log, items, path, bad)
     items = items.with_columns(as_text(name, pl.String()) for name in ("title", "overview"))
     unknown = pl.col("title").fill_null("").str.to_lowercase().is_in(["", "unknown"])
     genres = [pl.when(flag.is_in(YES)).then(pl.lit(genre)) for genre, flag in flags.items()]

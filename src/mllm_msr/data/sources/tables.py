@@ -100,13 +100,15 @@ def read_tables(
             f"column mapping: unknown name {min(strange)!r}; known are {[*LOG_COLUMNS, *ITEM_COLUMNS[1:]]}"
         )
     mapping = {name: columns.get(name, name) for name in LOG_COLUMNS}
+    if twice := [name for name in mapping.values() if list(mapping.values()).count(name) > 1]:
+        raise ValueError(f"column mapping: {twice[0]!r} cannot be two of user_id, item_id and timestamp")
     table = TableFile.find(str(interactions), folder).scan(list(mapping.values()), bad)
     log, ticks = interactions_from(table, interactions, mapping, bad)
     if items is None:
         catalogue = log.select(pl.col("item_id").unique()).collect(engine="streaming").sort("item_id")
     else:
         catalogue = read_catalogue(str(items), columns, folder, folder / images if images else None, bad)
-        check_join(log, catalogue, items)
+        check_join(log, catalogue, items, bad)
     if images is not None and "image_path" not in catalogue.columns:
         catalogue = catalogue.with_columns(images_by_id(catalogue["item_id"], folder / images))
     if "title" not in catalogue.columns:
@@ -134,13 +136,15 @@ def read_catalogue(
             if name in batch:
                 if not is_text(batch.schema[name]):
                     what = f"{names[name]!r} is a column of {short(batch.schema[name])}, not of texts: left out"
-                    for value in batch[name].drop_nulls():
+                    for value in batch[name].drop_nulls().to_list():
                         no_text[what].add(0, value)
                 batch = batch.with_columns(as_text(name, batch.schema[name]))
                 batch = batch.with_columns(_joined(batch[name]))
         batches.append(batch)
     if not batches:
         raise ValueError(f"{place}: this catalogue has no rows")
+    if not any("title" in batch for batch in batches):
+        bad.note(f"{place}: no column {names['title']!r}, so no item has a title", 1, [table.columns()])
     for what, values in no_text.items():
         bad.note(f"{place}: {what}", values.count, values.examples)
     places.report(bad)
