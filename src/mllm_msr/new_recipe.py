@@ -118,9 +118,10 @@ def propose(raw: RawData) -> tuple[dict[str, Any], dict[str, str]]:
     times = log.select(low=pl.col("timestamp").min(), high=pl.col("timestamp").max()).collect(engine="streaming").row(0)
     first, last = (_day(time, raw.ticks) for time in times)
     without = raw.items.filter(pl.col("image_path").is_null() & pl.col("image_bytes").is_null()).height
+    lacking = f"{without:,} of {raw.items.height:,} items have no image, and stay, without one"
     print(
-        f"{users:,} users, {items:,} items, {interactions:,} interactions from {first} to {last}; {without:,} of "
-        f"{raw.items.height:,} items without an image, which stay, without one"
+        f"{users:,} users, {items:,} items, {interactions:,} interactions from {first} to {last}; "
+        + (lacking if without else f"all {raw.items.height:,} items of the catalogue have an image")
     )
     longest = int(per_user.sort()[-1])
     if longest < SHORTEST:

@@ -22,7 +22,7 @@ from mllm_msr.records.lock import check_one_process, write_lock
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, RANKING_MEMBERS, RANKINGS
 from mllm_msr.records.storage import digest, file_digest, read_json, write_text
-from mllm_msr.run_users import RunUser, listed, read_users
+from mllm_msr.run_users import RunUser, listed, read_users, unknown_users
 
 SHARD = 64  # users of one file
 
@@ -221,7 +221,7 @@ def known_users(run: RunFolder, users: Sequence[str] | None) -> list[str]:
     everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
     wanted = list(everyone if users is None else dict.fromkeys(users))
     if unknown := [user for user in wanted if user not in everyone]:
-        raise ValueError(f"{listed(unknown)} no user of {run.path}; ids look like {next(iter(everyone))!r}")
+        raise unknown_users(run, unknown)
     return wanted
 
 

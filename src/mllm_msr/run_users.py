@@ -31,13 +31,21 @@ def read_users(run: RunFolder, users: Sequence[str], in_words: bool = True) -> l
     wanted = pl.col("user_id").is_in(list(users))
     histories = _items_of(run.scan(INTERACTIONS).filter(wanted))
     cut = _items_of(run.scan(CUT_INTERACTIONS).filter(wanted)) if run.recipe.data.max_history is not None else {}
-    for user in users:
-        if user not in histories:
-            example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
-            raise ValueError(f"{listed([user])} no user of {run.path}; ids look like {example!r}")
+    if unknown := [user for user in users if user not in histories]:
+        raise unknown_users(run, unknown)
     words = read_words(run, histories) if in_words else {}
     whole = {user: (*cut.get(user, ()), *histories[user]) for user in users}
     return [RunUser(user, words.get(user, NOTHING_SAID), whole[user]) for user in users]
+
+
+def unknown_users(run: RunFolder, users: Sequence[str]) -> ValueError:
+    """The error that names users whom a run does not have, and says which users it keeps."""
+    example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
+    least, most = run.recipe.data.k_core_users, run.recipe.data.limit_users
+    kept = [f"users of {least} interactions or more"] if least > 1 else []
+    kept += [f"{most:,} users of the log (limit_users)"] if most else []
+    keeping = f", which keeps {' and '.join(kept)}" if kept else ""
+    return ValueError(f"{listed(users)} no user of {run.path}{keeping}; ids look like {example!r}")
 
 
 def read_words(run: RunFolder, histories: Mapping[str, Sequence[str]]) -> dict[str, User]:

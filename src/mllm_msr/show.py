@@ -9,6 +9,7 @@ import polars as pl
 from mllm_msr.data.raw import one_line
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
+from mllm_msr.run_users import unknown_users
 
 
 def show_user(run: RunFolder, user_id: str) -> None:
@@ -20,8 +21,7 @@ def show_user(run: RunFolder, user_id: str) -> None:
     run.require("summarize users")
     log = run.scan(INTERACTIONS).filter(pl.col("user_id") == user_id).collect()
     if log.is_empty():
-        example = run.scan(INTERACTIONS).select("user_id").head(1).collect().item()
-        raise ValueError(f"user {user_id!r} has no interactions in {run.path}; ids look like {example!r}")
+        raise unknown_users(run, [user_id])
     steps = run.scan(PREFERENCES).filter(pl.col("user_id") == user_id).sort("step").collect()
     history = log["item_id"].to_list()
     of_history = pl.col("item_id").is_in(set(history))

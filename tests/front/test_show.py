@@ -1,10 +1,14 @@
 """One user's history in words."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from tiny_runs import tiny_recipe
 
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
+from mllm_msr.run_users import unknown_users
 from mllm_msr.show import changes, show_user
 
 ENDS = ("ok", "tiny", "1", "abc")  # status, generator, revision, prompt_hash
@@ -49,9 +53,12 @@ def test_a_user_is_shown_step_by_step(run, capsys):
     ]
 
 
-def test_who_is_not_there_is_said(run):
-    with pytest.raises(ValueError, match=r"user 'x' has no interactions in .* ids look like 'u'"):
+def test_who_is_not_there_is_said_and_whom_the_run_keeps(run):
+    with pytest.raises(ValueError, match=r"'x' is no user of .*; ids look like 'u'"):
         show_user(run, "x")
+    cut = replace(run, recipe=replace(run.recipe, data=replace(run.recipe.data, k_core_users=5, limit_users=20)))
+    kept = r"'x' is no user of .*, which keeps users of 5 interactions or more and 20 users of the log"
+    assert re.match(kept, str(unknown_users(cut, ["x"])))
 
 
 def test_before_preferences_are_written_the_command_that_writes_them_is_named(tmp_path):
