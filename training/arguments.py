@@ -22,7 +22,7 @@ from mllm_msr.records.mistakes import in_words
 from mllm_msr.records.recipe import load_recipe
 from mllm_msr.records.sections import LARGEST_SEED
 from mllm_msr.records.typed import as_number, check_names, check_type, did_you_mean
-from mllm_msr.training.unsupported import LEAST, UNSUPPORTED, check_machine, obstacles, supports_bfloat16
+from mllm_msr.training.unsupported import LEAST, MOST, UNSUPPORTED, check_machine, obstacles, supports_bfloat16
 
 # what a recipe or a run says outside the training section, by the default of the flag
 OF_THE_RUN: dict[str, Any] = {"dataset_name": None, "output_dir": None, "item_noun": "item", "prompts": None}
@@ -249,8 +249,13 @@ def effective_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_flags(flags: Mapping[str, Any]) -> None:
-    """Raise ValueError for what a training under these flags of ``sft.py`` would refuse on this machine."""
-    _refuse(_values(SFT_KINDS, [], flags))
+    """Raise for what a training under these flags of ``sft.py`` would refuse on this machine, its libraries included.
+
+    Raises:
+        ValueError: a flag, or two that do not go together.
+        OSError, ImportError: a file or a package that a flag needs.
+    """
+    parse(SFT_KINDS, [], {**flags, "dataset_name": "a run", "output_dir": "checkpoints"})
 
 
 def _refuse(values: Mapping[str, Any]) -> None:
@@ -300,6 +305,8 @@ def _checked(known: Mapping[str, tuple[Any, Sequence[Any]]], flags: Mapping[str,
             check_type(value, hint, f"training.{name}")
             if name in LEAST and not LEAST[name] <= value < inf:
                 raise ValueError(f"training.{name}={given!r}: must be at least {LEAST[name]}, and finite")
+            if name in MOST and value > MOST[name]:
+                raise ValueError(f"training.{name}={given!r}: must be at most {MOST[name]}")
             if name in ("seed", "data_seed") and value > LARGEST_SEED:
                 raise ValueError(f"training.{name}={given!r}: must be at most {LARGEST_SEED}")
             if name == "report_to":

@@ -83,7 +83,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
     "precompute_ref_batch_size": Unsupported((None,), "the reference is computed with each batch; leave it out"),
 }
 # flags whose lower values are an error of a library, without a name, once training begins
-LEAST: dict[str, int] = {
+LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -99,6 +99,13 @@ LEAST: dict[str, int] = {
     "max_grad_norm": 0,
     "adam_epsilon": 0,
     "lora_dropout": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "label_smoothing_factor": 0,
+    "logging_steps": 0.001,  # below 1 they are shares of all steps
+    "eval_steps": 0.001,
+    "save_steps": 0.001,
+    "dataloader_num_workers": 0,
     "beta": 0,
     "label_smoothing": 0,
     "ld_alpha": 0,
@@ -108,6 +115,7 @@ LEAST: dict[str, int] = {
     "seed": 0,
     "data_seed": 0,
 }
+MOST: dict[str, float] = {"lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1}
 FOUND = (  # by an evaluation: by its ranking, by TRL's trainers, by those of pairs
     *METRICS,
     *("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss", "answer_accuracy", "pairs"),
@@ -166,6 +174,9 @@ def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
     for name, least in LEAST.items():
         if values.get(name) is not None and not least <= values[name] < inf:
             yield f"--{name} {values[name]}: must be at least {least}, and finite"
+    for name, most in MOST.items():
+        if values.get(name) is not None and values[name] > most:
+            yield f"--{name} {values[name]}: must be at most {most}"
     if values["max_steps"] == 0 or (values["max_steps"] < 0 and values["num_train_epochs"] <= 0):
         yield "--max_steps or --num_train_epochs: nothing would be trained; give a number above 0"
     for part in (values.get("optim_args") or "").split(","):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny_runs import TINY, tiny_recipe
 
-from mllm_msr.records.recipe import load_recipe, parse_recipe, with_settings
+from mllm_msr.records.recipe import load_content, load_recipe, parse_recipe, with_settings
 from mllm_msr.records.sections import PrepareOptions, Source
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,7 @@ def test_a_mistake_names_section_key_and_what_is_meant(settings: dict[str, Any],
         ({"name": "x"}, "a recipe is a mapping with at least `name` and `source`"),
         ({**TINY, "protokol": "strict"}, "recipe: unknown key 'protokol'"),
         ({**TINY, "name": 7}, "name=7: must be a text"),
+        ({**TINY, "license": ["mit"]}, "must be a text"),
         ({**TINY, "name": " "}, "name: is empty"),
         ({**TINY, "source": "demo"}, "section 'source' is a mapping with a `type`, not 'demo'"),
         ({**TINY, "data": ["strict"]}, r"section 'data' is a mapping of names to values, not \['strict'\]"),
@@ -82,6 +83,12 @@ def test_a_recipe_of_another_shape_is_refused(content: Any, message: str) -> Non
 def test_a_setting_of_a_section_that_is_no_mapping_is_refused() -> None:
     with pytest.raises(ValueError, match=r"section 'head' is a mapping of names to values, not \['a'\]"):
         with_settings({**TINY, "head": ["a"]}, {"head.hidden": 8})
+
+
+def test_keys_may_be_merged_from_another_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text("name: x\nsource: &base {type: demo, seed: 1}\ndata: {seed: 5, <<: {seed: 4, n_negatives: 7}}\n")
+    assert load_content(path)["data"] == {"seed": 5, "n_negatives": 7}
 
 
 def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"seed": -1}, "training.seed=-1: must be at least 0"),
         ({"warmup_steps": float("inf")}, "training.warmup_steps=inf: must be at least 0, and finite"),
         ({"max_grad_norm": float("nan")}, "training.max_grad_norm=nan: must be at least 0"),
+        ({"lora_dropout": 2.0}, "training.lora_dropout=2.0: must be at most 1"),
+        ({"save_steps": 0}, "training.save_steps=0: must be at least 0.001"),
         ({"optim_args": "fast"}, "--optim_args fast: give name=value pairs"),
         ({"max_steps": 0}, "nothing would be trained"),
         ({"num_train_epochs": 0}, "nothing would be trained"),
@@ -180,6 +182,17 @@ def test_a_flag_that_stops_training_stays_in_the_section_with_a_warning():
     assert flags["packing"] is True
     with pytest.raises(ValueError, match="--packed"):
         check_flags({**flags, **NAMED})
+
+
+def test_what_the_trainer_itself_refuses_is_known_before_the_first_stage():
+    flags = effective_flags({"model_name_or_path": "demo", "use_cpu": True, "report_to": "none"})
+    check_flags(flags)
+    for name, value, message in (
+        ("load_best_model_at_end", True, "requires the save and eval strategy to match"),
+        ("accelerator_config", "nowhere.json", "nowhere.json"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            check_flags({**flags, name: value})
 
 
 def test_bfloat16_is_the_default_where_the_machine_has_it(monkeypatch):

@@ -131,7 +131,8 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML in which no key of a mapping stands twice, of which the first would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # of <<, whose mapping the keys beside it override
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
