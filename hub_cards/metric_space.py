@@ -48,6 +48,14 @@ class RankingMetrics(evaluate.Metric):
             features=[datasets.Features({**pair, "user_ids": datasets.Value(kind)}) for kind in USER_IDS],
         )
 
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **others: Any) -> None:
+        """A batch of lists, arrays, series or tensors; user ids of any kind."""
+        batch = {"predictions": predictions, "references": references, **others}
+        batch = {name: _listed(values) for name, values in batch.items()}
+        if batch.get("user_ids"):
+            batch["user_ids"] = _ids(batch["user_ids"])
+        super().add_batch(**batch)
+
     def _compute(
         self,
         predictions: list[float],
@@ -59,3 +67,19 @@ class RankingMetrics(evaluate.Metric):
         figures = ranking_metrics(user_ids, references, predictions, n_bootstrap=n_bootstrap, seed=seed)
         values = {name: result["value"] for name, result in figures.items()}
         return values | {f"{name}_ci95": result["ci95"] for name, result in figures.items()}
+
+
+def _listed(values: Any) -> Any:
+    for name in ("tolist", "to_list"):
+        if hasattr(values, name):
+            return getattr(values, name)()
+    return values if values is None else list(values)
+
+
+def _ids(values: list[Any]) -> list[Any]:
+    """Numbers as they are, as far as Arrow has them, and all else as texts; ValueError for a row without an id."""
+    for row, value in enumerate(values):
+        if value is None or value != value:
+            raise ValueError(f"row {row} has no user id")
+    numbers = all(isinstance(value, int | float) and abs(value) < 2**63 for value in values)
+    return values if numbers else [str(value) for value in values]

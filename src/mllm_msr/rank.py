@@ -1,7 +1,7 @@
 """Rank a real catalogue: for one user, or for all users into files."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import polars as pl
 from tqdm import tqdm
 
 from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.ids import plain_id
 from mllm_msr.data.new_items import NewItems, read_new_items
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
 from mllm_msr.evaluation.spread_index import spread_index
@@ -22,7 +23,7 @@ from mllm_msr.records.lock import check_one_process, write_lock
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, RANKING_MEMBERS, RANKINGS
 from mllm_msr.records.storage import digest, file_digest, read_json, write_text
-from mllm_msr.run_users import RunUser, listed, read_users, unknown_users
+from mllm_msr.run_users import RunUser, known_id, listed, read_users, unknown_users
 
 SHARD = 64  # users of one file
 
@@ -60,12 +61,13 @@ class Ranking:
         """The ids of the candidates, each once, in their order; ValueError names those that are unknown."""
         if self.items is None:
             return list(catalogue)
-        if unknown := [item for item in self.items if item not in catalogue]:
+        items = as_known(self.items, catalogue)
+        if unknown := [item for item in items if item not in catalogue]:
             example = next(iter(catalogue))
             raise ValueError(
                 f"{listed(unknown)} no item of the catalogue ({len(catalogue)} items, such as {example!r})"
             )
-        return list(dict.fromkeys(self.items))
+        return list(dict.fromkeys(items))
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def way_of(run: RunFolder, how: Ranking) -> By:
 def rank_user(run: RunFolder, user_id: str, how: Ranking) -> pl.DataFrame:
     """The best candidates that a user of the run has not chosen yet, see :func:`best_of`."""
     by = way_of(run, how)
-    return ranked(run, read_users(run, [user_id], has_words(run, by, how)), by, how)
+    return ranked(run, read_users(run, [known_id(run, user_id)], has_words(run, by, how)), by, how)
 
 
 def rank_preference(run: RunFolder, preference: str, how: Ranking) -> pl.DataFrame:
@@ -185,14 +187,16 @@ def rank_history(run: RunFolder, history: Sequence[str], how: Ranking) -> pl.Dat
         raise ValueError("--by answer: reads a preference in words; --history is ranked by head or fused")
     by: By = how.by or "fused"
     run.require("head")
-    Ranking(items=history).candidates(how.catalogue(run))  # or an error that names the unknown
+    catalogue = how.catalogue(run)
+    Ranking(items=history).candidates(catalogue)  # or an error that names the unknown
+    history = as_known(history, catalogue)
     return ranked(run, [RunUser("", history=tuple(history))], by, replace(how, rerank=0))
 
 
 def latest(run: RunFolder, how: Ranking, user_id: str | None, history: Sequence[str] | None) -> str:
     """The titles of the last three items before a ranking; nothing for many users, or a preference."""
     if user_id:
-        history = read_users(run, [user_id], in_words=False)[0].history
+        history = read_users(run, [known_id(run, user_id)], in_words=False)[0].history
     titles = how.catalogue(run).titles
     return ", ".join(titles[item] for item in (history or ())[-3:] if item in titles)
 
@@ -216,10 +220,15 @@ def ranked(run: RunFolder, users: Sequence[RunUser], by: By, how: Ranking) -> pl
     return best_of(users, load_ranker(run, by, how), names, catalogue, how.top_k)
 
 
+def as_known(ids: Sequence[str], known: Container[str]) -> list[str]:
+    """Ids as the run has them: what it does not know as it is written is read as in a table (``10.0``, ``" 10"``)."""
+    return [each if each in known else plain_id(each) for each in ids]
+
+
 def known_users(run: RunFolder, users: Sequence[str] | None) -> list[str]:
     """Users of the run, each once; None is all of them, ValueError names those that are unknown."""
     everyone = dict.fromkeys(run.read(INTERACTIONS, ["user_id"])["user_id"])
-    wanted = list(everyone if users is None else dict.fromkeys(users))
+    wanted = list(everyone if users is None else dict.fromkeys(as_known(users, everyone)))
     if unknown := [user for user in wanted if user not in everyone]:
         raise unknown_users(run, unknown)
     return wanted

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from mllm_msr.data.ids import plain_id
 from mllm_msr.modeling.inputs import HistoryItem, User
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS, INTERACTIONS, ITEM_SUMMARIES, PREFERENCES
@@ -46,6 +47,14 @@ def unknown_users(run: RunFolder, users: Sequence[str]) -> ValueError:
     kept += [f"{most:,} users of the log (limit_users)"] if most else []
     keeping = f", which keeps {' and '.join(kept)}" if kept else ""
     return ValueError(f"{listed(users)} no user of {run.path}{keeping}; ids look like {example!r}")
+
+
+def known_id(run: RunFolder, user_id: str) -> str:
+    """A user's id as the run has it: what it does not know as it is written is read as in a log (``10.0``)."""
+    other = plain_id(user_id)
+    users = run.scan(INTERACTIONS).select("user_id")
+    unknown = other != user_id and users.filter(user_id=user_id).head(1).collect().is_empty()
+    return other if unknown and users.filter(user_id=other).head(1).collect().height else user_id
 
 
 def read_words(run: RunFolder, histories: Mapping[str, Sequence[str]]) -> dict[str, User]:

@@ -9,7 +9,7 @@ import polars as pl
 from mllm_msr.data.raw import one_line
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import INTERACTIONS, ITEM_SUMMARIES, ITEMS, PREFERENCES
-from mllm_msr.run_users import unknown_users
+from mllm_msr.run_users import known_id, unknown_users
 
 
 def show_user(run: RunFolder, user_id: str) -> None:
@@ -19,6 +19,7 @@ def show_user(run: RunFolder, user_id: str) -> None:
     ``[-gone-]``. Raises ``ValueError`` if the run has no such user, ``FileNotFoundError`` if it has no preferences yet.
     """
     run.require("summarize users")
+    user_id = known_id(run, user_id)
     log = run.scan(INTERACTIONS).filter(pl.col("user_id") == user_id).collect()
     if log.is_empty():
         raise unknown_users(run, [user_id])

@@ -23,6 +23,7 @@ from mllm_msr.rank import (
     RunUser,
     Scores,
     best_of,
+    known_users,
     load_ranker,
     read_users,
 )
@@ -274,6 +275,18 @@ def test_each_way_says_what_it_reads(finished: RunFolder, arguments: list[str], 
 def test_a_joint_model_has_nothing_to_index(finished: RunFolder) -> None:
     with pytest.raises(SystemExit, match=r"interaction='joint'.*nothing to index; `mllm-msr rank` works without"):
         main(["index", str(finished.path)])
+
+
+def test_ids_of_a_command_line_are_read_as_those_of_a_table(
+    finished: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert known_users(finished, [" u0003", "u0003\u200b"]) == ["u0003"]
+    assert Ranking(["10.0", "cafe\u0301", "10"]).candidates({"10": 1, "caf\u00e9": 2}) == ["10", "caf\u00e9"]
+    assert Ranking(["10.0"]).candidates({"10.0": 1}) == ["10.0"]
+    main(["rank", str(finished.path), "--user", "u0003", "--rerank", "0"])
+    ours = capsys.readouterr().out
+    main(["rank", str(finished.path), "--user", " u0003", "--rerank", "0"])
+    assert capsys.readouterr().out == ours
 
 
 def test_candidates_are_the_catalogue_unless_they_are_named() -> None:

@@ -1,6 +1,8 @@
 """The metric of the Hub takes what its users have: ids of any plain type, whole lists, batches and single pairs."""
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 
 from mllm_msr.hub_cards.metric_space import RankingMetrics
@@ -16,11 +18,21 @@ PAIRS = {"predictions": [0.9, 0.1, 0.3, 0.4], "references": [1, 0, 1, 0]}
         [1.0, 1.0, 2.5, 2.5],
         np.array([7, 7, 3, 3], dtype=np.int32),
         np.array(["x", "x", "y", "y"]),
+        np.array([2**64 - 1, 2**64 - 1, 3, 3], dtype=np.uint64),
+        pd.Series(["x", "x", "y", "y"], index=[5, 6, 7, 9]),
+        pd.Series(["x", "x", "y", "y"], dtype="category"),
+        pl.Series([1, 1, 2, 2]),
+        [("shop", 1), ("shop", 1), ("shop", 2), ("shop", 2)],
     ],
-    ids=["texts", "whole numbers", "numbers", "an array of numbers", "an array of texts"],
 )
 def test_user_ids_are_texts_or_numbers(user_ids):
     assert RankingMetrics().compute(**PAIRS, user_ids=user_ids)["hr@1"] == 0.5
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_row_without_an_id_is_named(missing):
+    with pytest.raises(ValueError, match="row 1 has no user id"):
+        RankingMetrics().compute(**PAIRS, user_ids=[1.0, missing, 2.0, 2.0])
 
 
 def test_batches_and_single_pairs_are_gathered():

@@ -52,7 +52,7 @@ def read_new_items(path: Path, known: Container[str], options: PrepareOptions, c
         ValueError: a row is bad, an id comes twice or is taken, an image or a vector cannot be used, or an item has
             nothing that tells it from others; the message names the file, the row or the item, and the remedy.
     """
-    if path.suffix not in (".csv", ".parquet"):
+    if path.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"{path}: new items are read from CSV or Parquet, with item_id, title, text and image")
     bad = BadRows(remedy="Mend the row, or leave it out.")
     catalogue = read_catalogue(path.name, {}, path.parent, None, bad)
