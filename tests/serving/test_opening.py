@@ -1,15 +1,22 @@
 """What is refused before a server listens: keys that are none, a network without keys, a taken port, no run."""
 
 import socket
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from urllib.parse import quote
 
 import polars as pl
 import pytest
+from pydantic import ValidationError
 
 from mllm_msr.cli import main
+from mllm_msr.modeling.recommending import Refused
+from mllm_msr.serving.app import decoded
 from mllm_msr.serving.auth import Keys, read_keys
 from mllm_msr.serving.main import check_exposure, listen
 from mllm_msr.serving.opening import ListsByUser, read_columns
+from mllm_msr.serving.schemas import EventIn, ItemIn
 
 LONG = "k" * 24
 
@@ -67,6 +74,40 @@ def test_columns_are_those_of_known_items(tmp_path: Path) -> None:
         read_columns(path, ["x"])
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         read_columns(tmp_path / "none.csv", ["x"])
+
+
+def test_columns_are_read_as_any_table(tmp_path: Path) -> None:
+    path = tmp_path / "columns.csv"
+    path.write_bytes("Item_ID;price;new;maker\n007;1.5;True;Müller\n010;2;false;\n12.0;;true;x\n".encode("cp1252"))
+    assert read_columns(path, ["007", "010", "12"]) == {
+        "price": {"007": 1.5, "010": 2.0},
+        "new": {"007": True, "010": False, "12": True},
+        "maker": {"007": "Müller", "12": "x"},
+    }
+    table = pl.DataFrame({"item_id": [7.0, 8.0], "day": [date(2020, 1, 1), None], "price": [Decimal("1.50"), None]})
+    table.write_parquet(tmp_path / "columns.parquet")
+    assert read_columns(tmp_path / "columns.parquet", ["7"]) == {"day": {"7": "2020-01-01"}, "price": {"7": 1.5}}
+    path.write_text("sku,price\n007,1\n")
+    with pytest.raises(ValueError, match=r"columns\.csv: no column 'item_id'; it has \['sku', 'price'\]"):
+        read_columns(path, ["007"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"), [("10.0", "10"), (" 10 ", "10"), ("cafe\u0301\u200b", "caf\u00e9"), ("007", "007")]
+)
+def test_ids_are_read_as_those_of_a_table(sent: str, read: str) -> None:
+    event = EventIn.model_validate({"item_id": sent, "idempotency_key": sent})
+    assert (event.item_id, event.idempotency_key) == (read, sent)
+    assert decoded(quote(sent), "user_id") == read
+    assert ItemIn.model_validate({"item_id": sent, "title": "a\x1b[1mb\nc"}).title == "a [1mb\nc"
+
+
+@pytest.mark.parametrize("sent", ["  ", "nan", "None", "\u200b"])
+def test_what_stands_for_a_missing_id_is_refused(sent: str) -> None:
+    with pytest.raises(ValidationError, match="missing id: send an id"):
+        EventIn.model_validate({"item_id": sent})
+    with pytest.raises(Refused, match="missing id: send an id"):
+        decoded(quote(sent), "user_id")
 
 
 def test_lists_by_user_are_slices_of_one_log() -> None:

@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from mllm_msr.data.ids import plain_id
 from mllm_msr.data.images import encode
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.modeling.recommending import Recommendation, Refused, Wanted
@@ -50,7 +51,10 @@ def decoded(text: str, field: str) -> str:
         raise Refused(field, "the id in the path is not valid UTF-8: encode it as URLs are") from error
     if not 0 < len(found) <= 512:
         raise Refused(field, "the id in the path has to have 1 to 512 characters")
-    return found
+    try:
+        return schemas.as_id(found)
+    except ValueError as error:
+        raise Refused(field, f"the id in the path {error}") from error
 
 
 def _user_id(user_id: Annotated[str, Path(description="percent-encoded, slashes included")]) -> str:
@@ -113,7 +117,11 @@ def create_app(service: Service, keys: Keys, limits: Limits, reader: ImageReader
     def rerank(body: schemas.RerankRequest, until: Until) -> schemas.RerankReply:
         """Order documents for a preference in words, or for a known user."""
         query = body.query if isinstance(body.query, str) else body.query["text"]
-        user = service.asker(query.removeprefix(USER)) if query.startswith(USER) else service.asker(preference=query)
+        user = (
+            service.asker(plain_id(query.removeprefix(USER)))
+            if query.startswith(USER)
+            else service.asker(preference=query)
+        )
         documents = [
             candidate_of(document, lambda text, place=place: image_of(f"documents.{place}", text, until))
             for place, document in enumerate(body.documents)

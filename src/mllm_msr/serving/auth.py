@@ -57,7 +57,7 @@ def read_keys(path: Path | None) -> Keys:
     if path is not None:
         if not path.is_file():
             raise FileNotFoundError(f"--keys {path}: there is no such file")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
             name, _, key = line.strip().partition(" ")
             if not line.strip() or line.startswith("#"):
                 continue

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import polars.selectors as cs
 
 from mllm_msr.data.catalogue import Catalogue
+from mllm_msr.data.ids import as_ids
+from mllm_msr.data.raw import ROW, BadRows, meant, need_columns
+from mllm_msr.data.table_files import TableFile
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
 from mllm_msr.records.recipe import FORMAT, Recipe
 from mllm_msr.records.run import RunFolder
@@ -148,14 +152,27 @@ def read_columns(path: Path | None, item_ids: Sequence[str]) -> dict[str, dict[s
         return {}
     if not path.is_file():
         raise FileNotFoundError(f"--item-columns {path}: there is no such file")
-    try:
-        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"--item-columns {path}: neither CSV nor Parquet ({error})") from error
-    if "item_id" not in frame.columns:
-        raise ValueError(f"--item-columns {path}: needs a column item_id, but has {frame.columns}")
-    frame = frame.with_columns(pl.col("item_id").cast(pl.String)).filter(pl.col("item_id").is_in(list(item_ids)))
+    table, bad = TableFile.find(path.name, path.parent), BadRows(remedy="Mend the row, or leave it out.")
+    spelled = meant(["item_id"], table.columns())
+    batches = list(table.batches([spelled.get(name, name) for name in table.columns()], (), "", bad))
+    if not batches:
+        raise ValueError(f"--item-columns {path}: has no rows")
+    need_columns(batches[0].columns, ["item_id"], path)
+    frame = as_ids(pl.concat(batches, how="diagonal_relaxed").lazy(), ["item_id"], path, bad).collect()
+    frame = frame.filter(pl.col("item_id").is_in(list(item_ids))).unique("item_id", keep="first", maintain_order=True)
     if frame.is_empty():
         raise ValueError(f"--item-columns {path}: no item_id is one of the catalogue, such as {item_ids[:1]}")
-    names = [name for name in frame.columns if name != "item_id"]
+    names = [name for name in frame.columns if name not in ("item_id", ROW)]
+    if table.kind != "parquet":  # whose fields are all texts
+        frame = frame.with_columns(_typed(frame[name]) for name in names)
+    frame = frame.with_columns((cs.temporal() | cs.categorical()).cast(pl.String), cs.decimal().cast(pl.Float64))
     return {name: dict(frame.select("item_id", name).drop_nulls().iter_rows()) for name in names}
+
+
+def _typed(texts: pl.Series) -> pl.Series:
+    """A column of texts as numbers or truths, if all of them are."""
+    for kind in (pl.Int64, pl.Float64):
+        if (numbers := texts.cast(kind, strict=False)).null_count() == texts.null_count():
+            return numbers
+    truths = texts.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None)
+    return truths if truths.null_count() == texts.null_count() else texts

@@ -1,10 +1,14 @@
 """What clients send and get. Reranking has the shape that the clients of Cohere and Jina send."""
 
+import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from mllm_msr.data.ids import MISSING, plain_id
+from mllm_msr.data.raw import CONTROLS
 
 MOST_DOCUMENTS = 10_000
 MOST_EVENTS = 1_000
@@ -23,8 +27,17 @@ def storable(text: str) -> str:
     return text
 
 
-Id = Annotated[str, Field(min_length=1, max_length=512)]
+def as_id(text: str) -> str:
+    """An id as a table would have it, so that ``10.0`` and ``" 10"`` are the item 10 here as well."""
+    if (found := plain_id(text)) in MISSING:
+        raise ValueError("is what tables write for a missing id: send an id")
+    return found
+
+
+Key = Annotated[str, Field(min_length=1, max_length=512)]
+Id = Annotated[Key, AfterValidator(as_id)]
 Words = Annotated[str, Field(max_length=200_000)]
+Told = Annotated[Words, AfterValidator(lambda text: re.sub(CONTROLS, " ", text))]  # without what no word means
 ImageText = Annotated[str, Field(description="base64, a data: URL or, if the server fetches them, an http(s) URL")]
 
 
@@ -187,7 +200,7 @@ class ScoreReply(Reply):
 class EventIn(Strict):
     item_id: Id
     timestamp: int | None = Field(default=None, ge=-(2**62), le=2**62, description="seconds; kept with the event")
-    idempotency_key: Id | None = Field(
+    idempotency_key: Key | None = Field(
         default=None, description="an event whose key the user has already is not applied again"
     )
 
@@ -291,8 +304,8 @@ class RecommendReply(Reply):
 
 class ItemIn(Strict):
     item_id: Id
-    title: Words = ""
-    text: Words = ""
+    title: Told = ""
+    text: Told = ""
     image: ImageText | None = None
     summary: Words | None = Field(default=None, description="by default the run's engine writes one")
     vector: list[float] | None = Field(
@@ -302,7 +315,7 @@ class ItemIn(Strict):
 
     @model_validator(mode="after")
     def _says_something(self) -> "ItemIn":
-        if not (self.title or self.text or self.image):
+        if not (self.title.strip() or self.text.strip() or self.image):
             raise ValueError("an item needs a title, a text or an image")
         return self
 
