@@ -52,7 +52,8 @@ from mllm_msr.evaluation.sequence_training import (
 )
 from mllm_msr.evaluation.sequential_baselines import shared
 from mllm_msr.modeling.inputs import Candidate
-from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions
+from mllm_msr.modeling.sequence_head import SequenceHead
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig, SequenceHeadOptions
 from mllm_msr.processing.vectors import item_encoder, recipe_encoder, vector_table
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.run import RunFolder

@@ -23,7 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .content_likeness import ContentLikeness
 from .neighbours import taken
 from .score_fusion import ScoreFusion, frequency_buckets
-from .sequence_head import PADDING, SequenceHead, SequenceHeadConfig
+from .sequence_head import PADDING, SequenceHead
+from .sequence_head_options import SequenceHeadConfig
 
 LIKENESS, FUSED = "likeness", "fused"
 ITEMS, PREFIX = "items.json", "item_ranker."  # the table of items; of the weights' names in a checkpoint

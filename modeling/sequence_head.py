@@ -15,85 +15,16 @@ C candidates, N any number of items.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from .history_encoders import Dropout, history_encoder
 from .neighbours import PADDING, mean_of, nearest_chosen, renumbered, taken
-
-
-@dataclass(frozen=True)
-class SequenceHeadOptions:
-    """What a head is like, whatever the catalogue.
-
-    Args:
-        identity: whether items have a learnt vector of their own.
-        encoder: the network over a history.
-        hidden: D; layers, heads: of the transformer. A GRU has one layer, twice as wide, and a projection.
-        dropout: of inputs, attention and feed-forward layers.
-        identity_dropout: the share of items whose identity is left out in a training step, if they have content.
-        gate: whether content is weighted, for each order of magnitude of an item's training interactions, by a learnt
-            number; those without have their own.
-        max_length: places of a history that are read, from its end.
-        join: how content and identity make a vector: the sum of ``MLP(c_i)`` and the identity, or, as in baselines with
-            item features, one projection of a linear embedding of content beside the identity.
-        neighbours: k: to each item's vector the mean identity is added of the k items nearest to it by content that
-            somebody has chosen; 0: nothing is.
-    """
-
-    identity: bool = True
-    encoder: Literal["transformer", "gru"] = "transformer"
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 2
-    dropout: float = 0.3
-    identity_dropout: float = 0.3
-    gate: bool = False
-    max_length: int = 100
-    join: Literal["sum", "concatenation"] = "sum"
-    neighbours: int = 0
-
-    def __post_init__(self) -> None:
-        if self.encoder not in ("transformer", "gru"):
-            raise ValueError(f"encoder={self.encoder!r} is not known; there are 'transformer' and 'gru'")
-        for name in ("hidden", "layers", "heads", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("dropout", "identity_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        if self.neighbours < 0:
-            raise ValueError(f"neighbours={self.neighbours}: must be at least 0")
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
-
-
-@dataclass(frozen=True)
-class SequenceHeadConfig(SequenceHeadOptions):
-    """Everything that decides what a head's weights mean.
-
-    Args:
-        n_items: I, items with a code 0 ... I - 1.
-        content_size: F; 0 for a head without content.
-    """
-
-    n_items: int = 0
-    content_size: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.identity and not self.content_size:
-            raise ValueError("an item needs an identity, content, or both: give content_size or identity=True")
-        if self.neighbours and not (self.identity and self.content_size):
-            raise ValueError(f"neighbours={self.neighbours}: they are found by content, and lend their identity")
-
-    @property
-    def joined(self) -> bool:
-        """Whether items are a projection of identity and content beside each other."""
-        return self.join == "concatenation" and self.identity and self.content_size > 0
+from .sequence_head_options import SequenceHeadConfig
 
 
 @dataclass
@@ -143,7 +74,9 @@ class SequenceHead(nn.Module):
             self.identity = nn.Parameter(torch.empty(config.n_items, config.hidden))
         if config.neighbours:
             self.register_buffer("near", torch.full((config.n_items, config.neighbours), PADDING, dtype=torch.int32))
-        self.encoder = Transformer(config) if config.encoder == "transformer" else Recurrent(config)
+        if config.unit_items:
+            self.log_length = nn.Parameter(torch.tensor(LENGTH).log())
+        self.encoder = history_encoder(config)
         self.dropout = Dropout(config.dropout)
         self._initialise()
 
@@ -221,7 +154,7 @@ class SequenceHead(nn.Module):
         if self.config.neighbours:
             near = self.near if codes is None else self.near[codes]
             vectors = vectors + mean_of(self.identity, near, hidden)
-        return vectors
+        return self._scaled(vectors)
 
     def new_item_vectors(self, content: Tensor) -> Tensor:
         """(N, D): v of items outside the catalogue from their (N, F) content alone."""
@@ -232,7 +165,10 @@ class SequenceHead(nn.Module):
         if self.config.neighbours:
             own = torch.full((len(content),), PADDING, device=content.device)
             vectors = vectors + mean_of(self.identity, self._near(content, own))
-        return vectors
+        return self._scaled(vectors)
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) * self.log_length.exp() if self.config.unit_items else vectors
 
     def _join(self, content: Tensor, identity: Tensor) -> Tensor:
         joined = self.config.joined
@@ -280,6 +216,7 @@ class SequenceHead(nn.Module):
         return self(histories, vectors).last @ vectors.T
 
 
+LENGTH = 2.0  # of item vectors of one length, to begin with
 GATES = 12  # 0, 1, 2-3, 4-7, ... interactions, and 1,024 or more
 
 
@@ -302,88 +239,3 @@ def last_places(histories: Tensor, length: int) -> Tensor:
         return histories
     skipped = ((histories != PADDING).sum(dim=1, keepdim=True) - length).clamp(min=0)
     return histories.gather(1, skipped + torch.arange(length, device=histories.device))
-
-
-class Dropout(nn.Module):
-    """As ``nn.Dropout``, its rate rounded to a 256th: a byte of random bits for each number.
-
-    A CPU makes these thirteen times faster than the numbers that torch compares with the rate, which took a fifth of
-    the training.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.dropped = round(256 * rate)
-
-    def forward(self, values: Tensor) -> Tensor:
-        if not self.training or not self.dropped:
-            return values
-        words = torch.empty(-(-values.numel() // 8), dtype=torch.int64, device=values.device).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self.dropped
-        return values * kept * (256 / (256 - self.dropped))
-
-
-class Transformer(nn.Module):
-    """A causal transformer. Padding stands last: no real place sees it.
-
-    Order is told twice. A learnt bias of attention for each distance is the same wherever in a history two items are. A
-    vector for each number of items that follow is not: it says how long ago a place is, and in training logs whose
-    items come and go the latest places are those most like the task.
-    """
-
-    def __init__(self, config: SequenceHeadConfig) -> None:
-        super().__init__()
-        self.place = nn.Embedding(config.max_length, config.hidden)
-        self.dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.hidden)
-
-    def forward(self, vectors: Tensor, lengths: Tensor) -> Tensor:
-        following = lengths[:, None] - 1 - torch.arange(vectors.shape[1], device=vectors.device)
-        hidden = self.dropout(vectors + self.place(following.clamp(min=0)))
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return self.norm(hidden)
-
-
-class Layer(nn.Module):
-    """Causal self-attention and a feed-forward network, each on the normalised input and added to it."""
-
-    def __init__(self, config: SequenceHeadConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.distance = nn.Parameter(torch.zeros(config.heads, config.max_length))
-        self.before_attention, self.before_mixing = nn.LayerNorm(config.hidden), nn.LayerNorm(config.hidden)
-        self.project, self.out = nn.Linear(config.hidden, 3 * config.hidden), nn.Linear(config.hidden, config.hidden)
-        self.mix = nn.Sequential(
-            nn.Linear(config.hidden, 2 * config.hidden),
-            nn.GELU(),
-            Dropout(config.dropout),
-            nn.Linear(2 * config.hidden, config.hidden),
-        )
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        parts = self.project(self.before_attention(hidden)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        place = torch.arange(hidden.shape[1], device=hidden.device)
-        away = place[:, None] - place
-        bias = self.distance[:, away.clamp(min=0)].masked_fill(away < 0, float("-inf"))  # (heads, L, L)
-        shares = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias).softmax(dim=-1)  # (B, heads, L, L)
-        attended = self.dropout(shares) @ value  # (B, heads, L, D / heads)
-        hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        return hidden + self.dropout(self.mix(self.before_mixing(hidden)))
-
-
-class Recurrent(nn.Module):
-    """A gated recurrent network, which reads padding last and so without harm."""
-
-    def __init__(self, config: SequenceHeadConfig) -> None:
-        super().__init__()
-        self.dropout = Dropout(config.dropout)
-        self.gru = nn.GRU(config.hidden, 2 * config.hidden, batch_first=True)
-        self.out = nn.Linear(2 * config.hidden, config.hidden)
-
-    def forward(self, vectors: Tensor, lengths: Tensor) -> Tensor:
-        hidden, _ = self.gru(self.dropout(vectors))
-        return self.out(self.dropout(hidden))

@@ -30,7 +30,7 @@ from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.item_ranking import ItemRanker
 from mllm_msr.modeling.naming import naming
 from mllm_msr.modeling.score_fusion import ScoreFusion
-from mllm_msr.modeling.sequence_head import SequenceHeadConfig, SequenceHeadOptions
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig, SequenceHeadOptions
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import ITEMS

@@ -17,7 +17,8 @@ from mllm_msr.evaluation.sequence_training import (
     score_candidates,
     score_catalogue,
 )
-from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig
+from mllm_msr.modeling.sequence_head import PADDING, SequenceHead
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig
 
 N_ITEMS = 24
 OPTIONS = FitOptions(batch_size=16, learning_rate=1e-2, max_epochs=3)

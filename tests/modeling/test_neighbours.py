@@ -5,7 +5,8 @@ from tiny_rankers import N_ITEMS, SIZE, content
 
 from mllm_msr.modeling import neighbours
 from mllm_msr.modeling.neighbours import PADDING, mean_of, nearest_chosen
-from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig
+from mllm_msr.modeling.sequence_head import SequenceHead
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig
 
 
 def test_they_are_those_of_highest_cosine_that_somebody_chose_and_never_the_item_itself(monkeypatch):

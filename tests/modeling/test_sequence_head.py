@@ -1,9 +1,15 @@
 """The sequence head: no look ahead, no trace of padding, identity where it was learnt, new items by content alone."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch.nn import functional as F
 
-from mllm_msr.modeling.sequence_head import PADDING, Dropout, SequenceHead, SequenceHeadConfig, last_places
+from mllm_msr.modeling.history_encoders import Dropout
+from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, last_places
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig
 
 N_ITEMS, SIZE = 20, 6
 COUNTS = torch.arange(N_ITEMS)  # item 0 was never chosen
@@ -19,7 +25,7 @@ def head(content: bool = True, **settings) -> SequenceHead:
     return made
 
 
-@pytest.mark.parametrize("encoder", ["transformer", "gru"])
+@pytest.mark.parametrize("encoder", ["transformer", "gru", "both"])
 def test_it_neither_looks_ahead_nor_sees_padding(encoder):
     model = head(encoder=encoder)
     with torch.inference_mode():
@@ -87,6 +93,22 @@ def test_in_training_some_items_go_without_their_identity_and_it_learns_nothing_
     vectors.sum().backward()
     assert not model.identity.grad[dropped].any() and model.identity.grad[~dropped].all()
     assert not head(identity=False).train().item_vectors().isnan().any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"join": "concatenation"}, {"neighbours": 2}])
+def test_items_of_one_length_differ_by_their_direction_alone(settings: dict[str, Any]):
+    model, plain = head(unit_items=True, **settings), head(**settings)
+    with torch.no_grad():
+        model.load_state_dict(plain.state_dict(), strict=False)
+        model.log_length.fill_(math.log(3.0))
+    vectors = model.item_vectors()
+    assert torch.allclose(vectors.norm(dim=1), torch.tensor(3.0))
+    assert torch.allclose(F.cosine_similarity(vectors, plain.item_vectors()), torch.tensor(1.0), atol=1e-5)
+    if "neighbours" not in settings:  # of which each item is none of its own
+        assert torch.allclose(model.new_item_vectors(model.content)[0], vectors[0], atol=1e-6)
+    assert torch.allclose(model.new_item_vectors(model.content).norm(dim=1), torch.tensor(3.0))
+    vectors[3].sum().backward()
+    assert model.log_length.grad and model.identity.grad[3].any()
 
 
 def test_the_gate_weighs_content_by_how_often_an_item_was_chosen():

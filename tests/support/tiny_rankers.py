@@ -7,7 +7,8 @@ import torch
 from mllm_msr.modeling.content_likeness import ContentLikeness
 from mllm_msr.modeling.item_ranking import ItemRanker
 from mllm_msr.modeling.score_fusion import ScoreFusion
-from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig
+from mllm_msr.modeling.sequence_head import SequenceHead
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig
 
 N_ITEMS, SIZE = 30, 6
 IDS = [f"film-{code}" for code in range(N_ITEMS)]

@@ -19,7 +19,13 @@ from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.fusion import catalogue_lists, fit_fusion, settle_bias
 from mllm_msr.evaluation.likeness import LikenessRanker, likeness
 from mllm_msr.evaluation.rankers import Ranker, item_vectors, training_log
-from mllm_msr.evaluation.sequential_baselines import FEATURED, SequenceRanker, train_ranker
+from mllm_msr.evaluation.sequential_baselines import (
+    FEATURED,
+    GRU4REC,
+    SASREC,
+    SequenceRanker,
+    train_ranker,
+)
 from mllm_msr.modeling.item_ranking import LIKENESS, ItemRanker
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion
 from mllm_msr.records.run import RunFolder
@@ -28,11 +34,11 @@ from mllm_msr.records.sections import HeadOptions
 
 TRAINED: dict[str, dict[str, Any]] = {  # options of their own
     "sequence_head": {},
-    "identity_only": {},
+    "identity_only": SASREC,
     "content_only": {"identity": False},
-    "gru4rec": {"encoder": "gru"},
-    "sasrecf": FEATURED,
-    "gru4recf": {**FEATURED, "encoder": "gru"},
+    "gru4rec": GRU4REC,
+    "sasrecf": SASREC | FEATURED,
+    "gru4recf": GRU4REC | FEATURED,
     "neighbour_identity": {"neighbours": 10},
 }
 # members that are these baselines, and are trained once for both

@@ -20,7 +20,8 @@ import torch
 from mllm_msr.evaluation.coded_tasks import CodedLists, CodedTasks, ndcg_at
 from mllm_msr.evaluation.epochs import Epochs
 from mllm_msr.evaluation.product_cross_entropy import product_cross_entropy
-from mllm_msr.modeling.sequence_head import PADDING, SequenceHead, SequenceHeadConfig
+from mllm_msr.modeling.sequence_head import PADDING, SequenceHead
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig
 from mllm_msr.records.sections import at_least
 from mllm_msr.records.storage import digest
 

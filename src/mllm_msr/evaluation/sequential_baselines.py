@@ -23,9 +23,13 @@ import torch
 from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.rankers import Ranker
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit, score_candidates, score_catalogue
-from mllm_msr.modeling.sequence_head import SequenceHead, SequenceHeadConfig, SequenceHeadOptions
+from mllm_msr.modeling.sequence_head import SequenceHead
+from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig, SequenceHeadOptions
 from mllm_msr.records.sections import HeadOptions
 
+# whatever the sequence head is like
+SASREC: dict[str, Any] = {"encoder": "transformer"}
+GRU4REC: dict[str, Any] = {"encoder": "gru"}
 # items are a projection of an identity, never dropped, beside their content
 FEATURED: dict[str, Any] = {"join": "concatenation", "identity_dropout": 0.0}
 
@@ -50,7 +54,7 @@ def sasrec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame
 
     Arguments as for :func:`train_ranker`.
     """
-    return train_ranker("sasrec", {}, validation, items, training, **settings)
+    return train_ranker("sasrec", SASREC, validation, items, training, **settings)
 
 
 def gru4rec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, **settings) -> SequenceRanker:
@@ -58,7 +62,7 @@ def gru4rec(validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFram
 
     Arguments as for :func:`train_ranker`.
     """
-    return train_ranker("gru4rec", {"encoder": "gru"}, validation, items, training, **settings)
+    return train_ranker("gru4rec", GRU4REC, validation, items, training, **settings)
 
 
 def sasrecf(
@@ -68,14 +72,15 @@ def sasrecf(
 
     ``vectors``: (I, F), in the order of ``items.sort("item_id")``; other arguments as for :func:`train_ranker`.
     """
-    return train_ranker("sasrecf", FEATURED, validation, items, training, torch.from_numpy(vectors), **settings)
+    own, content = SASREC | FEATURED, torch.from_numpy(vectors)
+    return train_ranker("sasrecf", own, validation, items, training, content, **settings)
 
 
 def gru4recf(
     validation: pl.DataFrame, items: pl.DataFrame, training: pl.DataFrame, vectors: Array, **settings
 ) -> SequenceRanker:
     """Variant ``gru4recf``: GRU4Rec with features (Hidasi et al., RecSys 2016); arguments as for :func:`sasrecf`."""
-    own, content = {**FEATURED, "encoder": "gru"}, torch.from_numpy(vectors)
+    own, content = GRU4REC | FEATURED, torch.from_numpy(vectors)
     return train_ranker("gru4recf", own, validation, items, training, content, **settings)
 
 

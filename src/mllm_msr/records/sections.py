@@ -193,12 +193,14 @@ class HeadOptions:
     """Section ``head``: the sequence head over item vectors; see ``modeling/sequence_head.py`` for what each means."""
 
     enabled: bool = True
+    encoder: Literal["transformer", "gru", "both"] = "transformer"
     hidden: int = 64
     layers: int = 2
     heads: int = 2
     dropout: float = 0.3
     identity_dropout: float = 0.3
     gate: bool = False
+    unit_items: bool = False
     max_length: int = 100
     # training
     batch_size: int = 128
