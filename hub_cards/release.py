@@ -7,29 +7,21 @@ by whoever pins the tag, and repeating the command completes it.
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, SpaceStage, get_session
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 
 from mllm_msr.hub_cards.cards import TAGS
 from mllm_msr.hub_cards.facts import Release, RunFacts, has_head
+from mllm_msr.hub_cards.hub_requests import NO_REPLY, UNREADABLE, InvalidCardError, patiently
 from mllm_msr.hub_cards.publishing import ALL_CONTENTS, FOLDERS, Contents, Part, built
 from mllm_msr.hub_cards.spaces import SPACE_SDKS
 from mllm_msr.hub_cards.terms import kept_private, warnings
@@ -126,35 +118,36 @@ def _publish(
     if options.dry_run:
         print("dry run: nothing was sent")
         return {}
-    with _explained(api, options.namespace):
 
-        def patiently(work: Callable[..., T], *arguments: Any) -> T:
-            return _patiently(lambda: work(api, *arguments), tries)
+    def each(work: Callable[..., T], *arguments: Any, of: list[Repository] = repositories) -> list[T]:
+        """``work`` on one repository after the other."""
+        step = work.__name__.strip("_").replace("_", " ")
+        return [
+            patiently(api, partial(work, api, repository, *arguments), f"{repository.repo_id} ({step})", tries)
+            for repository in of
+        ]
 
-        patiently(_check_login, options.namespace, create_pr)
-        for repository in repositories:
-            patiently(_check_card, repository)
-        for repository in repositories:
-            patiently(_open, repository, tag, create_pr)
-        for repository in repositories:
-            patiently(_upload, repository, create_pr)
-        title = f"Release {tag}" if tag else "Release"
-        if not create_pr:
-            for repository in repositories:
-                patiently(_try, repository, title)
-        commits = {repo.part: patiently(_commit, repo, title, create_pr) for repo in repositories}
-        if not create_pr:
-            for repository in repositories:
-                if tag:
-                    patiently(_tag, repository, commits[repository.part], tag)
-            for repository in opened:
-                patiently(_make_public, repository)
-            for repository in repositories:
-                if repository.part == "space":
-                    patiently(_wake, repository)
+    patiently(api, partial(_check_login, api, options.namespace, create_pr), options.namespace, tries)
+    each(_check_card)
+    each(_open, tag, create_pr)
+    each(_upload, create_pr)
+    title = f"Release {tag}" if tag else "Release"
+    if not create_pr:
+        each(_try_commit, title)
+    oids = each(_commit, title, create_pr)
+    commits = {repository.part: oid for repository, oid in zip(repositories, oids, strict=True)}
+    if not create_pr:
+        for repository in repositories if tag else ():
+            each(_tag, commits[repository.part], tag, of=[repository])
+        try:
+            each(_make_public, of=opened)
+            each(_wake, of=[repository for repository in repositories if repository.part == "space"])
             if options.collection:
                 name = f"{' '.join(run.recipe.name.split())[:40]} {tag or ''}".strip()[:59]
-                patiently(_collect, name, options.namespace, repositories, bool(opened))
+                collect = partial(_collect, api, name, options.namespace, repositories, bool(opened))
+                patiently(api, collect, f"collection {name!r}", tries)
+        except RuntimeError as error:
+            raise RuntimeError(f"everything is released; but {error}; the same command does what is left") from error
     for repository in repositories:
         print(f"{repository.repo_id} ({repository.part}): {commits[repository.part]}")
     return commits
@@ -180,21 +173,32 @@ def _check_card(api: HfApi, repository: Repository) -> None:
     reply = get_session().post(f"{api.endpoint}/api/validate-yaml", json=request)
     if reply.status_code == 400:
         reasons = "; ".join(error["message"] for error in reply.json().get("errors", []))
-        raise ValueError(f"the Hub finds the card of {repository.repo_id} invalid: {reasons or reply.text}")
+        raise InvalidCardError(f"the Hub finds the card of {repository.repo_id} invalid: {reasons or reply.text}")
     hf_raise_for_status(reply)
 
 
 def _open(api: HfApi, repository: Repository, tag: str | None, create_pr: bool) -> None:
     """Make the repository unless it exists; refuse one that is another's, or a tag that is taken."""
-    if not create_pr or not api.repo_exists(**repository.name):
-        sdk = SPACE_SDKS.get(repository.part)
-        api.create_repo(**repository.name, private=True, exist_ok=True, space_sdk=sdk)
+    taken = f"the name {repository.repo_id} is taken by"
+    remedy = "rename or delete that, or give the recipe another `name`"
+    try:
+        info = api.repo_info(**repository.name)
+    except RepositoryNotFoundError:
+        try:
+            api.create_repo(**repository.name, private=True, space_sdk=SPACE_SDKS.get(repository.part))
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+        if not api.repo_exists(**repository.name):
+            raise RuntimeError(f"{taken} a {repository.repo_type} that this login cannot see: {remedy}") from None
+        info = api.repo_info(**repository.name)
+    if info.id != repository.repo_id:
+        raise RuntimeError(f"{repository.repo_id} has been renamed {info.id}: name it as before, or {remedy}")
     head = _head(api, repository)
     files = {file.path for file in _tree(api, repository, head)}
     if files - MADE_BY_THE_HUB and not _is_ours(api, repository, head):
         raise RuntimeError(
-            f"the name {repository.repo_id} is taken by a {repository.repo_type} that is no release of mllm-msr, and "
-            "would be overwritten: rename or delete that, or give the recipe another `name`"
+            f"{taken} a {repository.repo_type} that is no release of mllm-msr, and would be overwritten: {remedy}"
         )
     refs = {ref.name: ref.target_commit for ref in api.list_repo_refs(**repository.name).tags}
     if tag in refs and not create_pr and (refs[tag] != head or _changes(api, repository, head)):
@@ -243,7 +247,7 @@ def _upload(api: HfApi, repository: Repository, create_pr: bool) -> None:
         api.preupload_lfs_files(**repository.name, additions=additions, create_pr=create_pr)
 
 
-def _try(api: HfApi, repository: Repository, title: str) -> None:
+def _try_commit(api: HfApi, repository: Repository, title: str) -> None:
     """Make the commit on a branch of its own, so that what the Hub refuses, it refuses before any main has moved."""
     if STAGE in {branch.name for branch in api.list_repo_refs(**repository.name).branches}:
         api.delete_branch(**repository.name, branch=STAGE)  # an earlier try was interrupted
@@ -252,7 +256,9 @@ def _try(api: HfApi, repository: Repository, title: str) -> None:
         api.create_branch(**repository.name, branch=STAGE, revision=head)
         tried = _send(api, repository, changes, title, head, revision=STAGE)
         if _changes(api, repository, tried):
-            raise RuntimeError(f"the Hub has made other files of {repository.repo_id} than were sent; nothing is shown")
+            raise RuntimeError(
+                f"the Hub has made other files of {repository.repo_id} than were sent; nothing is shown, repeat it"
+            )
         api.delete_branch(**repository.name, branch=STAGE)
 
 
@@ -285,6 +291,11 @@ def _commit(api: HfApi, repository: Repository, title: str, create_pr: bool) -> 
 def _tag(api: HfApi, repository: Repository, commit: str, tag: str) -> None:
     if tag not in {ref.name for ref in api.list_repo_refs(**repository.name).tags}:
         api.create_tag(**repository.name, tag=tag, revision=commit)
+    if (named := api.repo_info(**repository.name, revision=tag).sha or "") != commit:
+        raise RuntimeError(
+            f"{repository.repo_id}: tag {tag!r} names {named[:8]}, which somebody else has released meanwhile: choose "
+            "a new --tag"
+        )
 
 
 def _make_public(api: HfApi, repository: Repository) -> None:
@@ -293,9 +304,16 @@ def _make_public(api: HfApi, repository: Repository) -> None:
 
 
 def _wake(api: HfApi, repository: Repository) -> None:
-    """Start a Space again that has failed: it began before what it shows was tagged, or public."""
-    if api.get_space_runtime(repository.repo_id).stage == SpaceStage.RUNTIME_ERROR:
-        api.restart_space(repository.repo_id)
+    """Start a Space again that has failed: it began before what it shows was tagged, or public.
+
+    What the Hub says of its state decides nothing of the release, so a failure is a warning.
+    """
+    try:
+        if api.get_space_runtime(repository.repo_id).stage == SpaceStage.RUNTIME_ERROR:
+            api.restart_space(repository.repo_id)
+    except (*NO_REPLY, *UNREADABLE) as error:
+        reason = hide_secrets(" ".join(str(error).split()))
+        print(f"warning: whether {repository.repo_id} runs could not be seen ({reason}); look at its page")
 
 
 def _collect(api: HfApi, title: str, namespace: str, repositories: list[Repository], public: bool) -> None:
@@ -303,53 +321,6 @@ def _collect(api: HfApi, title: str, namespace: str, repositories: list[Reposito
     for repository in repositories:
         api.add_collection_item(collection.slug, repository.repo_id, repository.repo_type, exists_ok=True)
     print(f"collection {collection.slug}")
-
-
-def _patiently(work: Callable[[], T], tries: int) -> T:
-    """Do ``work``, again after a stale head, a 5xx or a lost reply; it must be safe to repeat."""
-    for attempt in range(tries):
-        try:
-            return work()
-        except (HTTPError, ConnectionError) as error:  # the latter from the upload of large files
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
-            if attempt == tries - 1 or (status < 500 and status not in (408, 412, 429)):
-                raise
-            time.sleep(min(2**attempt, 8))
-    raise AssertionError("unreachable")
-
-
-@contextmanager
-def _explained(api: HfApi, namespace: str) -> Iterator[None]:
-    """Errors of the Hub as one sentence that says what to do."""
-    try:
-        yield
-    except LocalTokenNotFoundError as error:
-        raise RuntimeError("not logged in to the Hub: run `hf auth login` or set HF_TOKEN") from error
-    except HfHubHTTPError as error:
-        raise RuntimeError(_remedy(error, namespace)) from error
-    except RuntimeError as error:  # an upload that failed says why in its cause
-        if not isinstance(error.__cause__, HfHubHTTPError):
-            raise
-        raise RuntimeError(_remedy(error.__cause__, namespace)) from error
-    except (HTTPError, ConnectionError) as error:
-        raise RuntimeError(f"the Hub at {api.endpoint} cannot be reached ({error}); try again, it is safe") from error
-
-
-def _remedy(error: HfHubHTTPError, namespace: str) -> str:
-    status, reason = error.response.status_code, hide_secrets(str(error.server_message or error))
-    remedies = {
-        401: "the Hub does not accept the token: run `hf auth login` or set HF_TOKEN",
-        402: "the account's plan does not allow this; see its billing page",
-        403: f"this login may not write to {namespace!r}: use a token with write access, or another --namespace",
-        409: "the name is taken by a repository this login cannot write to",
-        413: "the account's storage quota is used up: free some space or buy more, then repeat",
-        429: "the Hub asks to slow down: try again later, it is safe",
-    }
-    if any(word in reason.lower() for word in ("quota", "storage limit", "out of storage")):
-        status = 413
-    elif isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-        status = 403
-    return f"{remedies.get(status, 'the Hub refused; repeating is safe')} ({error.response.status_code}: {reason})"
 
 
 def _show(repository: Repository, public: bool) -> None:

@@ -1,12 +1,17 @@
-"""Fabricated runs for every test of this room."""
+"""Fabricated runs for every test of this room, and their publishing."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_run import fabricate
+from hub_run import fabricate, finish
+from hub_server import Hub
+from hub_storage import WRITE
+from huggingface_hub import HfApi
 
+from mllm_msr.hub_cards.release import PublishOptions, publish
 from mllm_msr.records.run import RunFolder
 
 
@@ -26,3 +31,29 @@ def finished_run(fabricated: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def make_run(fabricated: Path, tmp_path: Path) -> Callable[[], RunFolder]:
     """A run of one's own, to break."""
     return lambda: RunFolder.open(shutil.copytree(fabricated, tmp_path / "run", dirs_exist_ok=True))
+
+
+class Publisher:
+    """Publishes one run to a Hub."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def __call__(self, hub: Hub, token: str | None = WRITE, tries: int = 6, **options):
+        options = PublishOptions("org", **{"tag": "v1", **options})
+        return publish(self.run, options, HfApi(hub.url, token=token), tries)
+
+    def change(self, name: str, text: str) -> None:
+        """Train and report anew, with another file in the model's folder."""
+        (self.run.model / name).write_text(text)
+        finish(self.run)
+
+
+@pytest.fixture
+def release(make_run, monkeypatch) -> Publisher:
+    """Publish a run of one's own to a Hub."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/no/such/file")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return Publisher(make_run())

@@ -24,7 +24,8 @@ class Hub(Storage, ThreadingHTTPServer):
     """``with Hub() as hub``: served at ``hub.url`` until the block ends.
 
     ``faults`` are taken one a matching request: ``(route, action)`` with an action of "503" or another status,
-    "lose" (do it, then hang up), "cut" (hang up in the midst of the body), or a function to call before it is served.
+    "lose" (do it, then hang up), "cut" (hang up in the midst of the body), "page" (of a proxy, with 200), or a function
+    to call before it is served, which may raise `Refused`.
     """
 
     daemon_threads = True
@@ -101,12 +102,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         self.body = b"".join(chunks) or self.rfile.read(length)
-        if callable(fault):
-            fault()
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         elsewhere = self.path.encode() + self.body + (given.encode() if name == "store" else b"")
         self.server.leaks += [self.path for token in ACCOUNTS if token.encode() in elsewhere]
         try:
+            if callable(fault):
+                fault()
             if given and name != "store":
                 self.user = ACCOUNTS.get(given)
                 if self.user is None:
@@ -132,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "lose":
             return self.hang_up()
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if fault == "page":
+            status, content, headers = 200, b"<html>Please log in</html>", {"Content-Type": "text/html"}
         self.send_response(status)
         for key, value in {"Content-Length": len(content), **headers}.items():
             self.send_header(key, str(value))
