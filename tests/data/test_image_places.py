@@ -43,6 +43,9 @@ def places(
         [PNG, b"other"],
         [{"bytes": PNG, "path": None}],
         f"data:image/png;base64,{TEXT}",
+        f"DATA:image/png;BASE64,{TEXT.replace('+', '%2B')}",
+        list(PNG),
+        [byte - 256 if byte > 127 else byte for byte in PNG],
         TEXT,
         TEXT.rstrip("=").replace("+", "-").replace("/", "_"),
         json.dumps({"bytes": TEXT}),
@@ -67,11 +70,17 @@ def test_bytes_go_into_a_file(tmp_path: Path, value: Any) -> None:
         '{"file_name": "1.png"}',
         " 1.png ",
         "./sub/../1.png",
+        "sub\\..\\1.png",
     ],
 )
 def test_files_are_relative_to_the_catalogue(tmp_path: Path, value: Any) -> None:
     (tmp_path / "1.png").write_bytes(PNG)
     assert places(tmp_path, [value])[0] == [str(tmp_path / "1.png")]
+
+
+def test_a_file_url_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(PNG)
+    assert places(tmp_path, [(tmp_path / "a b.png").as_uri()])[0] == [str(tmp_path / "a b.png")]
 
 
 @pytest.mark.parametrize("value", [URL, {"url": URL, "width": 40}, [{"uri": URL}], "HTTPS://shop.example/1.jpg"])
@@ -89,6 +98,7 @@ def test_urls_stay(tmp_path: Path, value: Any) -> None:
         ("[gone].png", "images: no such file"),
         (7, "images: no such file"),
         ({"width": 40}, "images: neither bytes nor a file nor a URL"),
+        ([[[1, 2, 3]]], "images: neither bytes nor a file nor a URL"),
         (1.5, "images: neither bytes nor a file nor a URL"),
         (["gone.png", "gone2.png"], "images: no such file"),
     ],

@@ -134,6 +134,16 @@ def test_broken_images_are_counted_with_reasons(raw: RawData, tmp_path: Path) ->
     assert report["statistics"]["share_without_image"] == 0.15
 
 
+def test_a_file_far_larger_than_an_image_is_not_read(raw: RawData, tmp_path: Path) -> None:
+    with (tmp_path / "film.png").open("wb") as file:
+        file.truncate(2**40)
+    path = pl.when(pl.col("item_id") == "i4").then(pl.lit(str(tmp_path / "film.png"))).otherwise("image_path")
+    raw.items = raw.items.with_columns(path.alias("image_path"))
+    report = prepare(raw, tmp_path / "data", OPTIONS, "made up", popularity_figures)
+    skipped = {row["what"]: row["examples"] for row in report["skipped"]}
+    assert skipped["broken image: file of more than 401,048,576 bytes"] == ["i4"]
+
+
 def test_broken_images_are_dropped_like_missing_ones(raw: RawData, tmp_path: Path) -> None:
     options = PrepareOptions(n_negatives=4, k_core_users=2, k_core_items=1, missing_images="drop")
     report = prepare(raw, tmp_path / "data", options, "made up", popularity_figures)

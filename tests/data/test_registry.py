@@ -72,6 +72,14 @@ def test_fingerprint_sees_the_content_of_images_and_of_part_files(tmp_path: Path
         (movies / name).write_text("a")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs a file that is there and cannot be read")
+def test_one_image_that_cannot_be_read_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nu,1,1\n")
+    (tmp_path / "goods.csv").write_text("item_id,image\n1,/proc/self/mem\n")
+    source = Source("tables", {"folder": str(tmp_path), "interactions": "log.csv", "items": "goods.csv"})
+    assert source_fingerprint(source)[-1][0] == "1 images"
+
+
 def test_fingerprint_sees_contents_and_not_places(tmp_path: Path) -> None:
     def source(folder: Path, columns: dict[str, str] | None = None) -> Source:
         tables = {"interactions": "log.csv", "items": "goods.csv", "folder": str(folder)}

@@ -61,6 +61,11 @@ class ImageColumn:
 
     def _place(self, value: Any) -> str | None:
         value = opened(value)
+        if isinstance(value, list) and value and all(isinstance(byte, int) and -128 <= byte < 256 for byte in value):
+            return self._store(bytes(byte & 255 for byte in value))
+        if isinstance(value, list) and value and isinstance(value[0], list):  # such as the pixels themselves
+            self.unknown.add(0, value)
+            return None
         if isinstance(value, list):
             usable = [image for image in value if image is not None]
             if len(usable) > 1:
@@ -86,12 +91,15 @@ class ImageColumn:
 
     def file(self, name: str) -> str | None:
         """The file that a path means, if it is there and may be read."""
-        path = Path(os.path.normpath(self.root / name))
-        try:
-            allowed = self.inside is None or path.is_relative_to(os.path.normpath(self.inside))
-            return str(path) if allowed and path.is_file() else None
-        except OSError:  # no name that a file could have
-            return None
+        name = unquote(name[7:]) if name[:8].lower() == "file:///" else name
+        for spelled in dict.fromkeys((name, name.replace("\\", "/"))):  # the latter of a path that Windows wrote
+            path = Path(os.path.normpath(self.root / spelled))
+            try:
+                if path.is_file() and (self.inside is None or path.is_relative_to(os.path.normpath(self.inside))):
+                    return str(path)
+            except (OSError, ValueError):  # no name that a file could have
+                continue
+        return None
 
     def _store(self, data: bytes) -> str:
         file = self.folder / str(next(self.numbers))

@@ -75,10 +75,13 @@ def write_items(output: Path, items: pl.DataFrame, options: PrepareOptions) -> t
 
 def decoded_items(items: pl.DataFrame, options: PrepareOptions, broken: ByReason) -> Iterator[pl.DataFrame]:
     """Batches of the items table with ``thumbnail`` beside it; fills ``broken``."""
+    most = 2**20 + 8 * options.max_image_pixels  # as many bytes as four channels of 16 bits take
 
     def read(path: str | None, data: bytes | None) -> tuple[bytes, bytes] | BrokenImage | None:
         try:
             if data is None and path is not None:
+                if Path(path).stat().st_size > most:
+                    return BrokenImage(f"file of more than {most:,} bytes")
                 data = Path(path).read_bytes()
             if data is None:
                 return None

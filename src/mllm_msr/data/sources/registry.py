@@ -82,5 +82,12 @@ def source_fingerprint(source: Source) -> list[Any]:
             elif options.reads(path):
                 facts.append([path.name if path == root else path.relative_to(root).as_posix(), file_digest(path)])
     if images:
-        facts.append([f"{len(images)} images", digest(*((path.name, file_digest(path)) for path in sorted(images)))])
+        facts.append([f"{len(images)} images", digest(*((path.name, _image_digest(path)) for path in sorted(images)))])
     return facts
+
+
+def _image_digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError:  # counted as an unreadable one when it is decoded
+        return ""
