@@ -90,11 +90,16 @@ def _from_storage(api: HfApi, error: HfHubHTTPError) -> bool:
 
 def _may_pass(api: HfApi, error: Exception) -> bool:
     if not isinstance(error, HfHubHTTPError):
-        return True
+        return not _of_the_token(error)
     status = error.response.status_code
     if status == 403 and _from_storage(api, error):
         return True  # the signed address has expired; the next try is given another
     return status >= 500 or status in TRANSIENT or isinstance(error, RevisionNotFoundError)
+
+
+def _of_the_token(error: Exception) -> bool:
+    """Whether the token has a character that no header may have, such as a line break."""
+    return isinstance(error, UnicodeEncodeError) or "Illegal header value" in str(error)
 
 
 def _asked_wait(error: Exception) -> float:
@@ -114,7 +119,11 @@ def _asked_wait(error: Exception) -> float:
 def _remedy(api: HfApi, error: Exception, asked: float) -> str:
     if isinstance(error, HfHubHTTPError):
         return _answer(api, error, asked)
+    if _of_the_token(error):
+        return f"{REMEDIES[401]}: it has a character that no token has"
     reason = hide_secrets(" ".join(str(error).split()) or type(error).__name__)[:300]
+    if _is_full(reason):
+        return f"{REMEDIES[413]} ({reason})"
     if isinstance(error, NO_REPLY):
         return f"the Hub at {api.endpoint} cannot be reached ({reason}); try again, it is safe"
     if type(error) is ValueError:  # in words of the client
@@ -123,10 +132,14 @@ def _remedy(api: HfApi, error: Exception, asked: float) -> str:
     return f"{api.endpoint} answers as no Hub does ({kind}: {reason}): is a proxy or its login page in between?"
 
 
+def _is_full(reason: str) -> bool:
+    return any(word in reason.lower() for word in FULL)
+
+
 def _answer(api: HfApi, error: HfHubHTTPError, asked: float) -> str:
     status = error.response.status_code
     reason = hide_secrets(" ".join(str(error.server_message or error.response.reason_phrase).split()))[:300]
-    if any(word in reason.lower() for word in FULL):
+    if _is_full(reason):
         remedy = REMEDIES[413]
     elif status == 403 and _from_storage(api, error):
         remedy = "the Hub's storage refuses this upload; its signed address may have expired. Repeating is safe"

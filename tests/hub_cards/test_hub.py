@@ -229,6 +229,8 @@ def test_killed_and_started_again_the_release_is_whole(release, tmp_path, route,
     [
         ({"token": None}, [], "not logged in to the Hub: run `hf auth login` or set HF_TOKEN"),
         ({"token": "hf_unknown"}, [], "does not accept the token: run `hf auth login`"),
+        ({"token": "hf_\n"}, [], "does not accept the token: .* it has a character that no token has"),
+        ({"token": "hf_ü"}, [], "does not accept the token: .* it has a character that no token has"),
         ({"token": READ}, [], "may only read: make one with write access"),
         ({"token": OTHER}, [], "'mallory' may not write to 'org': choose --namespace among mallory"),
         ({}, [("create", "403 no")], r"org/mllm-msr-demo-data \(open\): this login may not write here: use a token"),
