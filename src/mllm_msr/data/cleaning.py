@@ -14,6 +14,10 @@ from mllm_msr.data.raw import RawData
 from mllm_msr.records.sections import PrepareOptions
 
 NO_TITLE = "Untitled item"
+REMEDIES = {  # by the step that has left nothing
+    "k-core": ": ask for fewer by `--set data.k_core_users=N --set data.k_core_items=N`",
+    "missing": ": `--set data.missing_images=keep` keeps them",
+}
 Step = tuple[str, str, Callable[[Array], Array]]  # name, why, what it leaves of a part
 
 
@@ -65,7 +69,7 @@ def clean(
             table.append({"step": step, **dict(zip(("interactions", "users", "items"), map(int, counts), strict=True))})
             table[-1]["why"] = why
             if not rows[place]:
-                raise ValueError(f"cleaning: nothing is left after step {step!r} ({why}); loosen it")
+                raise ValueError(f"cleaning: nothing is left after step {step!r} ({why}){REMEDIES.get(step, '')}")
 
     def in_order(part: Array) -> Array:
         part = part[by_user_and_time(part)]
