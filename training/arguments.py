@@ -22,7 +22,15 @@ from mllm_msr.records.mistakes import in_words
 from mllm_msr.records.recipe import load_recipe
 from mllm_msr.records.sections import LARGEST_SEED
 from mllm_msr.records.typed import as_number, check_names, check_type, did_you_mean
-from mllm_msr.training.unsupported import LEAST, MOST, UNSUPPORTED, check_machine, obstacles, supports_bfloat16
+from mllm_msr.training.unsupported import (
+    LEAST,
+    LORA,
+    MOST,
+    UNSUPPORTED,
+    check_machine,
+    obstacles,
+    supports_bfloat16,
+)
 
 # what a recipe or a run says outside the training section, by the default of the flag
 OF_THE_RUN: dict[str, Any] = {"dataset_name": None, "output_dir": None, "item_noun": "item", "prompts": None}
@@ -66,6 +74,8 @@ class ExampleArguments:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"--{name} {value}: must be at least {smallest}")
+        if not self.hard_negatives and self.hard_negatives_pool != 50:
+            raise ValueError(f"--hard_negatives_pool {self.hard_negatives_pool}: give --hard_negatives as well")
         if self.hard_negatives > self.hard_negatives_pool:
             raise ValueError(
                 f"--hard_negatives {self.hard_negatives}: so many cannot be chosen from a pool of "
@@ -209,7 +219,12 @@ def parse(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, An
     """
     recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipes.add_argument("--config", type=Path)
+    recipes.add_argument("--do_train", "--do-train", nargs="?", const="true")
     recipe, rest = recipes.parse_known_args(arguments)
+    if str(recipe.do_train).lower() in ("false", "no", "f", "n", "0"):
+        raise ValueError(
+            "--do_train false: training is all that this script does; `mllm-msr evaluate` measures a model"
+        )
     if recipe.config is not None:
         flags = load_recipe(recipe.config).training_flags() | dict(flags)
     values = _values(kinds, rest, flags)
@@ -271,7 +286,7 @@ def _values(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, 
     parser = TrlParser(kinds, exit_on_error=False)
     known = dict(_fields(kinds))
     defaults = {name: unsupported.neutral[0] for name, unsupported in UNSUPPORTED.items() if name in known}
-    parser.set_defaults(**defaults | _checked(known, flags))
+    parser.set_defaults(**defaults | {"use_peft": None} | _checked(known, flags))
     try:
         values, unknown = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
@@ -279,7 +294,10 @@ def _values(kinds: Sequence[Any], arguments: Sequence[str], flags: Mapping[str, 
     if unknown:
         name = unknown[0].removeprefix("--").split("=")[0]
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(name, known)}")
-    return vars(values)
+    found = vars(values)
+    if found["use_peft"] is None and all(found[name] == default for name, default in LORA.items()):
+        found["use_peft"] = False
+    return found
 
 
 def _checked(known: Mapping[str, tuple[Any, Sequence[Any]]], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ flags are those of TRL's ``DPOConfig`` and ``ModelConfig``, and those of ``sft.p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_quantization_config
@@ -40,6 +41,8 @@ def main(script_args: ExampleArguments, training_args: DPOConfig, model_args: Mo
 def train(script_args: ExampleArguments, training_args: DPOConfig, model_args: ModelConfig) -> DPOTrainer:
     # Model, its reference, and processor
     name = model_args.model_name_or_path or ""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} is no recommender: it has no config.json; name the folder that sft.py has saved")
     with naming(name):
         processor = MllmMsrProcessor.from_pretrained(name, revision=model_args.model_revision or "main")
     model = load_recommender(model_args)

@@ -1,5 +1,7 @@
 """What ``sft.py`` and ``dpo.py`` do alike between a loaded model and a finished training."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,29 @@ def language_model_lora(model: MllmMsrForRecommendation, model_args: ModelConfig
     peft_config = get_peft_config(model_args)
     if not isinstance(peft_config, LoraConfig):
         return peft_config
-    if model_args.lora_target_modules is None:
-        peft_config.target_modules = language_model_lora_targets(model)
     modules = [name for name, _ in model.named_modules()]
+    targets = model_args.lora_target_modules
+    if targets is None:
+        peft_config.target_modules = language_model_lora_targets(model)
+    elif isinstance(targets, str):  # a single one, which TRL takes for a pattern of whole names
+        if _named(targets, modules):
+            peft_config.target_modules = [targets]
+        pattern = targets == "all-linear" or any(re.fullmatch(targets, name) for name in modules)
+        targets = None if pattern else [targets]
     for flag, given, names in (  # PEFT passes over what it does not find
+        ("lora_target_modules", targets, modules),
         ("lora_modules_to_save", model_args.lora_modules_to_save, modules),
         ("lora_target_parameters", model_args.lora_target_parameters, [name for name, _ in model.named_parameters()]),
     ):
         for wanted in given or []:
-            if not wanted or not any(name.endswith(wanted) for name in names):
+            if not _named(wanted, names):
                 raise ValueError(f"--{flag} {wanted}: the model has none of that name; its last is {names[-1]!r}")
     return peft_config
+
+
+def _named(wanted: str, names: Sequence[str]) -> bool:
+    """Whether one of the names, or its end, is the wanted one."""
+    return any(f".{name}".endswith(f".{wanted}") for name in names if name and wanted)
 
 
 def fit(trainer: Trainer, data: TrainingData, arguments: ExampleArguments, model_args: ModelConfig) -> None:

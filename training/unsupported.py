@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available, strtobool
+from trl import ModelConfig
 
 from mllm_msr.evaluation.metrics import METRICS
 from mllm_msr.records.recipe import backbone_path
+from mllm_msr.records.sections import LARGEST_SEED
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
         (False,), "the reference is computed with each batch, as negatives may change; leave the flag out"
     ),
     "precompute_ref_batch_size": Unsupported((None,), "the reference is computed with each batch; leave it out"),
+    "ld_alpha": Unsupported((None,), "it weighs what a longer answer has more, and both answers are one token"),
 }
 # flags whose lower values are an error of a library, without a name, once training begins
 LEAST: dict[str, float] = {
@@ -106,6 +109,7 @@ LEAST: dict[str, float] = {
     "eval_steps": 0.001,
     "save_steps": 0.001,
     "dataloader_num_workers": 0,
+    "neftune_noise_alpha": 0,
     "beta": 0,
     "label_smoothing": 0,
     "ld_alpha": 0,
@@ -130,6 +134,19 @@ WITH_WHOLE_TASKS: dict[str, Unsupported] = {
 }
 
 
+# optimizers of transformers that read no --optim_args
+WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "lomo")
+LORA: dict[str, Any] = {  # what says how an adapter is, and what each asks for unless it is given
+    one.name: one.default
+    for one in fields(ModelConfig)
+    if one.name.startswith("lora_") or one.name in ("use_dora", "use_rslora")
+}
+OTHER_DIVERGENCES = {"forward_kl", "js_divergence", "alpha_divergence"}
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}  # of DPO's losses
+OF_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+DPO_LOSSES = {*SMOOTHED, *OF_DIVERGENCE, "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"}
+
+
 def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
     """One sentence for each flag, or pair of flags, that training cannot honour.
 
@@ -148,12 +165,25 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         for name in ("label_smoothing_factor", "loss_type"):
             if values[name] not in WITH_WHOLE_TASKS[name].neutral:
                 yield f"--{name} {values[name]}: it cannot be combined with --positive_weight; leave one of the two out"
-    if "beta" in values and values["label_smoothing_factor"]:  # of DPOConfig
-        yield f"--label_smoothing_factor {values['label_smoothing_factor']}: give --label_smoothing, which is DPO's own"
+    if "beta" in values:  # of DPOConfig
+        yield from _of_preferences(values)
+    if values.get("pair_loss") == "listwise" and values["positive_weight"] is not None:
+        yield f"--positive_weight {values['positive_weight']}: --pair_loss listwise weighs no answers; leave it out"
+    optimizer = str(getattr(values["optim"], "value", values["optim"]))
+    if values["optim_target_modules"] is not None and not optimizer.startswith(("galore", "apollo")):
+        yield f"--optim_target_modules: --optim {optimizer} has none; give one of galore or apollo, or leave it out"
+    if values["optim_args"] and optimizer in WITHOUT_ARGS:
+        yield f"--optim_args {values['optim_args']}: --optim {optimizer} takes none; leave the flag out"
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if values[name]:
+            yield f"--{name}: evaluations during training compute as training does; leave the flag out"
+    if values["use_peft"] is None:  # said nowhere, though something of an adapter is
+        given = next(name for name, default in LORA.items() if values[name] != default)
+        yield f"--{given} {values[given]}: give --use_peft as well; or --use_peft false, to train all weights"
     evaluates = values["eval_strategy"] != "no"
     if values["early_stopping_patience"] is not None and not (evaluates and values["metric_for_best_model"]):
         yield "--early_stopping_patience: give --eval_strategy and --metric_for_best_model, such as eval_auc, as well"
-    for name in ("eval_on_start", "do_eval"):
+    for name in ("eval_on_start", "do_eval", "load_best_model_at_end"):
         if values[name] and not evaluates:
             yield f"--{name}: give --eval_strategy steps or epoch as well"
     samples = values["negatives_per_positive"] is not None or values["hard_negatives"]
@@ -169,6 +199,41 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _of_preferences(values: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence for each flag of ``DPOConfig`` that is of no effect, or that TRL would refuse in its own words."""
+    losses = values["loss_type"] if isinstance(values["loss_type"], list) else [values["loss_type"]]
+    named, weights, smoothing = ", ".join(losses), values["loss_weights"], values["label_smoothing"]
+    divergence = str(getattr(values["f_divergence_type"], "value", values["f_divergence_type"]))
+    if unknown := [loss for loss in losses if loss not in DPO_LOSSES]:
+        yield f"--loss_type {unknown[0]}: is not known; there are {', '.join(sorted(DPO_LOSSES))}"
+    if weights is not None and len(weights) != len(losses):
+        yield f"--loss_weights: are {len(weights)}, for {len(losses)} of --loss_type ({named}); give one for each"
+    if values["label_smoothing_factor"]:
+        yield f"--label_smoothing_factor {values['label_smoothing_factor']}: give --label_smoothing, which is DPO's own"
+    if smoothing and not SMOOTHED & set(losses):
+        yield f"--label_smoothing {smoothing}: --loss_type {named} has none; these have: {', '.join(sorted(SMOOTHED))}"
+    if "exo_pair" in losses and not smoothing:
+        yield "--loss_type exo_pair: give --label_smoothing above 0 as well, such as 1e-3"
+    if "robust" in losses and smoothing >= 0.5:
+        yield f"--label_smoothing {smoothing}: must be below 0.5 with --loss_type robust"
+    if divergence not in (*OTHER_DIVERGENCES, "reverse_kl"):
+        yield f"--f_divergence_type {divergence}: give one of reverse_kl, {', '.join(sorted(OTHER_DIVERGENCES))}"
+    if divergence in OTHER_DIVERGENCES and not set(losses) <= OF_DIVERGENCE:
+        yield f"--f_divergence_type {divergence}: goes with --loss_type {', '.join(sorted(OF_DIVERGENCE))} alone"
+    if values["use_weighting"] and {"aot", "aot_unpaired"} & set(losses):
+        yield f"--use_weighting: --loss_type {named} sorts the examples, which then have no weights; leave it out"
+    if values["sync_ref_model"] and values["use_peft"]:
+        yield "--sync_ref_model: with --use_peft the reference is the model without adapter; leave one of the two out"
+    for name, default, needed, there in (
+        ("f_alpha_divergence_coef", 0.5, "--f_divergence_type alpha_divergence", divergence == "alpha_divergence"),
+        ("discopop_tau", 0.05, "--loss_type discopop", "discopop" in losses),
+        ("ref_model_mixup_alpha", 0.6, "--sync_ref_model", values["sync_ref_model"]),
+        ("ref_model_sync_steps", 512, "--sync_ref_model", values["sync_ref_model"]),
+    ):
+        if values[name] != default and not there:
+            yield f"--{name} {values[name]}: give {needed} as well"
+
+
 def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
     """One sentence for each value that would end training late, in words of other libraries, or train nothing."""
     for name, least in LEAST.items():
@@ -177,6 +242,9 @@ def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
     for name, most in MOST.items():
         if values.get(name) is not None and values[name] > most:
             yield f"--{name} {values[name]}: must be at most {most}"
+    for name in ("seed", "data_seed"):
+        if (values[name] or 0) > LARGEST_SEED:
+            yield f"--{name} {values[name]}: must be at most {LARGEST_SEED}"
     if values["max_steps"] == 0 or (values["max_steps"] < 0 and values["num_train_epochs"] <= 0):
         yield "--max_steps or --num_train_epochs: nothing would be trained; give a number above 0"
     for part in (values.get("optim_args") or "").split(","):
@@ -220,15 +288,13 @@ def supports_bfloat16(use_cpu: bool) -> bool:
 def check_machine(values: Mapping[str, Any]) -> None:
     """Raise ValueError if something is asked for that needs a GPU which this machine has not."""
     cpu = values["use_cpu"]
-    for name in ("bf16", "bf16_full_eval"):
-        if values[name] and not cpu and not is_torch_bf16_gpu_available():
-            raise ValueError(
-                f"--{name}: this machine has no GPU that computes in bfloat16; give --{name} false (in a recipe "
-                f"`{name}: false`), or --use_cpu true for a slow training with it on the CPU"
-            )
-    for name in ("fp16", "fp16_full_eval"):
-        if values[name] and (cpu or not torch.cuda.is_available()):
-            raise ValueError(f"--{name}: float16 needs a GPU; give --{name} false (in a recipe `{name}: false`)")
+    if values["bf16"] and not cpu and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            "--bf16: this machine has no GPU that computes in bfloat16; give --bf16 false (in a recipe `bf16: false`), "
+            "or --use_cpu true for a slow training with it on the CPU"
+        )
+    if values["fp16"] and (cpu or not torch.cuda.is_available()):
+        raise ValueError("--fp16: float16 needs a GPU; give --fp16 false (in a recipe `fp16: false`)")
     reported = values["report_to"] if isinstance(values["report_to"], list) else [values["report_to"]]
     if "trackio" in reported and find_spec("trackio") is None:
         raise ValueError(

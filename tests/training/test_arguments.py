@@ -40,6 +40,7 @@ ASKED = {  # a value that asks for something
     "include_for_metrics": ["loss"],
     "hub_strategy": "checkpoint",
     "precompute_ref_batch_size": 4,
+    "ld_alpha": 0.5,
     "label_smoothing_factor": 0.1,
     "loss_type": "dft",
     "router_aux_loss_coef": 0.1,
@@ -71,6 +72,7 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"lora_modules_to_save": ["lm_head"], "use_peft": True}, "modules_to_save .* add --merge_adapter"),
         ({"early_stopping_patience": 2}, "give --eval_strategy and --metric_for_best_model"),
         ({"eval_on_start": True}, "give --eval_strategy"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end: give --eval_strategy"),
         ({"popular_negatives": True}, "give --negatives_per_positive or --hard_negatives"),
         ({"hard_negatives": 60}, "raise --hard_negatives_pool"),
         ({"negatives_per_positive": 1, "dataloader_persistent_workers": True}, "negatives of the first epoch"),
@@ -89,6 +91,13 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"lora_dropout": 2.0}, "training.lora_dropout=2.0: must be at most 1"),
         ({"save_steps": 0}, "training.save_steps=0: must be at least 0.001"),
         ({"optim_args": "fast"}, "--optim_args fast: give name=value pairs"),
+        ({"optim_args": "rank=4"}, "--optim_args rank=4: --optim adamw_torch_fused takes none"),
+        ({"optim_target_modules": "all-linear"}, "--optim_target_modules: --optim adamw_torch_fused has none"),
+        ({"bf16_full_eval": True}, "--bf16_full_eval: evaluations during training compute as training does"),
+        ({"lora_r": 8}, "--lora_r 8: give --use_peft as well"),
+        ({"use_dora": True}, "--use_dora True: give --use_peft as well"),
+        ({"hard_negatives_pool": 9}, "--hard_negatives_pool 9: give --hard_negatives as well"),
+        ({"packed": True, "pair_loss": "listwise", "positive_weight": 2.0}, "--pair_loss listwise weighs no answers"),
         ({"max_steps": 0}, "nothing would be trained"),
         ({"num_train_epochs": 0}, "nothing would be trained"),
         ({"item_noun": " "}, "--item_noun: is empty"),
@@ -114,11 +123,42 @@ def test_numbers_of_a_command_line_are_refused_by_the_flags_name(flag):
         sft.parse([f"{flag}=-1"], **{**NAMED, "model_name_or_path": "org/name"})
 
 
-def test_flags_of_dpo_are_read_and_one_without_effect_is_refused():
+def test_flags_of_dpo_are_read():
     _, training_args, _ = dpo.parse([], **NAMED, loss_type="ipo", beta=1)
     assert training_args.loss_type == ["ipo"] and training_args.beta == 1.0
-    with pytest.raises(ValueError, match="give --label_smoothing, which is DPO's own"):
-        dpo.parse([], **NAMED, label_smoothing_factor=0.1)
+    dpo.parse([], **NAMED, loss_type="robust", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "give --label_smoothing, which is DPO's own"),
+        ({"label_smoothing": 0.1}, "--label_smoothing 0.1: --loss_type sigmoid has none; these have: aot,"),
+        ({"loss_type": "exo_pair"}, "give --label_smoothing above 0"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "must be below 0.5"),
+        ({"loss_type": "sigmoit"}, "--loss_type sigmoit: is not known; there are aot,"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "are 1, for 2 of --loss_type .sigmoid, sft."),
+        ({"loss_type": "apo_zero", "f_divergence_type": "js_divergence"}, "--f_divergence_type js_divergence: goes"),
+        ({"f_divergence_type": "kl"}, "--f_divergence_type kl: give one of reverse_kl, "),
+        ({"loss_type": "aot", "use_weighting": True}, "--use_weighting: --loss_type aot sorts"),
+        ({"sync_ref_model": True, "use_peft": True}, "--sync_ref_model: with --use_peft"),
+        ({"ref_model_sync_steps": 8}, "--ref_model_sync_steps 8: give --sync_ref_model as well"),
+        ({"f_alpha_divergence_coef": 0.7}, "give --f_divergence_type alpha_divergence as well"),
+        ({"discopop_tau": 0.1}, "give --loss_type discopop as well"),
+    ],
+)
+def test_flags_of_dpo_that_trl_would_ignore_or_refuse_in_its_own_words_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        dpo.parse([], **NAMED, **flags)
+
+
+def test_an_adapter_that_is_said_not_to_be_needs_no_other_flag_changed(monkeypatch):
+    recipe = {**NAMED, "lora_r": 8, "use_peft": True}
+    assert not sft.parse(["--use_peft", "false"], **recipe)[2].use_peft
+    assert effective_flags({})["use_peft"] is False
+    with pytest.raises(ValueError, match="--do_train false: training is all"):
+        sft.parse(["--do_train", "false"], **NAMED)
+    assert sft.parse(["--do_train"], **NAMED)
 
 
 def test_whole_modules_are_saved_with_whole_weights():
@@ -152,7 +192,9 @@ def test_a_mistake_in_a_recipe_s_training_section_is_named(flags, message):
 
 
 def test_values_are_read_as_yaml_has_them():
-    section = yaml.safe_load("{learning_rate: 1e-4, eval_strategy: no, lora_target_modules: all-linear, seed: null}")
+    section = yaml.safe_load(
+        "{learning_rate: 1e-4, eval_strategy: no, use_peft: true, lora_target_modules: all-linear, seed: null}"
+    )
     flags = effective_flags(section)
     assert flags["learning_rate"] == 1e-4 and flags["eval_strategy"] == "no" and flags["seed"] == 42
     assert flags["lora_target_modules"] == ["all-linear"]
@@ -192,7 +234,7 @@ def test_what_the_trainer_itself_refuses_is_known_before_the_first_stage():
         ("accelerator_config", "nowhere.json", "nowhere.json"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            check_flags({**flags, name: value})
+            check_flags({**flags, "eval_strategy": "epoch", name: value})
 
 
 def test_bfloat16_is_the_default_where_the_machine_has_it(monkeypatch):
@@ -209,7 +251,7 @@ def test_bfloat16_is_the_default_where_the_machine_has_it(monkeypatch):
 
 
 def test_the_command_line_is_over_the_flags_and_these_over_a_recipe(tmp_path):
-    training = {"seed": 1, "max_steps": 1, "lora_r": 1, **NAMED}
+    training = {"seed": 1, "max_steps": 1, "use_peft": True, "lora_r": 1, **NAMED}
     recipe = {"name": "x", "source": {"type": "demo"}, "item_noun": "mug", "training": training}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     line = ["--config", str(tmp_path / "recipe.yaml"), "--max_steps", "3"]
@@ -245,10 +287,12 @@ def test_a_mistake_on_the_command_line_is_one_sentence(line, message, monkeypatc
             ["--use_peft", "--lora_modules_to_save", "lm_haed"],
             "lm_haed: the model has none",
         ),
+        (sft, ["--use_peft", "--lora_target_modules", "q_porj"], "--lora_target_modules q_porj: the model has none"),
         (sft, ["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: there is no such folder"),
         (sft, ["--per_device_train_batch_size", "9999", "--dataloader_drop_last", "true"], "nothing was trained"),
         (sft, ["--learning_rate", "1e30"], "training has diverged"),
         (dpo, ["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+        (dpo, ["--model_name_or_path", str(Path(__file__).parent)], "is no recommender: it has no config.json"),
     ],
 )
 def test_what_stops_a_training_is_one_sentence(script, more, message, small_run, tmp_path, monkeypatch, capsys):

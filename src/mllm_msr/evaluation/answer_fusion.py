@@ -10,7 +10,7 @@ Letters: T tasks, C candidates, U users, I items, N items that are ranked anew.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,13 @@ from mllm_msr.evaluation.coded_tasks import Array, CodedLists, CodedTasks
 from mllm_msr.evaluation.full_catalogue import rerank_depth
 from mllm_msr.evaluation.fusion import FusionTasks, draw_lists, fit_fusion
 from mllm_msr.evaluation.heads import Heads, load_heads
-from mllm_msr.evaluation.kept_scores import answer_scores, kept
-from mllm_msr.evaluation.scorers import PROGRESS, ModelScorer, ModelView, Scorer
+from mllm_msr.evaluation.kept_scores import answer_scores, kept_scores
+from mllm_msr.evaluation.scorers import PAIRS_A_TASK, PART, PROGRESS, ModelScorer, ModelView, Scorer
 from mllm_msr.evaluation.scoring import pairs, score_with_values
 from mllm_msr.modeling.score_fusion import BUCKETS, ScoreFusion
 from mllm_msr.processing.examples import run_contexts, users_of
 from mllm_msr.records.results import FusionWeights
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import SCORES
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.storage import digest, read_json
 
@@ -122,14 +121,14 @@ def answers_of(run: RunFolder, heads: Heads, task_ids: pl.Series, lists: AnswerL
     )
     contexts = run_contexts(run, "validation").drop("candidates", "labels")
     contexts = asked.join(contexts, on="task_id", how="left", maintain_order="left")
-    here = replace(run, cluster=None)  # so few tasks are scored in this process
-    folder, model = run.answers / run.key("train"), cache(lambda: ModelScorer(ModelView(), here))
 
-    def answered(block: pl.DataFrame) -> pl.DataFrame:
-        path = folder / f"{digest(block['task_id'].to_list(), block['candidates'].to_list())}.parquet"
-        return kept(SCORES, path, lambda: model().score(block).select(pl.lit(OURS).alias("variant"), pl.all()), OURS)
+    def scorer() -> ModelScorer:
+        model = ModelScorer(ModelView(), replace(run, cluster=None))  # so few tasks are scored in this process
+        model.part_size = BLOCK
+        return model
 
-    scored = pl.concat([answered(contexts[begin : begin + BLOCK]) for begin in range(0, len(contexts), BLOCK)])
+    folder = run.answers / digest(run.key("train"), asked["task_id"].to_list(), candidates)
+    scored = kept_scores(folder, OURS, scorer, contexts)
     for stale in set(run.answers.iterdir()) - {folder}:
         shutil.rmtree(stale)
     answers = torch.zeros(real.shape)
@@ -165,6 +164,9 @@ class FusedScorer(Scorer):
         logits, buckets = torch.tensor(answers["logit"].to_numpy()), self.buckets[coded.candidates.codes]
         values = self.fusion.join(logits, torch.from_numpy(others), buckets)
         return score_with_values(tasks, values.numpy())
+
+    def catalogue_part(self, n_items: int) -> int:
+        return max(1, PART * PAIRS_A_TASK // max(1, self.depth))
 
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
         histories = CodedLists.of(tasks["history"], self.ranker.items)

@@ -19,7 +19,7 @@ from mllm_msr.evaluation.full_catalogue import (
     rerank_depth,
     users_among_all,
 )
-from mllm_msr.evaluation.kept_scores import MODEL_STAGES, kept, kept_scores, scores_folder
+from mllm_msr.evaluation.kept_scores import MODEL_STAGES, Parts, kept, kept_parts, kept_scores, scores_folder
 from mllm_msr.evaluation.metrics import Columns, user_columns
 from mllm_msr.evaluation.places import place_columns
 from mllm_msr.evaluation.rankers import training_counts
@@ -30,7 +30,7 @@ from mllm_msr.evaluation.ways import measure_agreement, score_in_all_ways
 from mllm_msr.processing.examples import run_contexts
 from mllm_msr.records.results import Calibration, Results
 from mllm_msr.records.run import RunFolder
-from mllm_msr.records.schema import PLACES, SCORES, WAYS_OF_COMPUTING
+from mllm_msr.records.schema import ITEMS, PLACES, SCORES, WAYS_OF_COMPUTING
 from mllm_msr.records.sections import OURS
 from mllm_msr.records.stage_specs import STAGES
 from mllm_msr.records.storage import read_json
@@ -142,8 +142,13 @@ class ScoredVariant:
             return None
         depth = rerank_depth(self.run) if self.variant.name == "fused" else 0
         path = self.folder / f"{self.variant.name}.places-{users}{f'-{depth}' if depth else ''}.parquet"
-        tasks = random_tasks(self.tasks, None if users == "all" else users, options.seed)
-        return kept(PLACES, path, lambda: rank_in_catalogue(self.run, tasks, self.scorer))
+
+        def plan() -> Parts:
+            shown = self.scorer.shown(random_tasks(self.tasks, None if users == "all" else users, options.seed))
+            size = self.scorer.catalogue_part(self.run.scan(ITEMS).select(pl.len()).collect().item()) or len(shown)
+            return Parts(shown, size, lambda part: rank_in_catalogue(self.run, part, self.scorer))
+
+        return kept_parts(PLACES, path, plan).sort("user_id")
 
     def in_all_ways(self, count: int) -> pl.DataFrame:
         """A sample of ``count`` tasks scored in all ways of computing."""

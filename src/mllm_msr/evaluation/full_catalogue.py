@@ -58,7 +58,8 @@ def places_in_catalogue(
     """``records.schema.PLACES`` by user, a block of users at a time; no pair is written out.
 
     Args:
-        tasks: ``user_id``, ``candidates``, ``labels`` with one positive each, and whatever else the scorer reads.
+        tasks: as the scorer has them shown: ``user_id``, ``candidates``, ``labels`` with one positive each, and what
+            else it reads.
         items: ``item_id``, ``count`` of training interactions for the whole catalogue.
         chosen: ``user_id``, ``item_id``: all that users have chosen, before the target and after it.
         pairs: about how many scores are in memory at a time.
@@ -70,13 +71,12 @@ def places_in_catalogue(
         chosen.group_by("user_id").agg("item_id"), on="user_id", how="left", maintain_order="left"
     )
     codes, left_out = item_codes(targets["item_id"], items), CodedLists.of(lists["item_id"], items)
-    shown = scorer.shown(tasks)
     ids, step, counts = items["item_id"].sort().to_list(), max(1, pairs // len(items)), []
     cold = items.sort("item_id")["count"].to_numpy() == 0
     blocks = range(0, len(tasks), step)
     for begin in tqdm(blocks, desc="    among all items", unit="block", leave=False, disable=len(blocks) < 2):
         end = min(begin + step, len(tasks))
-        values = scorer.score_catalogue(shown[begin:end], ids)
+        values = scorer.score_catalogue(tasks[begin:end], ids)
         count, others = partial(count_above, values, codes[begin:end]), left_out.slice(begin, end)
         counts.append([*count(others), *count(others, cold)])
     above, equal, cold_above, cold_equal = (np.concatenate(part).astype(np.int64) for part in zip(*counts, strict=True))

@@ -208,7 +208,7 @@ def fit_fusion(
     whole, fold = place < (len(data) if n_whole is None else n_whole), place % FOLDS
     for towards in (shared, single):
         chosen, value = None, float(quality(alone[best], data).mean())
-        fits: list[Callable[[Tensor], ScoreFusion]] = [towards]
+        fits: list[Callable[[Tensor], ScoreFusion]] = [shared] if towards is shared else []
         fits += [partial(by_bucket, towards=towards, penalty=penalty) for penalty in PENALTIES]
         for fit in fits:
             gained, loss = torch.zeros(len(data)), torch.zeros(len(data))

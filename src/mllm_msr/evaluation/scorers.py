@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PROGRESS = "    pairs"  # label of the progress bar
 PART = 256  # tasks, as many as a piece of what workers of a cluster are given
+PAIRS_A_TASK = 400  # so many times a part's tasks are the pairs of a part that is ranked among all items
 SPREAD = 64  # such pieces that a cluster has at a time
 
 
@@ -45,6 +46,10 @@ class Scorer(ABC):
     def shown(self, tasks: pl.DataFrame) -> pl.DataFrame:
         """All tasks as they are scored; then any part of them may be scored by itself."""
         return tasks
+
+    def catalogue_part(self, n_items: int) -> int | None:
+        """Of how many tasks the places among ``n_items`` are saved at a time; None: those of all."""
+        return None
 
     @abstractmethod
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
@@ -76,7 +81,7 @@ class ModelScorer(Scorer):
     def __init__(self, view: ModelView, run: RunFolder) -> None:
         self.view, self.seed = view, run.recipe.evaluation.seed
         self.catalogue = view.items(load_catalogue(run), self.seed)
-        self.part_size = PART
+        self.part_size: int = PART
         if run.cluster is None:
             self.recommender = view.load(run)
             return
@@ -95,6 +100,9 @@ class ModelScorer(Scorer):
 
     def score(self, tasks: pl.DataFrame) -> pl.DataFrame:
         return score_with_model(self.recommender, tasks, self.catalogue, PROGRESS)
+
+    def catalogue_part(self, n_items: int) -> int:
+        return max(1, self.part_size * PAIRS_A_TASK // max(1, n_items))
 
     def score_catalogue(self, tasks: pl.DataFrame, items: Sequence[str]) -> Array:
         users = users_of(tasks)
