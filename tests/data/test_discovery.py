@@ -138,6 +138,10 @@ LINES = "user,item,time\n" + "".join(f"u{n % 7},0000{n % 5},2024-01-{n + 1:02d}\
             {"log_csv": LINES, "items_csv": "item,title\n" + "".join(f"x{n},Mug\n" for n in range(5))},
             r"no table holds the items of log.csv. items.csv has ids such as .*x0.* the log .*00000.*--interactions",
         ),
+        (
+            {"log_csv": LINES, "items_xlsx": "PK\3\4"},
+            "no table holds the items of log.csv. items.xlsx: .*Excel workbook",
+        ),
         ({"log_csv": LINES, "items_csv": ""}, "no table holds the items of log.csv. items.csv: .*empty"),
         ({"log_csv": LINES, "items_csv": "item,title,title\n00001,a,b\n"}, "two columns are called 'title'"),
         ({"log_csv": "user,item,time\n"}, "log.csv: it has no rows"),

@@ -82,10 +82,10 @@ def test_ids_that_could_not_be_read_are_bad_rows_as_two_may_have_become_one(valu
 
 def test_what_nobody_sees_makes_no_other_id() -> None:
     bad = BadRows()
-    values = ["caf\u00e9", "cafe\u0301", "\ufeffA1", "A1\u200b", "a\u00a0b", "a b", "\u202eA1\0", "👩\u200d👧"]
-    assert ids_of(values, bad) == ["café", "café", "A1", "A1", "a b", "a b", "A1", "👩\u200d👧"]
+    values = ["caf\u00e9", "cafe\u0301", "\ufeffA1", "A1\u200b", "a\u00a0b", "a b", "\u202eA1\0", "a\tb", "👩\u200d👧"]
+    assert ids_of(values, bad) == ["café", "café", "A1", "A1", "a b", "a b", "A1", "a b", "👩\u200d👧"]
     noted = next(each for each in bad.skipped if "user_id" in each["what"])
-    assert "invisible" in noted["what"] and noted["count"] == 5 and noted["examples"][0] == r"'cafe\u0301'"
+    assert "invisible" in noted["what"] and noted["count"] == 6 and noted["examples"][0] == r"'cafe\u0301'"
     with pytest.raises(ValueError, match="row 3: no user_id"):
         ids_of(["a", "\u200b"])
     assert [plain_id(value) for value in values] == ids_of(values)

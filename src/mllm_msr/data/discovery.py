@@ -19,9 +19,11 @@ from mllm_msr.data.raw import ROW, BadRows, short
 from mllm_msr.data.sources.tables import TablesSource
 from mllm_msr.data.table_files import TableFile
 from mllm_msr.data.table_samples import LONGEST_ID, Sample, likeness
+from mllm_msr.data.text_files import kind_of
 
 SAMPLE = 2_000  # rows of a table that are looked at
 MOST_FILES = 50
+OTHERS = {".xlsx", ".xls", ".ods", ".feather", ".arrow", ".orc", ".avro", ".sqlite", ".db", ".zip"}  # may be tables
 DATE = re.compile(r"\d{1,2}[./]\d{1,2}[./]\d{2}")  # of which nobody knows whether the day or the month comes first
 
 
@@ -148,6 +150,9 @@ def _samples(folder: Path, named: Sequence[str]) -> tuple[list[Sample], list[str
             unused.append(f"{place}: {short(error)}")
     if not samples:
         raise ValueError(f"{folder}: no table in it can be read; {unused[0]}")
+    if not named:
+        others = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in OTHERS and path.is_file())
+        unused += [f"{path.name}: {kind_of(path) or 'of a kind that is not read'}" for path in others]
     return samples, unused
 
 

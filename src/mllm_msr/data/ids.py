@@ -18,8 +18,8 @@ EXACT: dict[Any, float] = {
     pl.Float64: 2.0**53,
 }  # floats hold every whole number below
 AS_FLOAT = r"^([+-]?\d+)\.0+$"
-INVISIBLE = "[\x00-\x1f\x7f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
-BLANK = "[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"  # a space of another kind
+INVISIBLE = "[\x00-\x08\x0e-\x1f\x7f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+BLANK = "[\t-\r\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"  # a space of another kind
 NO_TEXT = "[\x00-\x08\x0e-\x1f\ufffd]"  # of bytes, as in a UUID that is no text
 ROUNDED = r"^[+-]?\d+(?:\.\d+)?[eE]\+\d+$|^[+-]?\d{17,}\.0+$"  # as Python writes floats beyond that
 
@@ -87,7 +87,7 @@ def as_ids(table: pl.LazyFrame, columns: Sequence[str], path: Path | str, bad: B
     marks = [pl.col(name).str.contains(r"\.0+$|[eE]\+\d+$").any() for name in texts]
     unread = {name: pl.col(name).str.contains(NO_TEXT if schema[name] == pl.Binary else "\ufffd") for name in texts}
     lost = [unread[name].any().alias(f"{name} lost") for name in texts]
-    odd = [pl.col(name).str.contains(r"[^\x21-\x7e]").any().alias(f"{name} odd") for name in texts]
+    odd = [pl.col(name).str.contains(r"[^\x20-\x7e]").any().alias(f"{name} odd") for name in texts]
     counts = table.select(*marks, *lost, *odd).collect(engine="streaming").row(0) if texts else ()
     rounded, exact = {}, []
     for name in columns:
