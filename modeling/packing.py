@@ -81,7 +81,12 @@ def pack_joint(model: RecommendationModel, batch: Batch, group_ids: torch.Tensor
 
 
 def pack_late(
-    model: RecommendationModel, users: Batch, items: Batch, answer_ids: torch.Tensor, pairs: torch.Tensor
+    model: RecommendationModel,
+    users: Batch,
+    items: Batch,
+    answer_ids: torch.Tensor,
+    pairs: torch.Tensor,
+    memory_only: bool = True,
 ) -> dict[str, Any]:
     """Arguments of the model's forward for P pairs of users and candidates (`interaction="late"`).
 
@@ -91,11 +96,12 @@ def pack_late(
     Args:
         users, items, answer_ids: from the processor's `late_blocks`.
         pairs: (2, P) the user and the candidate of each pair.
+        memory_only: False: they see all of the candidate as well, as is easier to learn at first.
 
     Returns:
         The arguments; the logits are then (1, P, V), of the last token of each pair.
     """
-    prefixes = [_late_tokens(model, users, "user"), _late_tokens(model, items, "item")]
+    prefixes = [_late_tokens(model, users, "user"), _late_tokens(model, items, "item", memory_only)]
     pairs = pairs.cpu()
     return _packed(model, _images(items), prefixes, _late_answers(model, answer_ids, pairs), [*pairs], [])
 
@@ -164,7 +170,8 @@ class _Tokens:
     """T tokens of N rows, in reading order.
 
     ids: (T,). where: (T,) or (3, T) positions. types: (T,), of families that have them. counts: (N,) tokens of a row.
-    memory: how many tokens at the end of each row are memory tokens, whose ids mean nothing.
+    memory: how many tokens at the end of each row are memory tokens, whose ids mean nothing; memory_only: whether no
+    others are seen from outside.
     """
 
     ids: torch.Tensor
@@ -172,6 +179,7 @@ class _Tokens:
     types: torch.Tensor | None
     counts: torch.Tensor
     memory: int = 0
+    memory_only: bool = False
 
     @classmethod
     def of(cls, batch: Batch, where: torch.Tensor, chosen: torch.Tensor) -> "_Tokens":
@@ -179,7 +187,7 @@ class _Tokens:
         types = batch["token_type_ids"][chosen] if "token_type_ids" in batch else None
         return cls(batch["input_ids"][chosen], where[..., chosen], types, chosen.sum(1))
 
-    def with_memory(self, begin: int, memory: int) -> "_Tokens":
+    def with_memory(self, begin: int, memory: int, only: bool) -> "_Tokens":
         """Each row with so many memory tokens after it, at the positions from ``begin``."""
         if not memory:
             return self
@@ -192,10 +200,12 @@ class _Tokens:
         ids[places], where[..., places] = self.ids, self.where
         where[..., memories] = begin + torch.arange(memory).repeat(len(rows))
         types = self.types.new_zeros(total).index_copy(0, places, self.types) if self.types is not None else None
-        return _Tokens(ids, where, types, counts, memory)
+        return _Tokens(ids, where, types, counts, memory, only)
 
 
-def _late_tokens(model: RecommendationModel, batch: Batch, side: Literal["user", "item"]) -> _Tokens:
+def _late_tokens(
+    model: RecommendationModel, batch: Batch, side: Literal["user", "item"], memory_only: bool = True
+) -> _Tokens:
     """Users begin at position 0, candidates at the end of the longest user, their memory at that of the longest
     candidate."""
     config = model.config
@@ -207,7 +217,7 @@ def _late_tokens(model: RecommendationModel, batch: Batch, side: Literal["user",
     if int(mask.sum(1).max()) > limit:
         raise ValueError(f"{int(mask.sum(1).max())} tokens of one {side} are more than config.{side}_limit={limit}")
     tokens = _Tokens.of(batch, positions(model, batch) + begin, mask)
-    return tokens.with_memory(begin + limit, config.item_memory) if side == "item" else tokens
+    return tokens.with_memory(begin + limit, config.item_memory, memory_only) if side == "item" else tokens
 
 
 def _late_answers(model: RecommendationModel, answer_ids: torch.Tensor, pairs: torch.Tensor) -> _Tokens:
@@ -273,9 +283,11 @@ def _packed(
         arguments["logits_to_keep"] = layout.suffixes.places.amax(1)
     if types is not None:
         arguments["token_type_ids"] = types[None]
-    for segments, visible, part in zip(layout.prefixes, layout.visible, prefixes, strict=True):
+    for segments, part in zip(layout.prefixes, prefixes, strict=True):
         if part.memory:
-            layout.memory = Memory(visible.places, *_pools(segments, part))
+            ends = (part.counts - part.memory)[:, None] + torch.arange(part.memory)
+            image = arguments["input_ids"][0] == model.config.vlm_config.image_token_id
+            layout.memory = Memory(segments.places.gather(1, ends), *_pools(segments, part, image))
     moved = {name: value.to(device, non_blocking=True) for name, value in arguments.items()}
     return {"logits_to_keep": 1, **moved, "block_layout": layout.to(device), "use_cache": False}
 
@@ -304,7 +316,7 @@ def _layout(
         places = torch.where(inside, ends - part.counts[:, None] + columns, 0)
         segments.append(Segments(places, inside, _mask(images, places, inside, part is suffixes)))
         visible.append(segments[-1])
-        if part.memory:
+        if part.memory_only:
             memories = ends - part.memory + torch.arange(part.memory)
             visible[-1] = Segments(memories, torch.ones_like(memories, dtype=torch.bool), None)
         slots.append(inside.flatten().nonzero()[:, 0] + slot)
@@ -339,14 +351,30 @@ def _copies(suffixes: Segments, prefixes: list[Segments], prefix_of: list[torch.
     return Segments(places, inside, mask)
 
 
-def _pools(segments: Segments, part: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, m, W) each, for each memory token the places of the tokens whose mean it begins with, and their shares of it:
-    the candidate's own tokens in m stretches of about the same length, as adaptive average pooling has them."""
-    own, number = (part.counts - part.memory)[:, None], torch.arange(part.memory)
-    begin, end = number * own // part.memory, ((number + 1) * own + part.memory - 1) // part.memory
+def _pools(segments: Segments, part: _Tokens, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, m, W) each, for each memory token the places of the tokens whose mean it begins with, and their shares of it.
+
+    Text and image are apart: a mean of both says little of either, and a title of few tokens is not learned from it.
+    Each of the two has as many memory tokens as its share of the candidate's tokens, but at least one, and they are the
+    means of stretches of about the same length, as adaptive average pooling has them.
+
+    Args:
+        image: (T,) which tokens of the row stand for an image.
+    """
+    own, count = (part.counts - part.memory)[:, None], part.memory
+    columns = torch.arange(segments.places.shape[1])
+    shown = image[segments.places] & (columns < own) & (count > 1)
+    order = (shown + 2 * (columns >= own)).argsort(dim=1, stable=True)  # text, image, and what is not the candidate's
+    texts = own - shown.sum(1, keepdim=True)  # (N, 1) tokens
+    of_text = (count * texts / own).round().long().clamp(1, max(count - 1, 1))
+    of_text = torch.where(texts == own, count, torch.where(texts == 0, 0, of_text))
+    number, later = torch.arange(count), torch.arange(count) >= of_text
+    number, parts = number - of_text * later, torch.where(later, count - of_text, of_text)
+    first, length = texts * later, torch.where(later, own - texts, texts)
+    begin, end = first + number * length // parts, first + ((number + 1) * length + parts - 1) // parts
     columns = begin[..., None] + torch.arange(int((end - begin).max()))
     inside = columns < end[..., None]
-    places = segments.places[torch.arange(len(own))[:, None, None], torch.where(inside, columns, 0)]
+    places = segments.places.gather(1, order)[torch.arange(len(own))[:, None, None], torch.where(inside, columns, 0)]
     return places, inside / (end - begin)[..., None]
 
 

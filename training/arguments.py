@@ -109,6 +109,11 @@ class PairArguments:
         "With late: let the answer see of a candidate only so many memory tokens after it, see MllmMsrConfig; by "
         "default as the model has it, which is 0 for a new one.",
     )
+    item_memory_from: float | None = flag(
+        None,
+        "With item_memory: the share of the steps after which this is so; before, the answer sees all of the candidate "
+        "as well. By default 2/3 for new memory tokens and 0 for a model that has them.",
+    )
     pair_loss: Literal["answer", "listwise"] = flag(
         "answer", "The cross-entropy of the answer (the paper's), or a softmax over each user's candidates."
     )
@@ -125,7 +130,9 @@ class PairArguments:
         late = self.interaction == "late"
         if self.item_memory is not None and self.item_memory < 0:
             raise ValueError(f"--item_memory {self.item_memory}: must be at least 0")
-        for name in ("pairs_per_user", "log_q_correction", "item_memory"):
+        if self.item_memory_from is not None and not 0 <= self.item_memory_from < 1:
+            raise ValueError(f"--item_memory_from {self.item_memory_from}: must be at least 0 and below 1")
+        for name in ("pairs_per_user", "log_q_correction", "item_memory", "item_memory_from"):
             if getattr(self, name) and not late:
                 raise ValueError(f"--{name} needs --interaction late")
         if self.cache_image_features and not self.whole_tasks:

@@ -46,7 +46,15 @@ class OwnCheckpoints(Trainer):
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that knows, when a training goes on, for how long nothing had become better."""
+    """Early stopping that knows, when a training goes on, for how long nothing had become better.
+
+    Args:
+        patience: evaluations. begin: the share of the steps before which they do not count.
+    """
+
+    def __init__(self, patience: int, begin: float = 0.0) -> None:
+        super().__init__(patience)
+        self.begin = begin
 
     @property
     def at_end(self) -> bool:
@@ -56,3 +64,7 @@ class Patience(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         self.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.begin * state.max_steps:
+            super().on_evaluate(args, state, control, **kwargs)

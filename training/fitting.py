@@ -54,7 +54,8 @@ def fit(trainer: Trainer, data: TrainingData, arguments: ExampleArguments, model
     if data.validation is not None:
         trainer.add_callback(RankingCallback(trainer, task_lists(data.validation), data.items))
     if arguments.early_stopping_patience is not None:  # reads what the ranking before it has found
-        trainer.add_callback(Patience(arguments.early_stopping_patience))
+        begin = getattr(trainer, "memory_from", 0.0)  # before, what is evaluated is not what is trained
+        trainer.add_callback(Patience(arguments.early_stopping_patience, begin))
     if data.negatives is not None:
         facts = [str(vars(arguments)), str(vars(model_args)), str(trainer.args.to_sanitized_dict())]
         trainer.add_callback(NegativesCallback(trainer, data.negatives, facts))

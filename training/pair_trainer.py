@@ -29,6 +29,7 @@ from mllm_msr.training.pair_collators import (
 from mllm_msr.training.saving import sharded
 
 logger = logging.get_logger(__name__)
+NEW_MEMORY_FROM = 2 / 3  # of the steps of a model whose memory tokens are new
 
 
 def answer_loss(
@@ -76,6 +77,7 @@ class PairTrainer(OwnCheckpoints, SFTTrainer):
             (Yi et al., RecSys 2019).
         cache_image_features: encode each image once, by a frozen vision tower, and keep what the decoder sees of it in
             memory.
+        memory_from: with memory tokens, the share of the steps after which pairs see of each candidate these only.
         args, kwargs: those of ``SFTTrainer``.
     """
 
@@ -86,12 +88,14 @@ class PairTrainer(OwnCheckpoints, SFTTrainer):
         yes_weight: float | Literal["balanced"] = "balanced",
         log_q_correction: bool = False,
         cache_image_features: bool = False,
+        memory_from: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._recommender().use_block_attention()
         self.image_features = self._image_features() if cache_image_features else None
         self.pair_loss, self.yes_weight, self.log_q_correction = pair_loss, yes_weight, log_q_correction
+        self.memory_from = memory_from
         self.model_accepts_loss_kwargs = False  # so that the trainer averages over accumulated batches itself
 
     def compute_loss(
@@ -124,7 +128,9 @@ class PairTrainer(OwnCheckpoints, SFTTrainer):
     def _arguments(self, recommender: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the model's forward; its logits are those of the answers."""
         if "pairs" in inputs:
-            return pack_late(recommender, inputs["users"], inputs["items"], inputs["answer_ids"], inputs["pairs"])
+            late = [inputs[name] for name in ("users", "items", "answer_ids", "pairs")]
+            begun = self.state.global_step >= self.memory_from * self.state.max_steps
+            return pack_late(recommender, *late, memory_only=begun or not recommender.training)
         try:
             return pack_joint(recommender, inputs["prompts"], inputs["group_ids"])
         except RowTooWide as error:
@@ -170,6 +176,7 @@ def pair_trainer(
     """The trainer that the flags ask for; with ``late``, the model's configuration gets its limits."""
     items = PreparedItems(processor, data.items)
     collator: Any = PackedCollator(processor, items)
+    memory_from = 0.0
     if script_args.interaction == "late":
         user, item = script_args.user_limit, script_args.item_limit
         measured = (0, 0) if user and item else measured_limits(processor, data.examples, data.items)
@@ -177,6 +184,7 @@ def pair_trainer(
         model.config.interaction, (model.config.user_limit, model.config.item_limit) = "late", limits
         if script_args.item_memory not in (None, model.config.item_memory):
             model.set_item_memory(script_args.item_memory or 0)
+            memory_from = NEW_MEMORY_FROM
         if peft_config is not None and model.config.item_memory:  # trained whole beside the adapter
             adapters: Any = peft_config
             adapters.modules_to_save = [*(adapters.modules_to_save or []), "item_memory"]
@@ -204,4 +212,5 @@ def pair_trainer(
         yes_weight=script_args.yes_weight,
         log_q_correction=script_args.log_q_correction,
         cache_image_features=script_args.cache_image_features,
+        memory_from=memory_from if script_args.item_memory_from is None else script_args.item_memory_from,
     )

@@ -42,13 +42,14 @@ def prompts(processor):
     return processor([USERS[user] for user, _ in PAIRS], [ITEMS[item] for _, item in PAIRS]).to(DEVICE)
 
 
-def late_batch(model, processor, users=USERS, items=ITEMS, pairs=PAIRS):
-    return pack_late(model, **processor.late_blocks(users, items, LIMITS), pairs=torch.tensor(pairs).T)
+def late_batch(model, processor, users=USERS, items=ITEMS, pairs=PAIRS, memory_only=True):
+    blocks = processor.late_blocks(users, items, LIMITS)
+    return pack_late(model, **blocks, pairs=torch.tensor(pairs).T, memory_only=memory_only)
 
 
-def late_logit(model, processor, user, item):
+def late_logit(model, processor, user, item, memory_only=True):
     """The definition: one sequence, in which the user and the candidate do not see each other, and, where there are
-    memory tokens after the candidate, the answer sees of it only these."""
+    memory tokens after the candidate, the answer sees of it only these (or these too)."""
     batch = processor.late_blocks([user], [item], LIMITS)
     user, item, answer = batch["users"].to(DEVICE), batch["items"].to(DEVICE), batch["answer_ids"][None].to(DEVICE)
     memory = model.config.item_memory
@@ -59,7 +60,7 @@ def late_logit(model, processor, user, item):
     seen = torch.ones(where.shape[-1], where.shape[-1], dtype=torch.bool, device=DEVICE).tril()
     begin, cut = widths[0], sum(widths)
     seen[begin : cut + memory, :begin] = False
-    if memory:
+    if memory and memory_only:
         seen[cut + memory :, begin:cut] = False
     answer = torch.cat([answer[:, :1].expand(-1, memory), answer], 1)  # the first ones are replaced
     more = {}
@@ -72,10 +73,13 @@ def late_logit(model, processor, user, item):
     ids = torch.cat([user["input_ids"], item["input_ids"], answer], 1)
 
     def with_memory(decoder, args, arguments):
-        """Each begins as the mean of a stretch of the candidate, images included, and what it has learned."""
+        """Each begins as the mean of a stretch of the candidate's text or of its image, and what it has learned."""
         embedded = arguments["inputs_embeds"].clone()
-        means = adaptive_avg_pool1d(embedded[:, begin:cut].mT, memory).mT
-        embedded[:, cut : cut + memory] = means + model.item_memory.weight
+        own, shown = embedded[:, begin:cut], item["input_ids"][0] == model.config.vlm_config.image_token_id
+        n_text = min(max(round(memory * float((~shown).float().mean())), 1), memory - 1)
+        parts = [(own[:, ~shown], n_text), (own[:, shown], memory - n_text)] if memory > 1 and shown.any() else []
+        means = [adaptive_avg_pool1d(part.mT, count).mT for part, count in parts or [(own, memory)]]
+        embedded[:, cut : cut + memory] = torch.cat(means, 1) + model.item_memory.weight
         return args, {**arguments, "inputs_embeds": embedded}
 
     hook = model.get_decoder().register_forward_pre_hook(with_memory, with_kwargs=True) if memory else None
@@ -135,13 +139,14 @@ def test_the_last_layer_computes_answers_only(backbone, family, interaction):
     assert whole.std() > 1e-3 and answers.cpu() == pytest.approx(whole.cpu(), abs=1e-5)
 
 
-@pytest.mark.parametrize("memory", [0, 3])
+@pytest.mark.parametrize(("memory", "only"), [(0, True), (3, True), (3, False)])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_late_pairs_are_those_of_the_definition(backbone, family, memory, either_way):
+def test_late_pairs_are_those_of_the_definition(backbone, family, memory, only, either_way):
     model, processor = recommender_of(backbone(family), "late", memory)
+    pairs = [(USERS[user], ITEMS[item]) for user, item in PAIRS]
     with torch.no_grad():
-        expected = torch.cat([late_logit(model, processor, USERS[user], ITEMS[item]) for user, item in PAIRS]).cpu()
-    logits = model.score(**late_batch(model, processor)).logits.cpu()
+        expected = torch.cat([late_logit(model, processor, *pair, memory_only=only) for pair in pairs]).cpu()
+    logits = model.score(**late_batch(model, processor, memory_only=only)).logits.cpu()
     assert expected.std() > 1e-3
     assert logits == pytest.approx(expected, abs=1e-5)
 

@@ -85,6 +85,8 @@ def test_what_the_loss_of_whole_tasks_has_not_is_refused_with_it(name, whole_tas
         ({"lora_alpha": 0}, "must be at least 1"),
         ({"prompt_max_length": 0}, "must be at least 1"),
         ({"interaction": "late", "pairs_per_user": 0}, "must be at least 1"),
+        ({"interaction": "late", "item_memory_from": 1.0}, "--item_memory_from 1.0: must be at least 0 and below 1"),
+        ({"item_memory_from": 0.5}, "--item_memory_from needs --interaction late"),
         ({"seed": -1}, "training.seed=-1: must be at least 0"),
         ({"warmup_steps": float("inf")}, "training.warmup_steps=inf: must be at least 0, and finite"),
         ({"max_grad_norm": float("nan")}, "training.max_grad_norm=nan: must be at least 0"),

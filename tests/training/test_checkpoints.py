@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
 from mllm_msr.training import sft
+from mllm_msr.training.checkpoints import Patience
 from mllm_msr.training.whole_checkpoints import last_checkpoint
 
 
@@ -108,3 +110,12 @@ def test_early_stopping_has_not_forgotten_how_long_nothing_became_better(small_r
     assert sft.train(*sft.parse([], **flags)).state.global_step == 3  # killed after its last checkpoint
     shutil.rmtree(tmp_path / "checkpoint-3")
     assert sft.train(*sft.parse([], **flags)).state.global_step == 3  # killed before it
+
+
+def test_evaluations_before_its_begin_do_not_count():
+    patience, args = Patience(1, begin=0.5), TrainingArguments(metric_for_best_model="auc", greater_is_better=True)
+    state, control = TrainerState(max_steps=4, best_metric=0.9), TrainerControl()
+    for state.global_step in (1, 2):
+        assert not control.should_training_stop
+        patience.on_evaluate(args, state, control, metrics={"eval_auc": 0.5})
+    assert control.should_training_stop

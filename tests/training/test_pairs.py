@@ -22,7 +22,7 @@ from mllm_msr.processing.examples import user_of
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.schema import CUT_INTERACTIONS
-from mllm_msr.training import sft
+from mllm_msr.training import pair_trainer, sft
 from mllm_msr.training.collators import AnswerCollator
 from mllm_msr.training.data import task_rows
 from mllm_msr.training.pair_collators import (
@@ -197,6 +197,25 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     candidates = list(small_run.items.values())[:5]
     (ranked,) = Recommender(model, processor).rank([{"preference": "Likes red"}], candidates)
     assert len({one.logit for one in ranked}) == 5
+
+
+@pytest.mark.parametrize(("given", "only"), [({}, [False] * 2 + [True]), ({"item_memory_from": 0.0}, [True] * 3)])
+def test_pairs_see_memory_alone_from_some_step_on_and_always_when_they_are_evaluated(
+    small_run, tmp_path, monkeypatch, given, only
+):
+    seen, pack = [], pair_trainer.pack_late
+
+    def noted(model, *args, memory_only):
+        seen.append((model.training, memory_only))
+        return pack(model, *args, memory_only=memory_only)
+
+    monkeypatch.setattr(pair_trainer, "pack_late", noted)
+    options = {"interaction": "late", "item_memory": 2, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path, **options, **given)))
+    assert [memory_only for training, memory_only in seen if training] == only
+    evaluated = [memory_only for training, memory_only in seen if not training]
+    assert evaluated and all(evaluated)
+    assert trainer.model.item_memory.weight.abs().min() > 0  # trained from the first step
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
