@@ -170,7 +170,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
     def set_item_memory(self, count: int) -> None:
         """Give a `late` model so many new memory tokens; 0 takes those that it has away.
 
-        Each begins as the mean of a stretch of the candidate's tokens, its image's included; what is learned is added.
+        Each begins as the mean of a stretch of the candidate's text or of its image; what is learned is added.
         """
         self.config.item_memory, self.item_memory = count, None
         if count:
