@@ -112,7 +112,8 @@ class PairArguments:
     item_memory_from: float | None = flag(
         None,
         "With item_memory: the share of the steps after which this is so; before, the answer sees all of the candidate "
-        "as well. By default 2/3 for new memory tokens and 0 for a model that has them.",
+        "as well, from half of that share on every second time. By default 2/3 for new memory tokens and 0 for a model "
+        "that has them.",
     )
     pair_loss: Literal["answer", "listwise"] = flag(
         "answer", "The cross-entropy of the answer (the paper's), or a softmax over each user's candidates."

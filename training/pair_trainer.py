@@ -129,13 +129,18 @@ class PairTrainer(OwnCheckpoints, SFTTrainer):
         """The arguments of the model's forward; its logits are those of the answers."""
         if "pairs" in inputs:
             late = [inputs[name] for name in ("users", "items", "answer_ids", "pairs")]
-            begun = self.state.global_step >= self.memory_from * self.state.max_steps
-            return pack_late(recommender, *late, memory_only=begun or not recommender.training)
+            return pack_late(recommender, *late, memory_only=not recommender.training or self._memory_only())
         try:
             return pack_joint(recommender, inputs["prompts"], inputs["group_ids"])
         except RowTooWide as error:
             logger.warning_once(f"prompts are computed whole, not packed: {error}")
             return {**inputs["prompts"], "logits_to_keep": 1}
+
+    def _memory_only(self) -> bool:
+        """Whether the pairs of this step see of each candidate its memory tokens only: of the steps before
+        ``memory_from`` every second one of the later half, as what was learned may be lost where it comes at once."""
+        step, begin = self.state.global_step, self.memory_from * self.state.max_steps
+        return step >= begin or (step >= begin / 2 and step % 2 == 1)
 
     def _image_features(self) -> ImageFeatureCache:
         """The cache of what the decoder sees of images, which is kept in the memory of the CPU."""

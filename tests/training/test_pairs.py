@@ -199,7 +199,7 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     assert len({one.logit for one in ranked}) == 5
 
 
-@pytest.mark.parametrize(("given", "only"), [({}, [False] * 2 + [True]), ({"item_memory_from": 0.0}, [True] * 3)])
+@pytest.mark.parametrize(("given", "only"), [({}, [0, 0, 0, 1, 1, 1]), ({"item_memory_from": 0.0}, [1] * 6)])
 def test_pairs_see_memory_alone_from_some_step_on_and_always_when_they_are_evaluated(
     small_run, tmp_path, monkeypatch, given, only
 ):
@@ -210,7 +210,7 @@ def test_pairs_see_memory_alone_from_some_step_on_and_always_when_they_are_evalu
         return pack(model, *args, memory_only=memory_only)
 
     monkeypatch.setattr(pair_trainer, "pack_late", noted)
-    options = {"interaction": "late", "item_memory": 2, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"interaction": "late", "item_memory": 2, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
     trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path, **options, **given)))
     assert [memory_only for training, memory_only in seen if training] == only
     evaluated = [memory_only for training, memory_only in seen if not training]
