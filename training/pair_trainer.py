@@ -128,8 +128,8 @@ class PairTrainer(OwnCheckpoints, SFTTrainer):
     def _arguments(self, recommender: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the model's forward; its logits are those of the answers."""
         if "pairs" in inputs:
-            late = [inputs[name] for name in ("users", "items", "answer_ids", "pairs")]
-            return pack_late(recommender, *late, memory_only=not recommender.training or self._memory_only())
+            late = {name: inputs[name] for name in ("users", "items", "answer_ids", "pairs")}
+            return pack_late(recommender, **late, memory_only=not recommender.training or self._memory_only())
         try:
             return pack_joint(recommender, inputs["prompts"], inputs["group_ids"])
         except RowTooWide as error:

@@ -205,9 +205,9 @@ def test_pairs_see_memory_alone_from_some_step_on_and_always_when_they_are_evalu
 ):
     seen, pack = [], pair_trainer.pack_late
 
-    def noted(model, *args, memory_only):
+    def noted(model, memory_only, **batch):
         seen.append((model.training, memory_only))
-        return pack(model, *args, memory_only=memory_only)
+        return pack(model, memory_only=memory_only, **batch)
 
     monkeypatch.setattr(pair_trainer, "pack_late", noted)
     options = {"interaction": "late", "item_memory": 2, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
