@@ -65,6 +65,6 @@ class Patience(EarlyStoppingCallback):
         kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         self.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if state.global_step >= self.begin * state.max_steps:
             super().on_evaluate(args, state, control, metrics, **kwargs)
