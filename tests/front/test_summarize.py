@@ -91,5 +91,5 @@ def test_show_prints_a_user(prepared, capsys):
     main(["show", str(prepared), "user", user])
     out = capsys.readouterr().out
     assert f"user {user}: " in out and "step 1" in out and "=> " in out
-    with pytest.raises(SystemExit, match="user 'nobody' has no interactions"):
+    with pytest.raises(SystemExit, match="'nobody' is no user of"):
         main(["show", str(prepared), "user", "nobody"])

@@ -93,7 +93,7 @@ def test_the_whole_command_then_parts_of_it(run):
     ("token", "message"),
     [
         (None, "mllm-msr: not logged in to the Hub: run `hf auth login` or set HF_TOKEN"),
-        ("hf_" + "z" * 34, "mllm-msr: the Hub does not accept the token"),
+        ("hf_" + "z" * 34, "mllm-msr: org: the Hub does not accept the token"),
     ],
 )
 def test_a_refusal_is_one_line(run, token, message):

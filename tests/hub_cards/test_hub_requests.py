@@ -105,13 +105,15 @@ def test_another_publisher_that_deletes_the_branch_in_preparation_costs_a_try(re
     ("headers", "least", "most"),
     [
         ({"Retry-After": "37"}, 37, 37),
-        ({"Retry-After": formatdate(time.time() + 60, usegmt=True)}, 1, 60),
+        ({"Retry-After": "a date"}, 1, 60),
         ({"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, 56, 56),
     ],
 )
 def test_a_wait_that_the_hub_asks_for_is_kept(release, monkeypatch, capsys, headers, least, most):
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
+    if headers.get("Retry-After") == "a date":  # of now, not of when tests were collected
+        headers = {"Retry-After": formatdate(time.time() + 60, usegmt=True)}
     with Hub() as hub:
         hub.faults = [("commit", refuse(429, "slowly", **headers))]
         release(hub, parts=("metric",))
