@@ -64,10 +64,8 @@ def patiently(api: HfApi, work: Callable[[], T], where: str, tries: int) -> T:
                 raise
             asked = _asked_wait(cause)
             if attempt == tries - 1 or not _may_pass(api, cause) or asked > LONGEST_WAIT:
-                file = (
-                    f"{str(error).rstrip('.')}: " if isinstance(error, RuntimeError) else ""
-                )  # of an upload: it names the file
-                raise RuntimeError(f"{where}: {file}{_remedy(api, cause, asked)}") from error
+                upload = f"{str(error).rstrip('.')}: " if isinstance(error, RuntimeError) else ""  # names its file
+                raise RuntimeError(f"{where}: {upload}{_remedy(api, cause, asked)}") from error
             if asked > 10:
                 print(f"{where}: the Hub asks to wait for {asked:.0f} seconds")
             time.sleep(asked or min(2**attempt, 8) * random.uniform(0.75, 1.25))  # so that two publishers part

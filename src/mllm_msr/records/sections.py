@@ -190,7 +190,7 @@ class VectorOptions:
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """Section ``head``: the sequence head over item vectors; see ``modeling/sequence_head.py`` for what each means."""
+    """Section ``head``: the sequence head over item vectors, as ``modeling/sequence_head_options.py`` describes it."""
 
     enabled: bool = True
     encoder: Literal["transformer", "gru", "both"] = "transformer"
