@@ -54,7 +54,7 @@ def share(options: argparse.Namespace, folder: Path) -> None:
     content["data"].update(k_core_users=1, k_core_items=1)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     command("prepare", str(folder / "recipe.yaml"), "--output", str(folder / "plain"))
-    ways = {"plain": [], **{f"workers-{n}": ["--ray", "local", "--workers", str(n)] for n in options.workers}}
+    ways = {"plain": [], **{f"workers-{n}": ["--ray", options.address, "--workers", str(n)] for n in options.workers}}
     for name in ways:
         if name != "plain":
             shutil.copytree(folder / "plain", folder / name)
@@ -82,7 +82,7 @@ def running(folder: Path) -> float:
 
 @dataclass
 class Watch:
-    """How many texts there are and how much memory is in use, every second, on a thread of its own."""
+    """How many texts there are and how much memory is in use, ten times a second, on a thread of its own."""
 
     count: Callable[[], int]
     seen: list[tuple[float, int, float, float]] = field(default_factory=list)  # seconds, texts, MB here, MB elsewhere
@@ -90,7 +90,7 @@ class Watch:
 
     def run(self) -> None:
         start, here = time.perf_counter(), psutil.Process()
-        while not self.done.wait(1):
+        while not self.done.wait(0.1):
             elsewhere = 0.0
             for process in here.children(recursive=True):
                 try:
@@ -99,13 +99,13 @@ class Watch:
                     continue
             self.seen.append((time.perf_counter() - start, self.count(), here.memory_info().rss / 1e6, elsewhere))
 
-    def report(self, total: int) -> None:
-        """A line for each fifth of the texts."""
+    def report(self, total: int, parts: int) -> None:
+        """A line for each of so many parts of the texts."""
         print("| texts | texts/s | MB of this process | MB of the workers |\n|--:|--:|--:|--:|")
         working = [row for row in self.seen if row[1]]
         before = working[0]
-        for fifth in range(1, 6):
-            row = next((row for row in working if row[1] >= fifth * total / 5), working[-1])
+        for part in range(1, parts + 1):
+            row = next((row for row in working if row[1] >= part * total / parts), working[-1])
             if row[0] > before[0]:
                 rate = (row[1] - before[1]) / (row[0] - before[0])
                 print(f"| {row[1]:,} | {rate:,.0f} | {row[2]:,.0f} | {row[3]:,.0f} |")
@@ -126,7 +126,7 @@ def flat(options: argparse.Namespace, folder: Path) -> None:
     settings = SummaryOptions("extractive")
     cluster = Cluster("local", options.workers[-1])
 
-    def watched(name: str, total: int, work: Callable[..., pl.DataFrame]) -> pl.DataFrame:
+    def watched(name: str, total: int, parts: int, work: Callable[..., pl.DataFrame]) -> pl.DataFrame:
         store = TextStore(folder / name)
         watch = Watch(lambda: len(store.rows))
         thread = threading.Thread(target=watch.run)
@@ -138,12 +138,12 @@ def flat(options: argparse.Namespace, folder: Path) -> None:
         thread.join()
         seconds = time.perf_counter() - start
         print(f"\n{name}: {total:,} texts in {seconds:.0f} s, start included; load {os.getloadavg()[0]:.1f}")
-        watch.report(len(store.rows))
+        watch.report(len(store.rows), parts)
         kept = sum(path.stat().st_size for path in (folder / name).glob("*.parquet"))
         print(f"{kept / len(store.rows):.0f} bytes a text on disk")
         return frame
 
-    summaries = watched("items", len(items), lambda *tools: summarize_items(items, *tools))
+    summaries = watched("items", len(items), 5, lambda *tools: summarize_items(items, *tools))
     chosen = rng.integers(0, len(items), (options.users, options.history))
     log = pl.DataFrame(
         {
@@ -153,14 +153,15 @@ def flat(options: argparse.Namespace, folder: Path) -> None:
         }
     )
     titles, described = (dict(frame.iter_rows()) for frame in (items[["item_id", "title"]], summaries[:, :2]))
-    blocks = options.users * (options.history // settings.block_size)
-    watched("users", blocks, lambda *tools: summarize_users(log, titles, described, *tools))
+    waves = options.history // settings.block_size  # each begins with the keys of its blocks, and no text meanwhile
+    watched("users", options.users * waves, waves, lambda *tools: summarize_users(log, titles, described, *tools))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("share", "flat"))
     parser.add_argument("--items", type=int, help="default: 5,000 of share, 100,000 of flat")
+    parser.add_argument("--address", default="local", help="of share: that of a cluster which is there already")
     parser.add_argument("--users", type=int, default=50_000)
     parser.add_argument("--history", type=int, default=12, help="items of each user in flat")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of share each, of flat the last")
