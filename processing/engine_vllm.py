@@ -1,5 +1,6 @@
 """Texts from vLLM in this process, which batches requests of any lengths by itself; for bulk on a GPU."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -65,8 +66,13 @@ class VllmEngine:
 
     @cached_property
     def model(self) -> Any:
+        # All in this process: one that waits for another would wait for ever if that is killed.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        # On a CPU vLLM (0.32) ends when a prompt that is read in parts has a seed of its own.
+        parts = {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
         try:
             return LLM(
                 model=self.name_or_path,
@@ -75,6 +81,7 @@ class VllmEngine:
                 max_model_len=self.max_length,
                 tensor_parallel_size=self.gpus,
                 limit_mm_per_prompt={"image": 1},
+                **parts,
             )
         except Exception as error:
             raise EngineUnavailable(
@@ -94,6 +101,7 @@ class VllmEngine:
     ) -> list[Answer]:
         from vllm import SamplingParams
 
+        model = self.model
         limit = int(self.max_new_tokens[task] * (AGAIN["room"] if again else 1))
         how = [
             SamplingParams(
@@ -104,7 +112,15 @@ class VllmEngine:
             )
             for seed in seeds or [0] * len(inputs)
         ]
-        outputs = self.model.chat([self._messages(task, given) for given in inputs], how, use_tqdm=False)
+        try:
+            outputs = model.chat([self._messages(task, given) for given in inputs], how, use_tqdm=False)
+        except Exception as error:
+            if not model.llm_engine.has_unfinished_requests():  # an input was refused, and the others let go
+                raise
+            raise EngineUnavailable(
+                f"{self.generator}: vLLM stopped while it wrote ({type(error).__name__}); the texts so far count: "
+                "free memory or set summaries.batch_size lower if it ran out, then run again"
+            ) from error
         texts = [output.outputs[0] for output in outputs]
         return [Text(tidy(text.text), text.finish_reason != "length") for text in texts]
 
