@@ -16,7 +16,7 @@ COLUMNS = {"user_id": "u", "item_id": "u", "timestamp": "t"}
 
 def log_of(ids: list[Any], times: list[Any], bad: BadRows | None = None) -> tuple[pl.DataFrame, int]:
     table = pl.DataFrame({ROW: range(2, 2 + len(ids)), "u": ids, "t": times}).lazy()
-    log, ticks = interactions_from(table, "log.csv", COLUMNS, bad or BadRows())
+    log, ticks = interactions_from([table], "log.csv", COLUMNS, bad or BadRows())
     return log.collect(), ticks
 
 
@@ -102,9 +102,11 @@ def test_missing_ids_are_bad_rows(missing: str | None) -> None:
 
 
 def test_columns_of_lists_are_named() -> None:
-    with pytest.raises(ValueError, match=r"log\.csv: ids are numbers or texts, but user_id is a column of List"):
+    with pytest.raises(ValueError, match=r"log\.csv, row 2: ids are numbers or texts, but user_id is a column of List"):
         ids_of([["a"]])
-    with pytest.raises(ValueError, match=r"log\.csv: times are numbers, dates or texts, but timestamp is a column of"):
+    with pytest.raises(
+        ValueError, match=r"log\.csv, row 2: times are numbers, dates or texts, but timestamp is a column of"
+    ):
         seconds_of([[1]])
     with pytest.raises(ValueError, match=r"timestamp is a column of Duration"):
         seconds_of([timedelta(days=1)])
@@ -192,7 +194,7 @@ def test_mixtures_are_refused_with_rows(times: list[Any], what: str) -> None:
 def test_unknown_columns_are_named_with_those_that_are_there() -> None:
     table = pl.LazyFrame({ROW: [1], "who": ["a"], **{f"column{n}": [1] for n in range(500)}})
     with pytest.raises(ValueError, match=r"log\.csv: no column 'u'; it has \['who', 'column0'") as error:
-        interactions_from(table, "log.csv", COLUMNS, BadRows())
+        interactions_from([table], "log.csv", COLUMNS, BadRows())
     assert len(str(error.value)) < 500
 
 

@@ -7,7 +7,7 @@ import fsspec
 import polars as pl
 import pytest
 
-from mllm_msr.data.remote_files import remote_fact, without_user
+from mllm_msr.data.remote_files import fetch, remote_fact, without_user
 from mllm_msr.data.sources.registry import source_fingerprint
 from mllm_msr.data.sources.tables import read_tables
 from mllm_msr.records.sections import Source
@@ -58,6 +58,13 @@ def test_an_address_reads_as_the_folder_does(memory: fsspec.AbstractFileSystem, 
     assert raw.items["title"].to_list() == ["One", "Two"] and raw.items["image_path"].to_list() == [None, None]
 
 
+def test_no_key_of_a_bucket_leads_out_of_the_folder_that_it_is_copied_to(memory: fsspec.AbstractFileSystem) -> None:
+    memory.store["/bucket/log/day/../../stranger.parquet"] = memory.store["/bucket/log/_SUCCESS"]
+    fetch.cache_clear()
+    folder = fetch("memory://bucket/log/")
+    assert len(list(folder.rglob("*.parquet"))) == 3 and not list(folder.parent.glob("stranger*"))
+
+
 def test_a_change_behind_an_address_is_seen_without_reading_it(memory: fsspec.AbstractFileSystem) -> None:
     source = Source("tables", {"interactions": "memory://bucket/log", "columns": MAPPING})
     before = source_fingerprint(source)
@@ -73,6 +80,9 @@ def test_mistakes_are_named_and_no_password(memory: fsspec.AbstractFileSystem) -
         read_tables("nosuch://me:secret@bucket/log?key=secret", columns=MAPPING)
     memory.pipe("/bucket/lake/_delta_log/0.json", b"{}")
     memory.pipe("/bucket/lake/part-0.parquet", b"")
-    with pytest.raises(ValueError, match="a table with a log of changes"):
-        read_tables("memory://bucket/lake", columns=MAPPING)
+    memory.pipe("/bucket/lake2/.hoodie/hoodie.properties", b"")
+    memory.pipe("/bucket/lake2/2024/part-0.parquet", b"")
+    for lake in ("lake", "lake2"):
+        with pytest.raises(ValueError, match="a table with a log of changes"):
+            read_tables(f"memory://bucket/{lake}", columns=MAPPING)
     assert without_user("s3://key:secret@bucket/log?x=1") == "s3://bucket/log"

@@ -5,6 +5,7 @@ import gzip
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,98 @@ def test_parts_with_and_without_a_zone_go_together(tmp_path: Path) -> None:
         table = table.with_columns(zoned if zone is None else zoned.dt.convert_time_zone(zone))
         table.write_parquet(tmp_path / f"log.parquet/part-{part}.parquet")
     assert rows("log.parquet", tmp_path) == [(str(part), "1", 1600000000) for part in range(3)]
+
+
+def table(item: Any, time: Any = 1600000000) -> pa.Table:
+    """One row; a value may be an array of one."""
+    values = {"user_id": "u", "item_id": item, "timestamp": time}
+    return pa.table(
+        {name: value if isinstance(value, pa.Array) else pa.array([value]) for name, value in values.items()}
+    )
+
+
+def write_parts(folder: Path, parts: dict[str, pa.Table]) -> None:
+    for name, part in parts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(part, folder / name)
+
+
+def test_ids_of_parts_are_read_by_the_type_of_each(tmp_path: Path) -> None:
+    large = 2**60 + 1
+    parts = [table(large), table(7.0), table("007"), table(pa.array([large], pa.decimal128(30, 0)))]
+    write_parts(tmp_path / "log", {f"part-{place}.parquet": part for place, part in enumerate(parts)})
+    goods = {f"part-{place}.parquet": part.append_column("title", [["A"]]) for place, part in enumerate(parts)}
+    write_parts(tmp_path / "goods.parquet", goods)
+    raw = read_tables("log", "goods.parquet", folder=tmp_path)
+    ids = [str(large), "7", "007", str(large)]
+    assert raw.interactions.collect()["item_id"].to_list() == ids and raw.items["item_id"].to_list() == ids[:3]
+    write_parts(tmp_path / "log", {"part-4.parquet": table(pa.array([20000001.0], pa.float32()))})
+    with pytest.raises(ValueError, match=r"log, row 1 of part-4\.parquet: item_id is .* a float has rounded it"):
+        rows("log", tmp_path)
+    for wrong in ([{"id": "1"}], [["1"]]):
+        write_parts(tmp_path / "log", {"part-4.parquet": table(pa.array(wrong))})
+        with pytest.raises(
+            ValueError, match=r"log, row 1 of part-4\.parquet: ids are numbers or texts, but item_id is a"
+        ):
+            rows("log", tmp_path)
+
+
+def test_times_of_parts_are_read_by_the_type_of_each(tmp_path: Path) -> None:
+    moments = [pa.array([1600000000000], pa.timestamp("ms")), pa.array([1600000000000002], pa.timestamp("us"))]
+    write_parts(tmp_path / "log", {f"part-{place}.parquet": table("1", time) for place, time in enumerate(moments)})
+    raw = read_tables("log", folder=tmp_path)
+    assert raw.interactions.collect()["timestamp"].to_list() == [1600000000000000, 1600000000000002]
+    write_parts(tmp_path / "log", {"part-0.parquet": table("1", date(2020, 1, 1)), "part-1.parquet": table("1")})
+    with pytest.raises(ValueError, match=r"row 1 of part-0\.parquet: times in microseconds where most are in seconds"):
+        rows("log", tmp_path)
+
+
+def test_parts_without_rows_say_nothing_of_columns(tmp_path: Path) -> None:
+    write_parts(tmp_path / "log", {"part-0.parquet": pa.table({}), "part-1.parquet": table("1")})
+    assert rows("log", tmp_path) == [("u", "1", 1600000000)]
+
+
+def test_a_column_in_the_files_and_in_the_names_of_folders_is_the_same_in_both(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    write_parts(
+        log, {"item_id=007/part-0.parquet": table("007"), "Item_ID=8/part-0.parquet": table("").drop("item_id")}
+    )
+    assert sorted(rows("log", tmp_path)) == [("u", "007", 1600000000), ("u", "8", 1600000000)]
+    write_parts(log, {"item_id=9/part-1.parquet": table(8)})
+    with pytest.raises(
+        ValueError, match=r"item_id=9/part-1\.parquet, row 1: item_id is '8' in the file and '9' in its"
+    ):
+        rows("log", tmp_path)
+    day = table("1", pa.array([1577873045], pa.timestamp("s")))
+    write_parts(tmp_path / "days", {"timestamp=2020-01-01/part-0.parquet": day})
+    assert read_tables("days", folder=tmp_path).interactions.collect()["timestamp"].to_list() == [1577873045000000]
+
+
+def test_a_part_whose_content_is_damaged_is_named(tmp_path: Path) -> None:
+    many = pa.table({name: [str(number) for number in range(20000)] for name in ("user_id", "item_id", "timestamp")})
+    write_parts(tmp_path / "log", {"part-0.parquet": table("1"), "part-1.parquet": many})
+    part = tmp_path / "log/part-1.parquet"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 300] = b"Z" * 300
+    part.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"log/part-1\.parquet: cannot be read, it is damaged .*fetch or write it anew"
+    ):
+        rows("log", tmp_path)
+
+
+def test_folders_as_hive_trino_and_killed_writers_leave_them(tmp_path: Path) -> None:
+    hidden = ("_temporary/0/part-9.parquet", ".spark-staging-1/dt=1/part-9.parquet", "_metadata")
+    write_parts(tmp_path / "hive", {"_dt=1/000000_0": table("1"), **dict.fromkeys(hidden, table("2"))})
+    write_parts(tmp_path / "trino", {"20240101_1234_abcde_0a1b2c3d-1111": table("1")})
+    assert rows("hive", tmp_path) == rows("trino", tmp_path) == [("u", "1", 1600000000)]
+    write_parts(tmp_path / "killed", {"part-0.parquet": table("1"), "part-0.parquet.tmp": table("1")})
+    with pytest.raises(
+        ValueError, match=r"as part-0\.parquet\.tmp is none of parquet: leave one, and no files that are"
+    ):
+        rows("killed", tmp_path)
+    for name in (".hoodie/hoodie.properties", "metadata/v1.metadata.json"):
+        lake = {"2024/01/01/a.parquet": table("1"), name: table("1")}
+        write_parts(tmp_path / name.split("/")[0] / "lake", lake)
+        with pytest.raises(ValueError, match=r"lake: a table with a log of changes \("):
+            rows(f"{name.split('/')[0]}/lake", tmp_path)

@@ -2,13 +2,14 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from mllm_msr.data.raw import EXAMPLES, BadRows, short
+from mllm_msr.data.raw import EXAMPLES, ROW, BadRows, short
 
 # As pandas, R, Excel and databases write a missing value; pandas takes the same for one.
 MISSING = ("", "NaN", "nan", "NaT", "NULL", "null", "<NA>", "None", "NA", "N/A", "n/a", "#N/A", r"\N")
@@ -81,7 +82,11 @@ def as_ids(table: pl.LazyFrame, columns: Sequence[str], path: Path | str, bad: B
     schema = table.collect_schema()
     for name in columns:
         if schema[name].is_nested() or not is_text(schema[name]):
-            raise ValueError(f"{path}: ids are numbers or texts, but {name} is a column of {short(schema[name])}")
+            first = f", row {table.select(pl.col(ROW).first()).collect().item()}" if ROW in schema else ""
+            raise ValueError(
+                f"{path}{first}: ids are numbers or texts, but {name} is a column of {short(schema[name])}: write them "
+                "so, or name another column (--column; own tables only)"
+            )
     texts = [name for name in columns if not (schema[name].is_integer() or schema[name].is_float())]
     table = table.with_columns(as_text(name, schema[name]) for name in texts)
     marks = [pl.col(name).str.contains(r"\.0+$|[eE]\+\d+$").any() for name in texts]
@@ -123,6 +128,22 @@ def as_ids(table: pl.LazyFrame, columns: Sequence[str], path: Path | str, bad: B
             value = plain(pl.col(name))
             table = table.with_columns(pl.when(value != "").then(value).alias(name))
     return table
+
+
+def joined_ids(tables: Iterable[pl.LazyFrame], columns: Sequence[str], path: Path | str, bad: BadRows) -> pl.LazyFrame:
+    """The parts of a table as one, with ids as :func:`as_ids` makes them of each run of parts with the same types: one
+    type for all might round some, or make texts of lists.
+
+    Raises:
+        ValueError: as there; or another column has types that do not go together.
+    """
+
+    def types(table: pl.LazyFrame) -> list[pl.DataType]:
+        schema = table.collect_schema()
+        return [schema[name] for name in columns]
+
+    runs = [pl.concat(run, how="diagonal_relaxed") for _, run in groupby(tables, types)]
+    return pl.concat([as_ids(run, columns, path, bad) for run in runs], how="diagonal_relaxed")
 
 
 def check_join(log: pl.LazyFrame, items: pl.DataFrame, path: Path | str, bad: BadRows) -> pl.Series:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,12 +17,31 @@ SUFFIXES = {
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 PART = r"part|\d"  # how the name of a part begins
+LOGS = ("_delta_log", ".hoodie", "metadata/*.metadata.json")  # of Delta Lake, Hudi, Iceberg
 
 
 def table_format(name: str) -> str | None:
     """csv, tsv, parquet or jsonl, by the end of a file's name (also packed); None if it is none of these."""
     path = Path(name.lower())
     return SUFFIXES.get(Path(path.stem).suffix if path.suffix in PACKED else path.suffix)
+
+
+def part_format(path: Path) -> str | None:
+    """That of a file; one whose name has no ending, as Hive, Trino and Flink write it, may be Parquet."""
+    if "." in path.name:
+        return table_format(path.name)
+    with path.open("rb") as file:
+        return "parquet" if file.read(4) == b"PAR1" else None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is one of marks, checksums and files that are not finished, as Spark and Hive see it."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def is_of_log(name: str) -> bool:
+    """Whether a file's name below a folder shows that the folder is a table with a log of changes."""
+    return any(fnmatch(name, log) or fnmatch(name, f"{log}/*") for log in LOGS)
 
 
 @dataclass(frozen=True)
@@ -38,16 +58,23 @@ def table_parts(path: Path) -> tuple[str, list[Part]]:
     Raises:
         ValueError: no part file, or a table of Delta Lake, Iceberg or Hudi, whose files alone do not say what counts.
     """
-    if log := next((name for name in ("_delta_log", "metadata", ".hoodie") if (path / name).is_dir()), None):
+    if log := _log_of_changes(path):
         raise ValueError(f"{path}: a table with a log of changes ({log}); export it as plain Parquet first")
-    parts = list(_walk(path, path))
-    kind = table_format(path.name) or next(filter(None, (table_format(part.path.name) for part in parts)), None)
-    for part in parts:
-        if table_format(part.path.name) != kind and part.path.suffix != ".part" and re.match(PART, part.path.name):
-            raise ValueError(f"{path}: its parts are of two formats, as {part.path.name} is none of {kind}: leave one")
-    parts = [part for part in parts if table_format(part.path.name) == kind or part.path.suffix == ".part"]
+    walked = list(_walk(path, path))
+    formats = [part_format(part.path) for part in walked]
+    kind = table_format(path.name) or next(filter(None, formats), None)
+    parts = []
+    for part, its in zip(walked, formats, strict=True):
+        if its == kind or part.path.suffix == ".part":
+            parts.append(part)
+        elif kind and re.match(PART, part.path.name):
+            raise ValueError(
+                f"{path}: its parts are of two formats, as {part.path.name} is none of {kind}: leave one, and no files "
+                "that are not finished"
+            )
     if kind is None or not parts:
-        raise ValueError(f"{path}: a folder without part files{f' of the format {kind}' if kind else ''}")
+        what = f"of the format {kind}" if kind else f"whose names end in one of {', '.join(SUFFIXES)}"
+        raise ValueError(f"{path}: a folder without part files {what}")
     return kind, parts
 
 
@@ -55,22 +82,32 @@ def is_parts(path: Path) -> bool:
     """Whether a folder is one table in parts, and not a data set of several.
 
     It is if its name ends as a table's (Dask); if it has Spark's ``_SUCCESS``, or folders named by a column;
-    or if the names of all its files begin with a number or `part`, as Ray and others write them.
+    if the names of all its files begin with a number or `part`, as Ray and others write them; or if it has a log of
+    changes, which none can read who reads its files.
     """
     if not path.is_dir():
         return False
     names = [each.name for each in path.iterdir()]
-    if table_format(path.name) is not None or "_SUCCESS" in names:
+    if table_format(path.name) is not None or "_SUCCESS" in names or _log_of_changes(path):
         return True
-    names = [name for name in names if not name.startswith((".", "_"))]
-    if any("=" in name and (path / name).is_dir() for name in names):
+    files = [path / name for name in names if not is_hidden(name)]
+    if any("=" in file.name and file.is_dir() for file in files):
         return True
-    return bool(names) and all(table_format(name) and re.match(PART, name) for name in names)
+    return bool(files) and all(file.is_file() and re.match(PART, file.name) and _is_of_table(file) for file in files)
+
+
+def _is_of_table(file: Path) -> bool:
+    """Whether it is a part, or was to be one (``part-0.parquet.tmp``)."""
+    return part_format(file) is not None or any(suffix in SUFFIXES for suffix in file.suffixes)
+
+
+def _log_of_changes(path: Path) -> str | None:
+    return next((log.partition("/")[0] for log in LOGS if any(path.glob(log))), None)
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Part]:
     for path in sorted(folder.iterdir(), key=_natural):
-        if path.name.startswith((".", "_")):
+        if is_hidden(path.name):
             continue
         if path.is_dir():
             yield from _walk(path, root)

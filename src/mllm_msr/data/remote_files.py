@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 
+from mllm_msr.data.parts import is_hidden, is_of_log
 from mllm_msr.data.raw import short
 from mllm_msr.data.spool import spool_folder
 from mllm_msr.records.storage import digest
@@ -42,10 +43,11 @@ def fetch(place: str) -> Path:
         _get(place, system, files["."]["name"], target)
         return target
     for name, facts in files.items():
-        if name.split("/")[-1].startswith((".", "_")) or name.startswith("."):
-            continue
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        if not name.startswith(("_", "metadata/")):  # of a table with a log of changes the folder alone tells
+        if is_of_log(name):  # which names alone show
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+        elif not any(map(is_hidden, name.split("/"))):  # nor .., which would lead out of the folder
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
             _get(place, system, facts["name"], root / name)
     return root
 
@@ -65,6 +67,7 @@ def _files(place: str) -> dict[str, Any]:
     try:
         system, root = fsspec.url_to_fs(place)
         found = system.find(root, detail=True)
+        found = {path: facts for path, facts in found.items() if not path.endswith("/")}  # as consoles mark a folder
         found = {path: facts if "size" in facts else system.info(path) for path, facts in found.items()}
     except (ImportError, ValueError) as error:
         raise ValueError(f"{without_user(place)}: cannot be read here ({short(error)})") from error

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from mllm_msr.data.delimited import csv_blocks
+from mllm_msr.data.ids import as_text, plain_id
 from mllm_msr.data.json_lines import json_blocks
 from mllm_msr.data.parts import SUFFIXES, Part, is_parts, table_format, table_parts
 from mllm_msr.data.raw import ROW, BadRows, meant, need_columns, short
@@ -28,7 +30,8 @@ from mllm_msr.data.text_files import kind_of, reading, text_blocks
 ROWS = 10_000  # of a batch
 IMAGE_ROWS = 64  # of a batch, where rows hold images
 MOMENTS = cs.datetime(time_zone="*").dt.convert_time_zone("UTC")
-WITHOUT_ZONE = cs.datetime(time_zone=None).dt.replace_time_zone("UTC")  # so that parts with and without go together
+# So that parts with and without a zone go together, and those of milli- and microseconds lose nothing.
+ALIKE = (cs.datetime(time_zone=None).dt.replace_time_zone("UTC"), cs.datetime("ms").dt.cast_time_unit("us"))
 # A zone that is an offset, such as +02:00, is no error: pandas writes it, and the times beside it are in UTC anyway.
 os.environ.setdefault("POLARS_IGNORE_TIMEZONE_PARSE_ERROR", "1")
 ADDRESS = r"hf:/+datasets/([^/]+/[^/@?]+)(?:@([^/?]+))?"  # Path() turns hf:// into hf:/
@@ -89,13 +92,13 @@ class TableFile:
             if kind is None:
                 raise ValueError(f"{place}: no file of a kind that can be read ({', '.join(SUFFIXES)})")
             root = copy.parent if copy.is_file() else copy
-            return cls(place, kind, parts, root=root, inside=root)
+            return cls(place, kind, _with_rows(kind, parts), root=root, inside=root)
         hub = re.match(ADDRESS, place)
         inside = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=hub[1], repo_type="dataset") if hub else None
         kind = table_format(place)
         if hub is None and is_parts(folder / place):
             kind, parts = table_parts(folder / place)
-            return cls(place, kind, parts, root=(folder / place).parent)
+            return cls(place, kind, _with_rows(kind, parts), root=(folder / place).parent)
         if kind is None and hub is None and (folder / place).is_file():
             what = kind_of(folder / place) or f"a file whose name ends in none of {', '.join(SUFFIXES)}: rename it"
             raise ValueError(f"{folder / place}: this is {what}")
@@ -107,23 +110,35 @@ class TableFile:
             raise FileNotFoundError(f"{path}: no such file")
         return cls(place, kind, [Part(path)], root=path.parent, inside=inside)
 
-    def scan(self, columns: Sequence[str], bad: BadRows) -> pl.LazyFrame:
-        """All rows as a scan, with ``ROW``; of JSON lines, and of a data set, ``columns`` only."""
+    def scans(self, columns: Sequence[str], bad: BadRows) -> list[pl.LazyFrame]:
+        """All rows as a scan of each part, with ``ROW``; of JSON lines, and of a data set, ``columns`` only."""
         with reading(self.place):
             if self.kind == "parquet":
                 told = set[str]()
-                tables = [self._scan_part(part, columns, bad, told) for part in self.parts]
-            else:
-                tables = [spool(batches) for batches in self._batches(columns, (), "", bad)]
-            return pl.concat(tables, how="diagonal_relaxed") if len(tables) > 1 else tables[0]
+                return [self._scan_part(part, columns, bad, told) for part in self.parts]
+            return [spool(batches) for batches in self._batches(columns, (), "", bad)]
+
+    @contextmanager
+    def naming_parts(self, columns: Sequence[str]) -> Iterator[None]:
+        """For the block that reads :meth:`scans`: a part whose content is damaged is named."""
+        try:
+            yield
+        except ValueError as error:
+            if self.kind == "parquet" and isinstance(error.__cause__, pl.exceptions.PolarsError):
+                for part in self.parts:
+                    with reading(part.path):
+                        names = [name for name in _parquet_names(part.path) if name in columns]
+                        table = pl.scan_parquet(part.path, glob=False).select(names)
+                        table.select(pl.all().hash().max()).collect(engine="streaming")
+            raise
 
     def _scan_part(self, part: Part, columns: Sequence[str], bad: BadRows, told: set[str]) -> pl.LazyFrame:
         with reading(part.path):
             _parquet_names(part.path)
             table = pl.scan_parquet(part.path, row_index_name=ROW, row_index_offset=1, glob=False)
-            table = self._renamed(table, columns, bad, told)
-            need_columns([*table.collect_schema().names(), *part.values], columns, part.path)
-            return self._named(table.with_columns(MOMENTS).with_columns(WITHOUT_ZONE), part)
+            table = self._renamed(self._named(table, part, columns), columns, bad, told)
+            need_columns(table.collect_schema().names(), columns, part.path)
+            return table.with_columns(MOMENTS).with_columns(ALIKE[0]).with_columns(ALIKE[1])
 
     def batches(
         self, columns: Sequence[str], optional: Sequence[str], image: str, bad: BadRows
@@ -166,18 +181,19 @@ class TableFile:
                 absent = [name for name in wanted if name not in keys.values()]
                 tables = json_blocks(part.path, dict.fromkeys([*keys, *absent], pl.String), bad)
             elif self.kind == "parquet":
-                needed = [name for name in columns if name not in part.values]
+                named = meant(columns, list(part.values)).values()
+                needed = [name for name in columns if name not in part.values and name not in named]
                 tables = _parquet_batches(part.path, needed, wanted, image)
             else:
                 tables = csv_blocks(part.path, bad, "\t" if self.kind == "tsv" else ",")
-            renamed = (self._renamed(table, wanted, bad, told) for table in tables)
-            yield self._of_part(renamed, part, columns)
+            full = (self._named(table, part, wanted) for table in tables)
+            yield self._of_part((self._renamed(table, wanted, bad, told) for table in full), part, columns)
 
     def _of_part(self, tables: Iterator[pl.DataFrame], part: Part, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         for table in tables:
             if len(self.parts) > 1:  # a part without the names would lose its first row to them
-                need_columns([*table.columns, *part.values], columns, part.path)
-            yield self._named(table, part)
+                need_columns(table.columns, columns, part.path)
+            yield table
 
     def _renamed(self, table: Any, wanted: Sequence[str], bad: BadRows, told: set[str]) -> Any:
         """With columns that are spelled otherwise (``Title``, ``item-id``) under the names that are wanted; what is not
@@ -189,9 +205,20 @@ class TableFile:
         told.update(names)
         return table.rename(names) if names else table
 
-    def _named(self, table: Any, part: Part) -> Any:
-        """With the values of the folders' names, and with the part's name in ``ROW`` if there are several."""
-        values = [pl.lit(value, pl.String).alias(name) for name, value in part.values.items()]
+    def _named(self, table: Any, part: Part, wanted: Sequence[str]) -> Any:
+        """With the values of the folders' names, and with the part's name in ``ROW`` if there are several.
+
+        Raises:
+            ValueError: a column that is wanted says something else in the file.
+        """
+        schema = table.collect_schema()
+        values = []
+        for name, value in part.values.items():
+            if name in wanted and name in schema:
+                _check_same(table.lazy(), schema[name], name, value, part.path)
+                if schema[name].is_temporal():  # which may tell the hour as well
+                    continue
+            values.append(pl.lit(value, pl.String).alias(name))
         if len(self.parts) > 1:
             values.append(pl.format("{} of {}", ROW, pl.lit(part.path.name)).alias(ROW))
         return table.with_columns(values)
@@ -214,6 +241,29 @@ class TableFile:
                 )
             keys |= dict.fromkeys(part.values)
         return list(keys)
+
+
+def _with_rows(kind: str, parts: list[Part]) -> list[Part]:
+    """Parts without those of Parquet that have no rows, whose columns and types mean nothing; one, if none has."""
+    if kind != "parquet":
+        return parts
+    kept = []
+    for part in parts:
+        with reading(part.path):
+            if pq.read_metadata(part.path).num_rows:
+                kept.append(part)
+    return kept or parts[:1]
+
+
+def _check_same(table: pl.LazyFrame, dtype: pl.DataType, name: str, value: str | None, path: Path) -> None:
+    text = as_text(name, dtype)
+    same = (
+        text.str.starts_with(value or "") if dtype.is_temporal() else text.is_in([value or "", plain_id(value or "")])
+    )
+    others = table.filter(text.is_not_null() & ~same).select(ROW, text).head(1).collect(engine="streaming")
+    for row, other in others.iter_rows():
+        what = f"{name} is {short(other)!r} in the file and {value!r} in its folder's name"
+        raise ValueError(f"{path}, row {row}: {what}: rename the column, or the folder, that is not meant")
 
 
 def _parquet_batches(path: Path, needed: Sequence[str], wanted: Sequence[str], image: str) -> Iterator[pl.DataFrame]:

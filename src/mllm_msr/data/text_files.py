@@ -63,7 +63,8 @@ def reading(path: Path | str) -> Iterator[None]:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (error.errno or str(path) in str(error)):
             raise  # of the system, such as a full disk, or one that names the file
-        raise ValueError(f"{path}: cannot be read, it is damaged or of another kind ({short(error)})") from error
+        what = f"cannot be read, it is damaged or of another kind ({short(error)}): fetch or write it anew"
+        raise ValueError(f"{path}: {what}") from error
 
 
 def text_blocks(path: Path, bad: BadRows) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Times as logs have them: numbers of any unit, dates, ISO texts with or without a zone; of one kind in a column."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -35,6 +36,26 @@ ROUNDED = pl.col("(rounded)")
 Problems = dict[str, pl.Expr]
 
 
+def alike(logs: Sequence[pl.LazyFrame], path: Path | str) -> list[pl.LazyFrame]:
+    """Parts of a log whose times go together: beside numbers, days are moments and no counts of days.
+
+    Raises:
+        ValueError: a column of lists, structures or spans of time.
+    """
+    types = [log.collect_schema()["timestamp"] for log in logs]
+    for log, dtype in zip(logs, types, strict=True):
+        if dtype.is_nested() or not is_text(dtype):
+            row = log.select(pl.col(ROW).first()).collect().item()
+            raise ValueError(
+                f"{path}, row {row}: times are numbers, dates or texts, but timestamp is a column of {short(dtype)}: "
+                "write them so, or name another column (--column; own tables only)"
+            )
+    if any(dtype.is_numeric() for dtype in types):
+        days = pl.col("timestamp").cast(pl.Datetime("us", "UTC"))
+        return [log.with_columns(days) if dtype == pl.Date else log for log, dtype in zip(logs, types, strict=True)]
+    return list(logs)
+
+
 def with_times(log: pl.LazyFrame, path: Path | str, bad: BadRows) -> tuple[pl.LazyFrame, int, Problems]:
     """Read the column ``timestamp`` into whole numbers, in the column ``(time)``.
 
@@ -43,13 +64,8 @@ def with_times(log: pl.LazyFrame, path: Path | str, bad: BadRows) -> tuple[pl.La
     Returns:
         The log; how many of the numbers are a second; and what makes a row a bad one: no time, or one of another kind
         than most rows have.
-
-    Raises:
-        ValueError: a column of lists, structures or spans of time.
     """
     dtype = log.collect_schema()["timestamp"]
-    if dtype.is_nested() or not is_text(dtype):
-        raise ValueError(f"{path}: times are numbers, dates or texts, but timestamp is a column of {short(dtype)}")
     if isinstance(dtype, pl.Datetime | pl.Date):
         unit = dtype.time_unit if isinstance(dtype, pl.Datetime) else "ms"
         log = log.with_columns(pl.col("timestamp").cast(pl.Datetime(unit)).dt.epoch(unit).alias("(time)"))

@@ -3,13 +3,12 @@
 import hashlib
 import re
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from mllm_msr.data.ids import as_ids
+from mllm_msr.data.ids import joined_ids
 from mllm_msr.data.parts import is_parts, table_format
 from mllm_msr.data.raw import ROW, BadRows, need_columns, short
 from mllm_msr.data.sources.registry import source_options
@@ -81,8 +80,8 @@ def read_column(source: Source, column: str, items: pl.DataFrame) -> pl.DataFram
     """
     tables = need_items_table(source, column)
     origin = f"{tables.items}, column {column!r}"
-    frame = _joined([_with_lists(batch, column, origin) for batch in tables.item_column(column)])
-    frame = as_ids(frame.lazy(), ["item_id"], str(tables.items), BadRows("skip")).collect()
+    batches = [_with_lists(batch, column, origin).lazy() for batch in tables.item_column(column)]
+    frame = joined_ids(batches, ["item_id"], str(tables.items), BadRows("skip")).collect()
     return _of_all(items, frame.unique("item_id", keep="first", maintain_order=True), origin)
 
 
@@ -101,12 +100,13 @@ def read_vectors(path: Path, items: pl.DataFrame) -> pl.DataFrame:
     """
     check_vector_file(path)
     if path.suffix == ".npz":
-        frame = _of_arrays(path)
+        batches = [_of_arrays(path)]
     else:
         if table_format(path.name) is None:
             raise ValueError(f"{path}: item vectors are read from {KINDS}, and this name ends as none of them")
-        frame = _of_table(path)
-    frame = as_ids(frame.lazy(), ["item_id"], path, BadRows(remedy="Mend the row, or leave it out.")).collect()
+        batches = _of_table(path)
+    bad = BadRows(remedy="Mend the row, or leave it out.")
+    frame = joined_ids((batch.lazy() for batch in batches), ["item_id"], path, bad).collect()
     frame = frame.filter(pl.col("item_id").is_not_null())
     if twice := frame.filter(pl.col("item_id").is_duplicated())["item_id"].to_list():
         raise ValueError(f"{path}: item {twice[0]!r} has more than one vector: leave one of them")
@@ -174,12 +174,8 @@ def _refuse_words(batch: pl.DataFrame, words: pl.Series, origin: str) -> None:
         )
 
 
-def _joined(batches: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    return pl.concat(batches, how="diagonal_relaxed")
-
-
-def _of_table(path: Path) -> pl.DataFrame:
-    """``ROW``, ``item_id``, ``vector`` of a table that is read as any other of its owner's."""
+def _of_table(path: Path) -> list[pl.DataFrame]:
+    """``ROW``, ``item_id``, ``vector`` of a table that is read as any other of its owner's, in batches."""
     batches = []
     bad = BadRows(remedy="Mend the row, or leave it out.")
     for batch in TableFile.find(path.name, path.parent).batches(["item_id"], ["vector"], "", bad):
@@ -201,7 +197,7 @@ def _of_table(path: Path) -> pl.DataFrame:
         batches.append(batch.select(ROW, "item_id").with_columns(numbers.select(vector=pl.concat_list(names))))
     if not batches:
         raise ValueError(f"{path}: holds no item vectors, as it has no rows")
-    return _joined(batches)
+    return batches
 
 
 def _of_arrays(path: Path) -> pl.DataFrame:

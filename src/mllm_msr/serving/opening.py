@@ -10,7 +10,7 @@ import polars as pl
 import polars.selectors as cs
 
 from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.ids import as_ids
+from mllm_msr.data.ids import joined_ids
 from mllm_msr.data.raw import ROW, BadRows, meant, need_columns
 from mllm_msr.data.table_files import TableFile
 from mllm_msr.evaluation.loading import Computing, is_late, load_catalogue, load_recommender
@@ -158,7 +158,7 @@ def read_columns(path: Path | None, item_ids: Sequence[str]) -> dict[str, dict[s
     if not batches:
         raise ValueError(f"--item-columns {path}: has no rows")
     need_columns(batches[0].columns, ["item_id"], path)
-    frame = as_ids(pl.concat(batches, how="diagonal_relaxed").lazy(), ["item_id"], path, bad).collect()
+    frame = joined_ids((batch.lazy() for batch in batches), ["item_id"], path, bad).collect()
     frame = frame.filter(pl.col("item_id").is_in(list(item_ids))).unique("item_id", keep="first", maintain_order=True)
     if frame.is_empty():
         raise ValueError(f"--item-columns {path}: no item_id is one of the catalogue, such as {item_ids[:1]}")

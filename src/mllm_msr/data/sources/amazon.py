@@ -62,7 +62,7 @@ def read_amazon(folder: Path | str, category: str, on_bad_rows: OnBadRows = "err
     """
     bad = BadRows(on_bad_rows)
     reviews = _find(folder, "review_categories", category)
-    log, ticks = interactions_from(spool(json_blocks(reviews, REVIEWS, bad)), reviews, COLUMNS, bad)
+    log, ticks = interactions_from([spool(json_blocks(reviews, REVIEWS, bad))], reviews, COLUMNS, bad)
     path = _find(folder, "meta_categories", f"meta_{category}")
     table = as_ids(spool(json_blocks(path, META, bad)).rename({"parent_asin": "item_id"}), ["item_id"], path, bad)
     table = bad.drop(table, {"no parent_asin": pl.col("item_id").is_null()}, path)

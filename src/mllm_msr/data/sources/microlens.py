@@ -51,7 +51,7 @@ def read_microlens(folder: Path, covers: Path | None = None, on_bad_rows: OnBadR
     folder = Path(folder)
     bad = BadRows(on_bad_rows)
     if pairs := _only(folder, "*pairs.csv"):
-        log, ticks = interactions_from(spool(csv_blocks(pairs, bad)), pairs, COLUMNS, bad)
+        log, ticks = interactions_from([spool(csv_blocks(pairs, bad))], pairs, COLUMNS, bad)
     elif pairs := _only(folder, "*pairs.tsv"):
         log, ticks = _sequences(pairs, bad), 1
     else:

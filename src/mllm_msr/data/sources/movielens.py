@@ -53,7 +53,7 @@ def read_movielens(folder: Path, on_bad_rows: OnBadRows = "error") -> RawData:
     folder = Path(folder)
     bad = BadRows(on_bad_rows)
     ratings = folder / "ratings.csv"
-    log, ticks = interactions_from(spool(csv_blocks(ratings, bad)), ratings, COLUMNS, bad)
+    log, ticks = interactions_from([spool(csv_blocks(ratings, bad))], ratings, COLUMNS, bad)
 
     path = folder / "items.csv"
     table = pl.concat(csv_blocks(path, bad))

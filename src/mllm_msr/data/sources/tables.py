@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
-from mllm_msr.data.ids import as_ids, as_text, check_join, is_text
+from mllm_msr.data.ids import as_text, check_join, is_text, joined_ids
 from mllm_msr.data.image_places import ImageColumn, images_by_id, opened
 from mllm_msr.data.logs import interactions_from
 from mllm_msr.data.raw import ROW, BadRows, RawData, Wrong, need_columns, short
@@ -102,8 +102,9 @@ def read_tables(
     mapping = {name: columns.get(name, name) for name in LOG_COLUMNS}
     if twice := [name for name in mapping.values() if list(mapping.values()).count(name) > 1]:
         raise ValueError(f"column mapping: {twice[0]!r} cannot be two of user_id, item_id and timestamp")
-    table = TableFile.find(str(interactions), folder).scan(list(mapping.values()), bad)
-    log, ticks = interactions_from(table, interactions, mapping, bad)
+    table, names = TableFile.find(str(interactions), folder), list(mapping.values())
+    with table.naming_parts(names):
+        log, ticks = interactions_from(table.scans(names, bad), interactions, mapping, bad)
     if items is None:
         catalogue = log.select(pl.col("item_id").unique()).collect(engine="streaming").sort("item_id")
     else:
@@ -148,7 +149,7 @@ def read_catalogue(
     for what, values in no_text.items():
         bad.note(f"{place}: {what}", values.count, values.examples)
     places.report(bad)
-    items = as_ids(pl.concat(batches, how="diagonal_relaxed").lazy(), ["item_id"], place, bad).collect()
+    items = joined_ids((batch.lazy() for batch in batches), ["item_id"], place, bad).collect()
     items = bad.drop(items, {"no item_id": pl.col("item_id").is_null()}, place)
     return bad.unique_items(items.drop(ROW, *([] if places.given else ["image_path"]), strict=False), place)
 
