@@ -49,8 +49,13 @@ class MllmMsrConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.interaction not in ("joint", "late"):
             raise ValueError(f"interaction={self.interaction!r} is not known; there are 'joint' and 'late'")
+        for name, least in (("user_limit", 1), ("item_limit", 1), ("item_memory", 0)):
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+        if self.item_memory and self.interaction == "joint":
+            raise ValueError(f"item_memory={self.item_memory} needs interaction='late': leave it out, or at 0")
         if self.answer_token_ids is not None:
-            yes, no = set(self.answer_token_ids["yes"]), set(self.answer_token_ids["no"])
+            yes, no = (set(self.answer_token_ids.get(side, ())) for side in ("yes", "no"))
             if not yes or not no or yes & no:
                 raise ValueError(f"the answers need distinct tokens, not {self.answer_token_ids}")
 

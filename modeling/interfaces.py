@@ -44,6 +44,7 @@ class RecommendationModel(Protocol):
 class RecommendationProcessor(Protocol):
     prompts: dict[str, str]
     item_noun: str
+    chat_template: Any
     max_length: int | None
     image_processor: Any
 

@@ -12,6 +12,7 @@ import torch
 from .inputs import Candidate, User
 from .interfaces import RecommendationModel, RecommendationProcessor
 
+SAMPLE = Candidate(title="The 3 rêves of 漢字", text="a sea-green (blue?) ship")
 SAMPLES = 1024  # values of each weight that go into the fingerprint of a model
 
 
@@ -60,6 +61,7 @@ def fingerprint(model: RecommendationModel, processor: RecommendationProcessor) 
     name = hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith(("_", "transformers"))}
     prompt = [processor.prompts["late_item"], processor.item_noun, processor.image_processor.to_dict()]
+    prompt += [processor.chat_template, processor.late_items([SAMPLE], None)["input_ids"].tolist()]  # as tokens, too
     name.update(json.dumps([config, prompt, str(model.dtype)], sort_keys=True, default=str).encode())
     for key, weight in model.state_dict().items():
         values = weight.detach().flatten()

@@ -3,27 +3,35 @@
 A shard is a safetensors file whose header names its items by their keys, in the order of the rows, so that no index can
 disagree with it. ``index.json`` repeats what the headers say, as far as it is still wanted, so that a folder of
 thousands opens with one read. Names are never used twice, and files appear whole or not at all: whatever is killed
-leaves what was written before, and what is deleted stays readable for those who have it mapped.
+leaves what was written before, and what is deleted stays readable for those who have it mapped. A file's name ends in
+the checksums of its header, which are compared before it is used, and of its tensors, which :meth:`ShardFolder.check`
+compares; and its header names the folder that it is of.
 """
 
 import ctypes
 import json
+import logging
 import os
 import sys
 import time
 import uuid
+import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from .eight_bits import plain_bytes
+
+logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]  # (N, ...) each: of N items
 
@@ -42,19 +50,37 @@ class BrokenShard(ValueError):
 
 
 class Shard:
-    """A mapped file: ``tensors`` are its memory, of which the system reads what is touched and keeps what is used."""
+    """A mapped file: ``tensors`` are its memory, of which the system reads what is touched and keeps what is used.
+
+    ``keys`` are those of its items. Raises BrokenShard if the file is cut off or something else.
+    """
 
     def __init__(self, path: Path) -> None:
         start, header = read_header(path)
+        self.path, self.start = path, start
         self.mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        self.populated = False
-        self.tensors: Tensors = {
-            name: self.mapped[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
-            .view(DTYPES[entry["dtype"]])
-            .view(entry["shape"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        self.populated, self.keys = False, items_of(header, path.parent.name)
+        try:
+            self.tensors: Tensors = {
+                name: self.mapped[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+                .view(DTYPES[entry["dtype"]])
+                .view(entry["shape"])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise BrokenShard(f"{path} is no whole shard: {error}") from error
+        if {len(tensor) for tensor in self.tensors.values()} != {len(self.keys)}:
+            raise BrokenShard(f"{path} is no whole shard: it names {len(self.keys)} items and has others")
+
+    @property
+    def header_checksum(self) -> str:
+        return f"{zlib.crc32(self.mapped[: self.start].numpy()):08x}"
+
+    @property
+    def checksum(self) -> str:
+        """Of the tensors, which are read for it."""
+        return f"{zlib.crc32(self.mapped[self.start :].numpy()):08x}"
 
     def populate(self) -> None:
         """Read the whole file in one go."""
@@ -78,25 +104,55 @@ class ShardFolder:
         self.keys: dict[str, list[str | None]] = {}  # of each shard's rows; None for what was dropped
         self.item_bytes = 0  # of the largest in what is mapped, as it is taken
         self._mapped: dict[str, Shard] = {}
+        self._broken: set[str] = set()
         self.refresh()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return sum(map(_size, self.folder.glob("*.safetensors")))
 
     def refresh(self) -> None:
         """Take over what other processes have written and deleted; a broken file counts as not there."""
         listed = {path.name for path in self.folder.glob("*.safetensors")}
-        if new := sorted(listed - self.keys.keys()):
+        if new := sorted(listed - self.keys.keys() - self._broken):
             index = _read_index(self.folder / INDEX)
             for name in new:
                 try:
-                    self._enter(name, index[name] if name in index else items_of(read_header(self.folder / name)[1]))
+                    self._enter(name, index.get(name) or items_of(read_header(self.folder / name)[1], self.folder.name))
                 except (BrokenShard, FileNotFoundError):
                     continue
         for name in self.keys.keys() - listed:
             self._forget(name)
+
+    def check(self) -> None:
+        """Read all shards, and delete those that are not as they were written, so that their items are missing."""
+        self.refresh()
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                shard = self._open(path.name)
+                if path.stem.endswith(shard.checksum):
+                    continue
+            except FileNotFoundError:
+                continue
+            except BrokenShard:
+                pass
+            logger.warning("%s is damaged: what it held of items is computed anew", path)
+            path.unlink(missing_ok=True)
+            if path.name in self.keys:
+                self._forget(path.name)
+
+    def _open(self, name: str) -> Shard:
+        """A shard of this folder, and of the items that the index says; BrokenShard if it is another."""
+        shard = Shard(self.folder / name)
+        if name.split("-")[1:2] != [shard.header_checksum]:
+            raise BrokenShard(f"{shard.path} is not as it was written")
+        keys = self.keys.get(name, shard.keys)
+        if len(keys) != len(shard.keys) or any(
+            ours not in (None, theirs) for ours, theirs in zip(keys, shard.keys, strict=True)
+        ):
+            raise BrokenShard(f"{shard.path} holds other items than {INDEX} says")
+        return shard
 
     def enter(self, name: str, shard: Shard, keys: Sequence[str]) -> None:
         """Find these items in a shard that was written."""
@@ -121,9 +177,10 @@ class ShardFolder:
             name = self.places.get(key, ("", 0))[0]
             if name and name not in self._mapped:
                 try:
-                    self._map(name, Shard(self.folder / name))
+                    self._map(name, self._open(name))
                 except (BrokenShard, FileNotFoundError):
                     self._forget(name)
+                    self._broken.add(name)
             if key not in self.places:
                 missing.append(key)
         return missing
@@ -137,12 +194,20 @@ class ShardFolder:
         return self._mapped[name]
 
     def write(self, keys: Sequence[str], tensors: Tensors) -> tuple[str, Shard]:
-        """Write a shard of these items; it and its name, to be entered."""
-        name = f"{time.time_ns():x}-{uuid.uuid4().hex[:8]}.safetensors"  # in the order of writing
-        part = self.folder / f"{name}.part"
-        save_file({kind: tensor.contiguous() for kind, tensor in tensors.items()}, part, {"items": json.dumps(keys)})
-        shard = Shard(part)
-        os.replace(part, self.folder / name)
+        """Write a shard of these items; it and its name, to be entered. Raises OSError if it cannot be written."""
+        part = self.folder / f"{uuid.uuid4().hex}.part"
+        names = {"items": json.dumps(keys), "folder": self.folder.name}
+        try:
+            save_file({kind: tensor.contiguous() for kind, tensor in tensors.items()}, part, names)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # or a power failure leaves a file of zeros under its name
+            shard = Shard(part)
+            name = f"{time.time_ns():x}-{shard.header_checksum}-{shard.checksum}.safetensors"  # in the order of writing
+            os.replace(part, self.folder / name)
+        except SafetensorError as error:
+            raise OSError(f"{self.folder}: {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
         return name, shard
 
     def prune(self, wanted: Iterable[str]) -> int:
@@ -155,9 +220,10 @@ class ShardFolder:
         wanted, before = set(wanted), len(self.places)
         sparse = {}
         for name, keys in self.keys.items():
-            rows = [row for row, key in enumerate(keys) if key in wanted and self.places[key] == (name, row)]
-            keys[:] = [key if row in set(rows) else None for row, key in enumerate(keys)]
-            size = (self.folder / name).stat().st_size
+            rows = [row for row, key in enumerate(keys) if key in wanted and self.places.get(key) == (name, row)]
+            here = set(rows)
+            keys[:] = [key if row in here else None for row, key in enumerate(keys)]
+            size = _size(self.folder / name)
             if 2 * len(rows) < len(keys) or (2 * len(keys) < SHARD_ITEMS and 2 * size < SHARD_BYTES):
                 sparse[name] = rows
         if len(sparse) > 1 or any(len(rows) < len(self.keys[name]) for name, rows in sparse.items()):
@@ -166,18 +232,20 @@ class ShardFolder:
             del self.places[key]
         _write_index(self.folder / INDEX, self.keys)
         for path in self.folder.glob("*.part"):
-            if path.stat().st_mtime < time.time() - LEFT_BEHIND:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # whole by now
+                if path.stat().st_mtime < time.time() - LEFT_BEHIND:
+                    path.unlink()
         return before - len(self.places)
 
     def _rewrite(self, sparse: Mapping[str, Sequence[int]]) -> None:
         """Write what is left of these shards anew, then delete them."""
         writer = ShardWriter(self)
         for name, rows in sparse.items():
-            shard = Shard(self.folder / name)
-            if rows:
-                keys = [key for key in self.keys[name] if key is not None]
-                writer.put(keys, {kind: take(tensor, rows) for kind, tensor in shard.tensors.items()})
+            with suppress(BrokenShard, FileNotFoundError):  # another process has just done the same
+                shard = self._open(name)
+                if rows:
+                    keys = [key for key in self.keys[name] if key is not None]
+                    writer.put(keys, {kind: take(tensor, rows) for kind, tensor in shard.tensors.items()})
         writer.flush()
         for name in sparse:
             self._forget(name)
@@ -263,6 +331,14 @@ def token_axis(tensor: torch.Tensor) -> int:
     return -1 if tensor.ndim == 2 else -2
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 if another process has just deleted it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def nbytes(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -287,19 +363,24 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
         raise BrokenShard(f"{path} is no whole shard: {error}") from error
 
 
-def items_of(header: Mapping[str, Any]) -> list[str]:
-    """The keys of a shard's items."""
+def items_of(header: Mapping[str, Any], folder: str) -> list[str]:
+    """The keys of a shard's items; BrokenShard if it says none, or is of another folder."""
     try:
-        return json.loads(header["__metadata__"]["items"])
+        names = header["__metadata__"]
+        keys = json.loads(names["items"])
     except (KeyError, ValueError, TypeError) as error:
         raise BrokenShard("its header names no items") from error
+    if names.get("folder") != folder or not isinstance(keys, list):
+        raise BrokenShard(f"its items are of {names.get('folder')}, another model")
+    return keys
 
 
 def _read_index(path: Path) -> dict[str, list[str | None]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # the headers say the same
         return {}
+    return {name: keys for name, keys in index.items() if isinstance(keys, list)} if isinstance(index, dict) else {}
 
 
 def _write_index(path: Path, keys: Mapping[str, Sequence[str | None]]) -> None:

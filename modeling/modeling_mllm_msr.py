@@ -171,7 +171,14 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """Give a `late` model so many new memory tokens; 0 takes those that it has away.
 
         Each begins as the mean of a stretch of the candidate's text or of its image; what is learned is added.
+
+        Raises:
+            ValueError: the count is no whole number of at least 0, or the model is `joint`.
         """
+        if type(count) is not int or count < 0:
+            raise ValueError(f"item_memory={count!r}: must be a whole number of at least 0")
+        if count and self.config.interaction == "joint":
+            raise ValueError(f"item_memory={count} needs interaction='late': set config.interaction before")
         self.config.item_memory, self.item_memory = count, None
         if count:
             vocabulary: Any = self.get_input_embeddings()

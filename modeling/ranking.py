@@ -89,6 +89,10 @@ class Recommender:
             raise ValueError("a joint model computes candidates anew for every user: leave `cache` out")
         if compile is not None and not self.late:
             raise ValueError("what a joint model computes has too many shapes to be compiled: leave `compile` out")
+        if type(token_budget) is not int or token_budget < 1:
+            raise ValueError(f"token_budget={token_budget!r}: must be a whole number of at least 1")
+        if memory_gb is not None and not (isinstance(memory_gb, int | float) and 0 <= memory_gb < float("inf")):
+            raise ValueError(f"memory_gb={memory_gb!r}: must be a number of at least 0; None is half of what is free")
         if cache_dtype not in (None, "int8"):
             raise ValueError(
                 f"cache_dtype={cache_dtype!r}: candidates are kept as they are computed (None) or in 'int8'"
@@ -174,7 +178,9 @@ class Recommender:
         return [in_order(candidates, row, top_k) for row in logits]
 
     def index(self, catalogue: Mapping[str, Candidate], progress: str | None = None) -> IndexReport:
-        """Fill the ``cache`` ahead, and delete from it what is not in ``catalogue`` any more."""
+        """Fill the ``cache`` ahead, and delete from it what is damaged or not in ``catalogue`` any more."""
+        if self.cache is not None:
+            self.cache.check()
         missing = self.not_indexed(catalogue)
         assert self.cache is not None and isinstance(self.plan, LatePlan)
         keys = {self.plan.keys.of(catalogue, item) for item in catalogue}
@@ -315,8 +321,9 @@ def _numbered(
         if (duplicate := _duplicate(row)) is not None:
             raise ValueError(f"item {duplicate!r} is there twice among the candidates of a user")
     names = list(dict.fromkeys(item for row in distinct.values() for item in row))
-    if unknown := next((item for item in names if item not in catalogue), None):
-        raise ValueError(f"item {unknown!r} is among the candidates, but not in the catalogue")
+    for item in names:
+        if item not in catalogue:
+            raise ValueError(f"item {item!r} is among the candidates, but not in the catalogue")
     place = {item: number for number, item in enumerate(names)}
     numbered = {key: np.fromiter((place[item] for item in row), np.int64, len(row)) for key, row in distinct.items()}
     return [numbered[id(row)] for row in candidates], names

@@ -343,7 +343,7 @@ class MllmMsrProcessor(ProcessorMixin):
                     f"{'max_length' if most == self.max_length else 'a limit'}={most} leaves no room for the prompt "
                     f"and its images alone, which take {len(ids) + room} tokens; raise it or use smaller images"
                 )
-            encoded.append(ids)
+            encoded.append(ids or self._encoder.tokenize(["\n"])[0])  # an item of which nothing is shown
             shortened.update(kinds)
         if shortened:
             logger.warning_once(f"prompts longer than {most} tokens lose text, of the history first: {dict(shortened)}")

@@ -1,5 +1,6 @@
 """Packed rows: what prompts share is computed once, and scores, losses and gradients are those of whole prompts."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.functional import adaptive_avg_pool1d
 from mllm_msr.modeling import block_attention as blocks
 from mllm_msr.modeling import packing
 from mllm_msr.modeling.block_layout import KVCache, PrefixGroup
+from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.inputs import Candidate, HistoryItem, User
 from mllm_msr.modeling.item_shards import ShardFolder
 from mllm_msr.modeling.modeling_mllm_msr import MllmMsrForRecommendation
@@ -324,6 +326,48 @@ def test_what_cannot_be_late_is_refused(backbone):
         late_batch(model, processor)
     with pytest.raises(ValueError, match="leave `cache` out"):
         Recommender(model, processor, cache="anywhere")
+
+
+@pytest.mark.parametrize("memory", [0, 1, 300])
+def test_an_item_of_which_nothing_is_shown_has_the_scores_of_the_definition(backbone, memory, tmp_path):
+    """And memory tokens may be more than the candidate's own."""
+    model, _ = recommender_of(backbone("qwen2_vl"), "late", memory)
+    template = "{{ title }}{% if image %}{{ image }}{% endif %}"
+    processor = MllmMsrProcessor.from_backbone(backbone("qwen2_vl"), prompts={"late_item": template})
+    items = {"": ITEMS[0], "blank": Candidate("blank"), "image": Candidate("image", image=ITEMS[1].image)}
+    with torch.no_grad():
+        expected = [late_logit(model, processor, USERS[0], item).item() for item in items.values()]
+    for options in ({}, {"token_budget": 1}, {"cache": tmp_path}):
+        (scores,) = Recommender(model, processor, **options).score(USERS[:1], [list(items)], items)
+        assert scores == pytest.approx(expected, abs=1e-5), options
+    with pytest.raises(ValueError, match="item '' is among the candidates, but not in"):
+        Recommender(model, processor).score(USERS[:1], [[""]], {})
+
+
+def test_what_is_kept_is_of_one_way_to_write_items(backbone, tmp_path):
+    model, processor = recommender_of(backbone("llava"), "late")
+    folders = {Recommender(model, processor, cache=tmp_path).cache.folder for _ in range(2)}
+    processor.tokenizer.add_tokens(["ship"])
+    folders.add(Recommender(model, processor, cache=tmp_path).cache.folder)
+    assert len(folders) == 2
+
+
+def test_numbers_that_cannot_be_are_refused(backbone):
+    model, processor = recommender_of(backbone("llava"), "late")
+    for given in (-1, 1.5, "4", True):
+        for set_there in (model.set_item_memory, lambda count: MllmMsrConfig(interaction="late", item_memory=count)):
+            with pytest.raises(ValueError, match=f"item_memory={given!r}: must be a whole number of at least 0"):
+                set_there(given)
+    with pytest.raises(ValueError, match="item_memory=4 needs interaction='late'"):
+        MllmMsrConfig(item_memory=4)
+    with pytest.raises(ValueError, match="item_limit=0: must be a whole number of at least 1"):
+        MllmMsrConfig(item_limit=0)
+    for name, value in (("memory_gb", -1), ("memory_gb", math.nan), ("memory_gb", math.inf), ("token_budget", 0)):
+        with pytest.raises(ValueError, match=f"{name}={value}: must be a "):
+            Recommender(model, processor, **{name: value})
+    model.config.interaction = "joint"
+    with pytest.raises(ValueError, match="item_memory=4 needs interaction='late'"):
+        model.set_item_memory(4)
 
 
 def test_a_control_token_in_a_title_is_text_in_a_block(backbone):

@@ -56,7 +56,10 @@ def test_large_requests_are_computed_as_ever(backbone, monkeypatch) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_only_late_answers_are_compiled(backbone) -> None:
-    model, processor = packed_recommender(backbone("llava"), "joint", LIMITS)
+def test_only_late_answers_are_compiled_and_by_what_there_is(backbone) -> None:
+    model, processor = packed_recommender(backbone("llava"), "late", LIMITS)
+    with pytest.raises(ValueError, match=r"compile='nothing' is no mode or backend .* there are default, reduce-over"):
+        Recommender(model, processor, compile="nothing")
+    model.config.interaction = "joint"
     with pytest.raises(ValueError, match="leave `compile` out"):
         Recommender(model, processor, compile="eager")

@@ -125,8 +125,45 @@ def test_full_shards_are_written_beside_the_work_and_errors_come_back(
     assert sorted(len(keys) for keys in shards.keys.values()) == [2, 4, 4] and set(shards.places) == set(same)
     shards.folder = tmp_path / "gone"
     writer.put(["1"], tensors_of(item("1")))
-    with pytest.raises(Exception, match="No such file"):
+    with pytest.raises(OSError, match=r"gone: .*No such file"):
         writer.flush()
+
+
+def test_what_is_damaged_or_of_another_model_is_computed_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = [str(number) for number in range(8)]
+    folder, other = tmp_path / "model", tmp_path / "other"
+    for where in (folder, other):
+        writer = ShardWriter(ShardFolder(where))
+        writer.put(keys, tensors_of(batch(keys)))
+        writer.flush()
+        writer.shards.prune(keys)
+    (index,) = folder.glob("index.json")
+    said = index.read_text()
+    for path in list(other.glob("*.safetensors")):
+        (folder / path.name).write_bytes(path.read_bytes())  # the same items, but of another model
+    shards = ShardFolder(folder)
+    assert set(shards.places) == set(keys) and not {name for name, _ in shards.places.values()} & set(
+        path.name for path in other.iterdir()
+    )
+    for changed in (said.replace('"3"', '"4"'), '{"a": 1}', "[]", "null", said.replace('"3", ', "")):
+        index.write_text(changed)
+        store = ItemStore(CPU, 10**9, ShardFolder(folder))
+        there = [key for key in keys if key not in store.missing(keys)]
+        check(store, there)
+    index.write_text(said)
+    shards.check()
+    assert set(shards.places) == set(keys) and len(list(folder.glob("*.safetensors"))) == len(shards.keys)
+    for where in (60, 300, -1):  # in the header, and in the last number
+        name = next(iter(shards.keys))
+        content = bytearray((folder / name).read_bytes())
+        content[where] ^= 16
+        held = [key for key in shards.keys[name] if key is not None]
+        (folder / name).write_bytes(content)
+        if where > 0:
+            assert set(ItemStore(CPU, 10**9, ShardFolder(folder)).missing(keys)) >= set(held)
+        shards = ShardFolder(folder)
+        shards.check()
+        assert not (folder / name).exists() and "damaged" in caplog.text and not set(held) & set(shards.places)
 
 
 def test_pruning_drops_and_compacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
