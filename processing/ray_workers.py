@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Generic
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    AuthenticationError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mllm_msr.processing.shipped_folders import copy_of, listing, read_part
@@ -241,13 +248,25 @@ def connect(address: str) -> None:
     how: dict[str, Any] = {}
     if address == "local":  # Ray's own workers would stand back behind all else on the machine
         how = {"include_dashboard": False, "object_store_memory": STORE, "_system_config": {"worker_niceness": 0}}
+    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     try:
-        if ":" in address:
-            _knock(address)
+        if ":" in place:
+            _knock(place)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **how)
-    except (OSError, GetTimeoutError, ValueError, RuntimeError) as error:
-        remedy = "start one by `ray start --head`, give its HOST:PORT, or use --ray local"
-        raise ValueError(f"--ray {address}: no cluster answers there ({type(error).__name__}): {remedy}") from error
+    except (OSError, GetTimeoutError, AuthenticationError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--ray {address}: {_refusal(error)}") from error
+
+
+def _refusal(error: BaseException) -> str:
+    """Why a cluster was not joined, and what to do."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "AuthenticationError" in f"{type(cause).__name__}: {cause}":
+            where = "copy ~/.ray/auth_token from the machine of its head, or put its content into RAY_AUTH_TOKEN"
+            return f"the cluster asks for its token: {where}, and set RAY_AUTH_MODE=token"
+        cause = cause.__cause__
+    remedy = "start one by `ray start --head`, give its HOST:PORT, or use --ray local"
+    return f"no cluster answers there ({type(error).__name__}): {remedy}"
 
 
 def _knock(address: str) -> None:
