@@ -28,6 +28,7 @@ except ImportError:
 
 import gradio as gr
 from datasets import load_dataset
+from huggingface_hub import HfApi
 from PIL import Image
 from transformers import pipeline
 
@@ -57,6 +58,12 @@ class Shown(Mapping[str, Any]):
         return len(self.demo.place)
 
 
+def commit(name: str, kind: str, revision: str | None) -> dict[str, str]:
+    """Where all files of a repository are of one commit; nothing for a folder."""
+    found = None if os.path.isdir(name) else HfApi().repo_info(name, repo_type=kind, revision=revision).sha
+    return {"revision": found} if found else {}
+
+
 class Demo:
     """A model and the data set it was trained on, as published.
 
@@ -70,15 +77,15 @@ class Demo:
 
     def __init__(self, model: str, dataset: str, revision: str | None, noun: str, block_size: int) -> None:
         self.noun, self.block_size = noun, block_size
-        pinned: dict[str, Any] = {"revision": revision} if revision else {}
+        of_model, of_data = commit(model, "model", revision), commit(dataset, "dataset", revision)
         self.folder = tempfile.TemporaryDirectory()  # else a folder would be taken for another of its name, once read
-        cached = None if revision else self.folder.name
+        cached = self.folder.name if os.path.isdir(dataset) else None
         task: Any = "sequential-recommendation"
-        pipe: Any = pipeline(task, model=model, trust_remote_code=True, **pinned)
+        pipe: Any = pipeline(task, model=model, trust_remote_code=True, **of_model)
         self.split_history, self.ranker = pipe.split_history, pipe.model.item_ranker
 
         def table(name: str, split: str = "train") -> Any:
-            return load_dataset(dataset, name, split=split, cache_dir=cached, **pinned)
+            return load_dataset(dataset, name, split=split, cache_dir=cached, **of_data)
 
         items = table("items")
         self.titles = dict(zip(items["item_id"], items["title"], strict=True))

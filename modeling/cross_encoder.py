@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.image_utils import load_image
 
 from .inputs import Candidate, User
+from .naming import pinned
 from .ranking import Recommender
 
 
@@ -47,8 +48,9 @@ class RecommendationAnswers(InputModule):
         **kwargs: Any,
     ) -> "RecommendationAnswers":
         """Called by the library: the model and the processor that lie beside this file."""
-        hub = {"token": token, "cache_dir": cache_folder, "revision": revision, "local_files_only": local_files_only}
-        hub |= {"trust_remote_code": trust_remote_code}
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
+        hub["revision"] = pinned(model_name_or_path, revision, **hub) or "main"
+        hub["trust_remote_code"] = trust_remote_code
         return cls(
             AutoModel.from_pretrained(model_name_or_path, **hub, **(model_kwargs or {})),
             AutoProcessor.from_pretrained(model_name_or_path, **hub, **(processor_kwargs or {})),

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .content_likeness import ContentLikeness
+from .naming import naming, pinned
 from .neighbours import taken
 from .score_fusion import ScoreFusion, frequency_buckets
 from .sequence_head import PADDING, SequenceHead
@@ -357,18 +358,18 @@ class ItemRanker(nn.Module):
 
     @classmethod
     def _read(cls, name_or_path: str, config: Mapping[str, Any] | None, hub: Mapping[str, Any]) -> "ItemRanker":
+        hub = {**hub, "revision": pinned(name_or_path, **hub)}
 
         def file(name: str, **options: Any) -> str:
-            path: Any = cached_file(name_or_path, name, **hub, **options)
-            return path
+            with naming(name_or_path):
+                return str(cached_file(name_or_path, name, **hub, **options) or "")
 
-        if config is None:
-            config = json.loads(Path(file("config.json")).read_text(encoding="utf-8")).get("sequence_head")
+        config = config or json.loads(Path(file("config.json")).read_text(encoding="utf-8")).get("sequence_head")
         if config is None:
             raise ValueError("it has no sequence head: its config.json has no `sequence_head`")
         items = json.loads(Path(file(ITEMS)).read_text(encoding="utf-8"))
         shards = [file(SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
-        if shards[0] is None:
+        if not shards[0]:
             places = json.loads(Path(file(SAFE_WEIGHTS_INDEX_NAME)).read_text(encoding="utf-8"))["weight_map"]
             shards = [file(shard) for shard in sorted({shard for key, shard in places.items() if PREFIX in key})]
         weights = dict[str, Tensor]()

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from .block_attention import BLOCK_ATTENTION
 from .configuration_mllm_msr import MllmMsrConfig
@@ -24,7 +23,7 @@ from .image_features import encoder_outputs
 from .item_ranking import PREFIX, ItemRanker
 from .last_layer import compute_answers_only
 from .lora import adapter_layers, merge_adapter, save_adapter
-from .naming import naming
+from .naming import naming, pinned
 
 MEMORY = "item_memory.safetensors"  # beside an adapter
 ADAPTER = "adapter"  # where a repository keeps it; at the root, AutoModel would take the repository for PEFT's own
@@ -103,9 +102,7 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
         """
         hub = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         with naming(id_or_path):
-            if not os.path.isdir(id_or_path):  # pinned to the commit that this revision is today
-                config_file = cached_file(id_or_path, "config.json", revision=revision, **hub)
-                revision = extract_commit_hash(config_file, None) or revision
+            revision = pinned(id_or_path, revision, **hub)
             where = {"revision": revision} if revision else {}
             vlm_config = AutoConfig.from_pretrained(id_or_path, **where, **hub)
         given = {"attn_implementation": attn_implementation, "quantization_config": quantization_config, "dtype": dtype}
@@ -261,6 +258,8 @@ class MllmMsrForRecommendation(PreTrainedModel, GenerationMixin):
 
         `revision` is then the adapter's; the backbone's is in the configuration.
         """
+        with naming(pretrained_model_name_or_path):
+            kwargs["revision"] = pinned(pretrained_model_name_or_path, **kwargs) or "main"
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         saved = config
         if not isinstance(config, PreTrainedConfig):

@@ -1,10 +1,45 @@
-"""Errors that say which repository was asked for."""
+"""Which commit of a repository is loaded, and errors that say which repository was asked for."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionResolutionError
 from safetensors import SafetensorError
+
+
+def pinned(
+    id_or_path: object, revision: str | None = None, repo_type: str | None = None, **hub: Any
+) -> str | None:  # fmt: skip
+    """The commit that a revision names at this moment, so that all files of one load are of one commit.
+
+    Offline, or while the Hub does not answer, that is the commit in the cache; the client then warns of it.
+
+    Args:
+        id_or_path: a Hub id, or a folder, whose `revision` comes back as it is.
+        hub: of the arguments of `from_pretrained`, `token`, `cache_dir` and `local_files_only` count.
+
+    Raises:
+        OSError: the Hub has no such repository or revision for this login, even if the cache has what it once had; or
+            it does not answer, and the cache has none.
+    """
+    if id_or_path is None or os.path.exists(str(id_or_path)):
+        return revision
+    offline = hub.get("local_files_only") or is_offline_mode()
+    how = {"repo_type": repo_type, "revision": revision, "cache_dir": hub.get("cache_dir"), "token": hub.get("token")}
+    try:
+        return HfApi().resolve_revision(str(id_or_path), local_files_only=offline, **how).resolved
+    except HfHubHTTPError as error:
+        at = f"{id_or_path}@{revision}" if revision else id_or_path
+        raise OSError(
+            f"{at}: the Hub does not give it to this login ({' '.join(str(error).split())}). Was it renamed, deleted, "
+            "made private or gated? Check the name and log in by `hf auth login`; with HF_HUB_OFFLINE=1 what the cache "
+            "has of it is used"
+        ) from error
+    except (RevisionResolutionError, HTTPError, ValueError) as error:  # ValueError: no name that the Hub could have
+        raise OSError(f"{id_or_path}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

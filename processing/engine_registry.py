@@ -90,20 +90,21 @@ def _openai(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> E
 
 
 def _transformers(options: SummaryOptions, prompts: Mapping[str, str], noun: str) -> Engine:
-    from mllm_msr.modeling.naming import naming
+    from mllm_msr.modeling.naming import naming, pinned
     from mllm_msr.processing.engine_transformers import TransformersEngine
     from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor
 
     name = backbone_path(options.model)
     with naming(name):
+        revision = pinned(name, options.revision)
         processor = MllmMsrProcessor.from_backbone(
-            name, revision=options.revision, prompts=dict(prompts), item_noun=noun, max_length=options.max_length
+            name, revision=revision, prompts=dict(prompts), item_noun=noun, max_length=options.max_length
         )
     return TransformersEngine(
         name,
         processor,
         label=_label(options),
-        revision=options.revision,
+        revision=revision,
         max_new_tokens=MAX_NEW_TOKENS | options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

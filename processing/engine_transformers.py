@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mllm_msr.modeling.generated_text import marks_reasoning, tidy
 from mllm_msr.modeling.image_features import ImageFeatureCache, encoder_outputs
 from mllm_msr.modeling.inputs import content_key
+from mllm_msr.modeling.naming import pinned
 from mllm_msr.processing.decoding import OwnSeeds, Speed, decode, decode_continuously, decode_static, end_tokens
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.processing_mllm_msr import MllmMsrProcessor, PromptBatch
@@ -79,14 +80,15 @@ class TransformersEngine:
         self.temperature, self.top_p = temperature, top_p
         self.dtype, self.device_map, self.attn_implementation = dtype, device_map, attn_implementation
         self.quantization_config, self.decoding, self.speed = quantization_config, decoding, Speed()
+        revision = pinned(name_or_path, revision)
         self.processor = processor or MllmMsrProcessor.from_backbone(name_or_path, revision=revision)
         self.config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-        self._asked_revision = revision
+        self._commit = revision
 
     @cached_property
     def revision(self) -> str:
         local = Path(self.name_or_path)
-        return folder_digest(local) if local.is_dir() else self.config._commit_hash or self._asked_revision or ""
+        return folder_digest(local) if local.is_dir() else self._commit or ""
 
     @cached_property
     def model(self) -> Any:

@@ -7,9 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from mllm_msr.modeling.generated_text import tidy
+from mllm_msr.modeling.naming import pinned
 from mllm_msr.processing.chat import chat_parts, harmless
 from mllm_msr.processing.engines import Answer, EngineUnavailable, Text, prompt_digest
 from mllm_msr.processing.prompts import MAX_NEW_TOKENS, Task
@@ -61,8 +60,7 @@ class VllmEngine:
     def revision(self) -> str:
         if (local := Path(self.name_or_path)).is_dir():
             return folder_digest(local)
-        config = AutoConfig.from_pretrained(self.name_or_path, revision=self._asked_revision)
-        return config._commit_hash or self._asked_revision or ""
+        return pinned(self.name_or_path, self._asked_revision) or ""
 
     @cached_property
     def model(self) -> Any:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.utils import logging
+from transformers.utils import logging, resolve_revision
 
 from .backbone_images import NoImages, PreparedImage, build_backbone_processor, collate_images
 from .chat_template import ChatTemplate
@@ -126,14 +126,14 @@ class MllmMsrProcessor(ProcessorMixin):
         Args:
             max_length: as in the class; by default as many tokens as the backbone has positions.
         """
-        where = {"revision": revision} if revision else {}
+        where = {"revision": resolve_revision(id_or_path, revision) or "main"}
         tokenizer = AutoTokenizer.from_pretrained(id_or_path, **where)
         config = AutoConfig.from_pretrained(id_or_path, **where)
         if max_length is None:
             max_length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         own = {"prompts": prompts, "item_noun": item_noun, "max_length": max_length}
         if config.model_type == "mllm_msr":  # a trained recommender in its place
-            whole = cls.from_pretrained(id_or_path, revision=revision or "main")
+            whole = cls.from_pretrained(id_or_path, **where)
             kind, settings = whole.backbone_processor_class, whole.backbone_processor_kwargs
             return cls(whole.image_processor, tokenizer, kind, settings, chat_template=whole.chat_template, **own)
         name = transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES.get(config.model_type)

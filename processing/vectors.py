@@ -16,6 +16,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from mllm_msr.modeling.inputs import Candidate
 from mllm_msr.modeling.item_vectors import BUDGET, PlainInputs, encode_items, load_item_model, to_half
+from mllm_msr.modeling.naming import pinned
 from mllm_msr.processing.auto import MllmMsrProcessor
 from mllm_msr.processing.encoded_items import EncodedItem
 from mllm_msr.processing.open_workers import open_workers
@@ -88,7 +89,8 @@ def item_encoder(
     token_budget: int | None = None,
 ) -> Encode:
     """A model of transformers: its mean last hidden state over an item's prompt, or, without a chat, over its words."""
-    where = {"revision": revision or "main"}
+    revision = pinned(name, revision) or "main"
+    where = {"revision": revision}
     config = AutoConfig.from_pretrained(name, **where)
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
     processor: Any
@@ -111,7 +113,7 @@ def sentence_encoder(name: str, revision: str | None, dtype: str | None) -> Enco
     except ImportError as error:
         needed = "sentence-transformers is not installed: `pip install 'mllm-msr[sentence-transformers]'`"
         raise ValueError(f"vectors.engine: {needed}") from error
-    model = SentenceTransformer(name, revision=revision, model_kwargs={"dtype": dtype or "auto"})
+    model = SentenceTransformer(name, revision=pinned(name, revision), model_kwargs={"dtype": dtype or "auto"})
     together = model.supports(("image", "text"))
     apart = not together and model.supports("image")
 

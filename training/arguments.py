@@ -133,7 +133,8 @@ class PairArguments:
             raise ValueError(f"--item_memory {self.item_memory}: must be at least 0")
         if self.item_memory_from is not None and not 0 <= self.item_memory_from < 1:
             raise ValueError(f"--item_memory_from {self.item_memory_from}: must be at least 0 and below 1")
-        for name in ("pairs_per_user", "log_q_correction", "item_memory", "item_memory_from"):
+        limits = ("user_limit", "item_limit", "pairs_per_user")
+        for name in (*limits, "log_q_correction", "item_memory", "item_memory_from"):
             if getattr(self, name) and not late:
                 raise ValueError(f"--{name} needs --interaction late")
         if self.cache_image_features and not self.whole_tasks:

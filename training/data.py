@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.hub_tables import load_table
+from mllm_msr.data.hub_tables import load_table, pinned_source
 from mllm_msr.records.run import RunFolder
 from mllm_msr.records.schema import CUT_INTERACTIONS
 from mllm_msr.training.arguments import ExampleArguments
@@ -43,6 +43,7 @@ class TrainingData:
         source = arguments.dataset_name or ""
         if (Path(source) / "config.yaml").is_file():
             RunFolder.open(Path(source)).require("summarize users")
+        source = pinned_source(source)
         items = Catalogue(load_table(source, "items", "train"))
         examples = load_table(source, "sft", arguments.dataset_train_split)
         cut_file = CUT_INTERACTIONS.path(Path(source))

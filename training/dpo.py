@@ -19,7 +19,7 @@ from typing import Any
 
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_quantization_config
 
-from mllm_msr.modeling.naming import naming
+from mllm_msr.modeling.naming import naming, pinned
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.training import arguments
 from mllm_msr.training.arguments import ExampleArguments
@@ -44,7 +44,8 @@ def train(script_args: ExampleArguments, training_args: DPOConfig, model_args: M
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} is no recommender: it has no config.json; name the folder that sft.py has saved")
     with naming(name):
-        processor = MllmMsrProcessor.from_pretrained(name, revision=model_args.model_revision or "main")
+        model_args.model_revision = pinned(name, model_args.model_revision) or "main"
+        processor = MllmMsrProcessor.from_pretrained(name, revision=model_args.model_revision)
     model = load_recommender(model_args)
     if model.config.interaction == "late":
         raise ValueError(f"{name} is a late recommender; dpo.py trains joint ones")

@@ -28,7 +28,7 @@ from mllm_msr.evaluation.rankers import training_log
 from mllm_msr.evaluation.sequence_training import FitOptions, TrainingData, fit
 from mllm_msr.modeling.configuration_mllm_msr import MllmMsrConfig
 from mllm_msr.modeling.item_ranking import ItemRanker
-from mllm_msr.modeling.naming import naming
+from mllm_msr.modeling.naming import naming, pinned
 from mllm_msr.modeling.score_fusion import ScoreFusion
 from mllm_msr.modeling.sequence_head_options import SequenceHeadConfig, SequenceHeadOptions
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
@@ -77,10 +77,11 @@ def main(arguments: HeadArguments, options: SequenceHeadOptions, fit_options: Fi
     if arguments.model is None:
         ranker.save_pretrained(folder)
     else:
-        model = MllmMsrForRecommendation.from_pretrained(arguments.model, dtype="auto")
+        revision = pinned(arguments.model) or "main"
+        model = MllmMsrForRecommendation.from_pretrained(arguments.model, revision=revision, dtype="auto")
         model.attach(ranker)
         model.save_pretrained(folder)
-        MllmMsrProcessor.from_pretrained(arguments.model).save_pretrained(folder)
+        MllmMsrProcessor.from_pretrained(arguments.model, revision=revision).save_pretrained(folder)
     return ranker
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
-from mllm_msr.modeling.naming import naming
+from mllm_msr.modeling.naming import naming, pinned
 from mllm_msr.modeling.packing import block_limits
 from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor
 from mllm_msr.records.recipe import backbone_path
@@ -42,8 +42,8 @@ def main(script_args: RecommenderArguments, training_args: SFTConfig, model_args
 def train(script_args: RecommenderArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
     # Model and processor
     name = backbone_path(model_args.model_name_or_path or "")
-    revision = model_args.model_revision if name == model_args.model_name_or_path else None
     with naming(name):
+        revision = pinned(name, model_args.model_revision if name == model_args.model_name_or_path else None)
         processor = MllmMsrProcessor.from_backbone(
             name,
             revision=revision,

@@ -5,17 +5,24 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from inspect import signature
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.checkpoint import checkpoint
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, strtobool
 from trl import ModelConfig
 
 from mllm_msr.evaluation.metrics import METRICS
 from mllm_msr.records.recipe import backbone_path
 from mllm_msr.records.sections import LARGEST_SEED
+from mllm_msr.records.typed import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,8 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
         if name in values and values[name] not in unsupported.neutral:
             yield f"--{name} {values[name]}: {unsupported.reason}"
     yield from _malformed(values)
+    yield from _of_schedule(values)
+    yield from _of_mappings(values)
     if values.get("packed") or values.get("interaction") == "late":
         for name, unsupported in WITH_WHOLE_TASKS.items():
             if values[name] not in unsupported.neutral:
@@ -197,6 +206,56 @@ def obstacles(values: Mapping[str, Any]) -> Iterator[str]:
             f"--lora_modules_to_save {values['lora_modules_to_save']}: modules_to_save are whole weights, which an "
             "adapter of a backbone on the Hub cannot hold; add --merge_adapter to save whole weights"
         )
+
+
+def _of_schedule(values: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on ``lr_scheduler_kwargs`` if the schedule of the learning rate has no such parameters or values.
+
+    It is made and gone through for a parameter of no meaning: only the whole says whether they go together.
+    """
+    kwargs, kind = _object(values["lr_scheduler_kwargs"]), SchedulerType(values["lr_scheduler_type"])
+    if kwargs is None:  # said already
+        return
+    given = f"--lr_scheduler_kwargs {kwargs}: --lr_scheduler_type {kind.value}"
+    plateau = kind == SchedulerType.REDUCE_ON_PLATEAU
+    known = signature(ReduceLROnPlateau if plateau else TYPE_TO_SCHEDULER_FUNCTION[kind])
+    of_the_trainer = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
+    takes = [name for name in known.parameters if name not in of_the_trainer]
+    if not takes:
+        if kwargs:
+            yield f"{given} takes none; leave the flag out"
+    elif unknown := [name for name in kwargs if name not in takes]:
+        yield f"{given} has no {unknown[0]!r}{did_you_mean(unknown[0], takes)}"
+    else:
+        try:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=values["learning_rate"])
+            schedule = get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
+            for _ in range(0 if plateau or kind == SchedulerType.GREEDY else 10):  # which evaluations steer
+                optimizer.step()
+                schedule.step()
+        except Exception as error:  # whatever numbers and texts lead to in there
+            yield f"{given} refuses them ({' '.join(str(error).split())})"
+
+
+def _of_mappings(values: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on the first unknown name in each flag that is a mapping of a library's own names."""
+    checkpointing = [name for name in signature(checkpoint).parameters if name not in ("function", "args", "kwargs")]
+    for flag, known in (
+        ("activation_checkpointing_kwargs", checkpointing),
+        ("gradient_checkpointing_kwargs", checkpointing),
+        ("accelerator_config", [one.name for one in fields(AcceleratorConfig)] + ["use_configured_state"]),
+    ):
+        if unknown := [name for name in _object(values.get(flag)) or {} if name not in known]:
+            yield f"--{flag}: there is no {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+
+
+def _object(value: Any) -> dict[str, Any] | None:
+    """A mapping, or the JSON of one; None for what is neither."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value or {}
+    except ValueError:
+        return None
+    return dict(found) if isinstance(found, Mapping) else None
 
 
 def _of_preferences(values: Mapping[str, Any]) -> Iterator[str]:
@@ -254,7 +313,7 @@ def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
     if not str(values.get("item_noun", "item")).strip():
         yield "--item_noun: is empty; name what an item is called in the prompts, such as film"
     for name, value in values.items():
-        if (name == "prompts" or name.endswith("_kwargs")) and isinstance(value, str) and not _is_object(value):
+        if (name == "prompts" or name.endswith("_kwargs")) and isinstance(value, str) and _object(value) is None:
             yield f"--{name} {value}: give a JSON object"
     if str(values["resume_from_checkpoint"]).lower() in ("true", "false"):
         yield (
@@ -267,13 +326,6 @@ def _malformed(values: Mapping[str, Any]) -> Iterator[str]:
             f"--metric_for_best_model {values['metric_for_best_model']}: no evaluation finds it; give one of "
             + ", ".join(f"eval_{name}" for name in ("loss", *METRICS))
         )
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 def supports_bfloat16(use_cpu: bool) -> bool:

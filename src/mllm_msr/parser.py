@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     ways = "the trained model's answer, the sequence head, or the fused score (default: fused where it is there)"
     rank.add_argument("--by", choices=("answer", "head", "fused"), help=ways)
     rank.add_argument("--items", type=names, metavar="A,B", help="candidate item ids (default: the catalogue)")
-    new = "items that the run has never seen, ranked with its own: CSV or Parquet with item_id, title, text, image"
+    new = "items that the run has never seen, ranked with its own: a table with item_id, title, text, image"
     rank.add_argument("--new-items", type=Path, metavar="FILE", help=new)
     rank.add_argument("--top-k", type=positive, default=10, help="how many to show (default: 10)")
     best = "of how many of a user's best candidates the fused score asks the answer; 0: none (default: 100)"

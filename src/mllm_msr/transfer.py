@@ -124,9 +124,11 @@ def find_model(place: str) -> OtherModel:
     else:
         from huggingface_hub import snapshot_download
 
+        from mllm_msr.modeling.naming import pinned
+
         name, _, commit = place.partition("@")
         try:
-            folder = Path(snapshot_download(name, revision=commit or None))
+            folder = Path(snapshot_download(name, revision=pinned(name, commit or None)))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--model {place}: there is no such folder here, and it cannot be fetched from the Hub: "

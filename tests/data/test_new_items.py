@@ -19,7 +19,12 @@ ITEMS = pl.DataFrame(
 
 def write(folder: Path, items: pl.DataFrame, kind: str = "csv") -> Path:
     path = folder / f"new.{kind}"
-    items.write_csv(path) if kind == "csv" else items.write_parquet(path)
+    if kind == "parquet":
+        items.write_parquet(path)
+    elif kind == "jsonl":
+        items.write_ndjson(path)
+    else:
+        items.write_csv(path, separator="\t" if kind == "tsv" else ",")
     return path
 
 
@@ -27,7 +32,7 @@ def read(path: Path):
     return read_new_items(path, KNOWN, PrepareOptions(), path.parent / "cache")
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl", "tsv"])
 def test_items_come_in_their_order_with_words_and_images_as_prepared_ones(tmp_path: Path, kind: str) -> None:
     Image.effect_noise((300, 200), 80).convert("RGB").save(tmp_path / "sea.png")
     new = read(write(tmp_path, ITEMS, kind))
@@ -41,7 +46,8 @@ def test_items_come_in_their_order_with_words_and_images_as_prepared_ones(tmp_pa
 def test_vectors_of_the_file_are_in_the_order_of_its_items(tmp_path: Path) -> None:
     vectors = [[3.0, 4.0], [1.0, 2.0]]
     items = pl.DataFrame({"item_id": ["n2", "n1"], "vector": vectors})
-    assert read(write(tmp_path, items, "parquet")).vectors.tolist() == vectors
+    for kind in ("parquet", "jsonl"):
+        assert read(write(tmp_path, items, kind)).vectors.tolist() == vectors
     text = items.with_columns(vector=pl.Series(["[3.0, 4.0]", "[1.0, 2.0]"]))
     assert read(write(tmp_path, text)).vectors.tolist() == vectors
 
@@ -75,8 +81,12 @@ def test_bad_files_are_refused(tmp_path: Path, items: pl.DataFrame, message: str
 
 
 def test_other_files_and_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"new\.txt: new items are read from CSV or Parquet"):
+    (tmp_path / "new.txt").write_text("item_id,title\nn1,The Sea\n")
+    with pytest.raises(ValueError, match=r"new\.txt: this is a file whose name ends in none of \.csv, .*: rename it"):
         read(tmp_path / "new.txt")
+    (tmp_path / "new.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"new\.xlsx: this is .* an Excel workbook: .*save the sheet as CSV"):
+        read(tmp_path / "new.xlsx")
     with pytest.raises(FileNotFoundError, match=r"new\.csv"):
         read(tmp_path / "new.csv")
 

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mllm_msr.records.sections import HeadOptions, PrepareOptions, VectorOptions
+from mllm_msr.records.sections import EvaluationOptions, HeadOptions, PrepareOptions, SummaryOptions, VectorOptions
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,18 @@ def test_no_limit_is_none_and_no_core_is_zero() -> None:
         (HeadOptions, {"learning_rate": float("nan")}, "learning_rate=nan: must be at least 0"),
         (HeadOptions, {"weight_decay": -1.0}, "weight_decay=-1.0: must be at least 0"),
         (HeadOptions, {"heads": 3}, "hidden=64 is no multiple of heads=3"),
+        (
+            SummaryOptions,
+            {"model": "m", "base_url": "notaurl"},
+            "^base_url: is no address of a server; write it as http",
+        ),
+        (SummaryOptions, {"model": "m", "base_url": ["http://h/v1", "h:80"]}, "^base_url: is no address of a server"),
+        (
+            SummaryOptions,
+            {"model": "m", "base_url": "http://me:secret@h:port"},
+            "^base_url: is no address of a server;",
+        ),
+        (EvaluationOptions, {"served": "localhost:8000"}, "^served: is no address of a server; write it as http"),
         (VectorOptions, {"dtype": "foo"}, "dtype='foo': must be 'auto', 'float32'"),
     ],
 )

@@ -35,6 +35,8 @@ def test_a_release_is_opened_as_its_run(run: RunFolder, tmp_path: Path, backbone
     assert is_release(str(folders["model"])) and is_release("org/name@v1") and not is_release(str(tmp_path))
     (tmp_path / "README.md").write_text("---\ndatasets:\n- org/data\n---\n", encoding="utf-8")
     assert its_dataset(str(tmp_path), "") == "org/data"
+    with pytest.raises(ValueError, match="a commit is of one repository: name the data set's too, --dataset org/data@"):
+        its_dataset(str(tmp_path), "a" * 40, "a" * 40)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match="its card names no data set: name the one published with it by --dataset"):
         its_dataset(str(tmp_path), "")

@@ -24,7 +24,8 @@ class Hub(Storage, ThreadingHTTPServer):
     """``with Hub() as hub``: served at ``hub.url`` until the block ends.
 
     ``faults`` are taken one a matching request: ``(route, action)`` with an action of "503" or another status,
-    "lose" (do it, then hang up), "cut" (hang up in the midst of the body), "page" (of a proxy, with 200), or a function
+    "lose" (do it, then hang up), "cut" (hang up in the midst of the body), "short" (hang
+    up in the midst of the reply), "page" (of a proxy, with 200), or a function
     to call before it is served, which may raise `Refused`.
     """
 
@@ -140,7 +141,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if fault == "short" else content)
+        if fault == "short":
+            self.hang_up()
         return None
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve

@@ -6,10 +6,21 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image
 
 from mllm_msr.data.table_files import load_afresh
-from mllm_msr.modeling.naming import naming
+from mllm_msr.modeling.naming import naming, pinned
 from mllm_msr.records import schema
 
 RUN_TABLES = {table.name: table for table in schema.PUBLISHED}
+
+
+def pinned_source(source: str) -> str:
+    """``source`` of :func:`load_table`, of the Hub at the commit that it names now: so that all its tables are of one.
+
+    Raises:
+        OSError: the Hub has no such data set, or none for this login.
+    """
+    name, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+    commit = pinned(name, revision or None, "dataset")
+    return f"{name}@{commit}" if commit else name
 
 
 def load_table(source: str, config: str, split: str) -> Dataset:

@@ -38,7 +38,9 @@ class NewItems:
 
 
 def read_new_items(path: Path, known: Container[str], options: PrepareOptions, cache: Path) -> NewItems:
-    """Read CSV or Parquet with ``item_id`` and of ``title``, ``text``, ``image`` and ``vector`` what there is.
+    """Read a table of any kind that a catalogue may be (CSV, TSV, JSON lines, Parquet; packed or not).
+
+    It has ``item_id`` and of ``title``, ``text``, ``image`` and ``vector`` what there is.
 
     Args:
         path: images are paths relative to its folder, URLs or bytes; vectors as in
@@ -52,8 +54,8 @@ def read_new_items(path: Path, known: Container[str], options: PrepareOptions, c
         ValueError: a row is bad, an id comes twice or is taken, an image or a vector cannot be used, or an item has
             nothing that tells it from others; the message names the file, the row or the item, and the remedy.
     """
-    if path.suffix.lower() not in (".csv", ".parquet"):
-        raise ValueError(f"{path}: new items are read from CSV or Parquet, with item_id, title, text and image")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of new items")
     bad = BadRows(remedy="Mend the row, or leave it out.")
     catalogue = read_catalogue(path.name, {}, path.parent, None, bad)
     if refused := [each for each in bad.skipped if not re.search(HARMLESS, each["what"])]:
@@ -93,4 +95,4 @@ def _candidates(path: Path, items: pl.DataFrame, options: PrepareOptions, cache:
 
 def _has_vectors(path: Path) -> bool:
     batches = TableFile.find(path.name, path.parent).batches(["item_id"], ["vector"], "", BadRows("skip"))
-    return "vector" in next(batches).columns
+    return any(batch["vector"].is_not_null().any() for batch in batches if "vector" in batch.columns)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -26,6 +27,7 @@ from mllm_msr.data.raw import ROW, BadRows, meant, need_columns, short
 from mllm_msr.data.remote_files import fetch, is_remote, without_user
 from mllm_msr.data.spool import spool, spool_folder
 from mllm_msr.data.text_files import kind_of, reading, text_blocks
+from mllm_msr.modeling.naming import pinned
 
 ROWS = 10_000  # of a batch
 IMAGE_ROWS = 64  # of a batch, where rows hold images
@@ -53,9 +55,15 @@ def local_file(path: Path | str) -> Path:
         )
     repo, revision, file = match.groups()
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=_commit(repo, revision)))
     except (OSError, ValueError) as error:
         raise OSError(f"{path}: cannot be fetched from the Hub ({short(error)})") from error
+
+
+@cache
+def _commit(repo: str, revision: str | None) -> str | None:
+    """What this process read first of a data set decides of which commit the rest is."""
+    return pinned(repo, revision, "dataset")
 
 
 @dataclass(frozen=True)
@@ -317,7 +325,9 @@ def _data_set(place: str, folder: Path) -> Dataset:
         name = str(folder / name)
     name, _, revision = name.partition("@") if place.startswith("hf:") else (name, "", "")
     try:
-        data = load_afresh(name, **({"revision": revision} if revision else {}), **options)
+        if place.startswith("hf:"):
+            options["revision"] = _commit(name, options.get("revision") or revision or None) or ""
+        data = load_afresh(name, **options)
     except Exception as error:  # of any library that reads one of its many formats
         raise ValueError(f"{place}: cannot be read as a data set ({type(error).__name__}: {short(error)})") from error
     if isinstance(data, DatasetDict):

@@ -104,6 +104,8 @@ def parse_recipe(content: Any, check_training: CheckFlags = dict) -> Recipe:
     given["source"] = _source(given["source"])
     if not given["name"].strip():
         raise ValueError("name: is empty")
+    if not given.get("item_noun", "item").strip():
+        raise ValueError("item_noun: is empty; name what an item is called in prompts, such as film")
     for name, kind in SECTIONS.items():
         if name in given:
             given[name] = build(kind, given[name], name)

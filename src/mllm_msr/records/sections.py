@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from mllm_msr.records.typed import check_types
 
@@ -39,6 +40,17 @@ def at_least(section: Any, **least: float) -> None:
             raise ValueError(f"{name}={value}: must be at least {smallest}{', and finite' if value == inf else ''}")
         if name == "seed" and value > LARGEST_SEED:
             raise ValueError(f"seed={value}: must be at most {LARGEST_SEED}")
+
+
+def need_server(name: str, url: str) -> None:
+    """Raise ValueError for what is no address of a server, without showing it: it may have a password."""
+    try:
+        parts = urlsplit(url.strip())
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:  # a port that is none, brackets that do not close
+        sound = False
+    if not sound:
+        raise ValueError(f"{name}: is no address of a server; write it as http(s)://HOST:PORT/v1")
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,8 @@ class SummaryOptions:
             raise ValueError(f"model: name the model of the {self.engine} engine")
         at_least(self, block_size=1, batch_size=1, concurrency=1, tries=1, max_length=1, token_budget=1)
         at_least(self, seed=0, temperature=0, timeout=0.001, requests_per_minute=0.001)
+        for url in [self.base_url] if isinstance(self.base_url, str) and self.base_url else self.base_url or ():
+            need_server("base_url", url)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
         for name, tokens in self.max_new_tokens.items():
@@ -256,6 +270,8 @@ class EvaluationOptions:
         at_least(self, seed=0, token_budget=1, full_catalogue=1, full_catalogue_pairs=1, agreement=1, rerank=0)
         if self.full_catalogue != "all":
             at_least(self, full_catalogue=1)
+        if self.served is not None:
+            need_server("served", self.served)
         if not self.metrics or not self.rows:
             raise ValueError("metrics and rows: name at least one of each")
 

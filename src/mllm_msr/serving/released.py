@@ -9,8 +9,9 @@ from accelerate import PartialState
 from huggingface_hub import ModelCard, hf_hub_download
 
 from mllm_msr.data.catalogue import Catalogue
-from mllm_msr.data.hub_tables import load_table
+from mllm_msr.data.hub_tables import load_table, pinned_source
 from mllm_msr.evaluation.loading import Computing
+from mllm_msr.modeling.naming import pinned
 from mllm_msr.records.public import is_hub_id
 from mllm_msr.records.recipe import FORMAT, Recipe, load_recipe
 from mllm_msr.records.storage import digest, folder_digest
@@ -38,10 +39,11 @@ def open_release(source: str, dataset: str | None, how: Computing, columns: Path
     from mllm_msr.processing.auto import MllmMsrForRecommendation, MllmMsrProcessor, Recommender
 
     name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
-    where: dict[str, Any] = {"revision": revision} if revision else {}
+    commit = pinned(name, revision or None) or ""
+    where: dict[str, Any] = {"revision": commit} if commit else {}
     model: Any = MllmMsrForRecommendation.from_pretrained(name, **where, **({"dtype": how.dtype} if how.dtype else {}))
-    recipe = released_recipe(name, revision, model.config.backbone_name_or_path)
-    dataset = dataset or its_dataset(name, revision)
+    recipe = released_recipe(name, commit, model.config.backbone_name_or_path)
+    dataset = pinned_source(dataset or its_dataset(name, revision, commit))
     recommender = Recommender(
         model.to(how.device or PartialState().device),
         MllmMsrProcessor.from_pretrained(name, **where),
@@ -52,7 +54,7 @@ def open_release(source: str, dataset: str | None, how: Computing, columns: Path
     )
     items = load_table(dataset, "items", "train")
     ids = items["item_id"]
-    commit = folder_digest(Path(name)) if Path(name).is_dir() else getattr(model.config, "_commit_hash", "") or revision
+    commit = commit or folder_digest(Path(name))
     tasks = frame_of(dataset, "tasks", "all", ["user_id", "split", "history"]).filter(split="test")
     preferences = frame_of(dataset, "preferences", "train", ["user_id", "step", "preference"]).sort("user_id", "step")
     histories = tasks.unique("user_id", maintain_order=True).select("user_id", pl.col("history").alias("item_id"))
@@ -93,15 +95,19 @@ def released_recipe(name: str, revision: str, backbone: str | None) -> Recipe:
     return replace(recipe, training={"model_name_or_path": backbone} if backbone else {})
 
 
-def its_dataset(name: str, revision: str) -> str:
-    """The data set that belongs to a model; ValueError if none is named."""
+def its_dataset(name: str, revision: str, commit: str = "") -> str:
+    """The data set that belongs to a model, at the same tag or branch; ValueError if that cannot be known."""
     folder = Path(name).resolve()
     if folder.is_dir() and (folder.parent / "dataset" / "README.md").is_file():
         return str(folder.parent / "dataset")
     card = folder / "README.md"
     if not folder.is_dir():
-        card = Path(hf_hub_download(name, "README.md", revision=revision or None))
+        card = Path(hf_hub_download(name, "README.md", revision=commit or None))
     named = ModelCard.load(card).data.to_dict().get("datasets") if card.is_file() else None
     if not named:
         raise ValueError(f"{name}: its card names no data set: name the one published with it by --dataset")
+    if revision and revision == commit:
+        raise ValueError(
+            f"{name}@{revision}: a commit is of one repository: name the data set's too, --dataset {named[0]}@COMMIT"
+        )
     return f"{named[0]}@{revision}" if revision else named[0]
