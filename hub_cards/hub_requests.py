@@ -110,8 +110,11 @@ def _asked_wait(error: Exception) -> float:
         return limit.reset_in_seconds + 1.0
     if after.isdigit():
         return float(after)
-    date = email.utils.parsedate_tz(after)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    until, now = (email.utils.parsedate_tz(date) for date in (after, headers.get("Date", "")))
+    if until is None:
+        return 0.0
+    clock = email.utils.mktime_tz(now) if now else time.time()  # the Hub's own: this machine's may be wrong
+    return max(0.0, email.utils.mktime_tz(until) - clock)
 
 
 def _remedy(api: HfApi, error: Exception, asked: float) -> str:

@@ -260,6 +260,8 @@ def _try_commit(api: HfApi, repository: Repository, title: str) -> None:
                 f"the Hub has made other files of {repository.repo_id} than were sent; nothing is shown, repeat it"
             )
         api.delete_branch(**repository.name, branch=STAGE)
+        if STAGE in {branch.name for branch in api.list_repo_refs(**repository.name).branches}:
+            raise LookupError(f"the branch {STAGE} has been deleted, and is there still")
 
 
 def _send(api: HfApi, repository: Repository, changes: list[Any], title: str, head: str, **where: Any) -> str:
@@ -301,6 +303,8 @@ def _tag(api: HfApi, repository: Repository, commit: str, tag: str) -> None:
 def _make_public(api: HfApi, repository: Repository) -> None:
     if api.repo_info(**repository.name).private:
         api.update_repo_settings(**repository.name, private=False)
+        if api.repo_info(**repository.name).private:  # the reply is not read, so that a proxy's page passes for it
+            raise LookupError("it has been made public, and is private still")
 
 
 def _wake(api: HfApi, repository: Repository) -> None:

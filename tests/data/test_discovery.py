@@ -80,6 +80,29 @@ def test_a_table_of_users_is_not_taken_for_the_catalogue(tmp_path):
     assert [line.split(":")[0] for line in found.unused] == ["broken.parquet", "people.csv"]
 
 
+@pytest.mark.parametrize("names", [["visitorid", "itemid"], ["Kunde", "Artikel"]])
+def test_users_whose_numbers_are_items_as_well_are_not_taken_for_them(tmp_path, names):
+    """Every user's number is an item's, but two of the items chosen are not in the catalogue."""
+    rows = [(user, (user * 7 + step * 3) % 40, 1_700_000_000 + step) for user in range(12) for step in range(6)]
+    pl.DataFrame(rows, schema=[*names, "timestamp"], orient="row").write_csv(tmp_path / "log.csv")
+    goods = pl.DataFrame({names[1]: range(38), "title": [f"Mug {item}" for item in range(38)]})
+    goods.write_csv(tmp_path / "goods.csv")
+    assert {role: discover(tmp_path).options.columns[role] for role in ("user_id", "item_id")} == {
+        "user_id": names[0],
+        "item_id": names[1],
+    }
+
+
+def test_columns_that_neither_values_nor_names_tell_apart_are_asked_for(tmp_path):
+    rows = [(user, (user * 7 + step * 3) % 20, 1_700_000_000 + step) for user in range(12) for step in range(6)]
+    pl.DataFrame(rows, schema=["a", "b", "time"], orient="row").write_csv(tmp_path / "log.csv")
+    pl.DataFrame({"key": range(20), "title": [f"Mug {item}" for item in range(20)]}).write_csv(tmp_path / "goods.csv")
+    with pytest.raises(ValueError, match=r"'a' and of 'b' are ids in goods\.csv, .*--column item_id=NAME"):
+        discover(tmp_path)
+    columns = discover(tmp_path, columns={"user_id": "a"}).options.columns
+    assert (columns["user_id"], columns["item_id"]) == ("a", "b")
+
+
 def test_images_that_are_called_by_ids_and_bytes_in_a_table(tmp_path):
     (tmp_path / "a").mkdir()
     LOG.rename({"a": "user", "b": "item", "c": "time"}).write_parquet(tmp_path / "a/log.parquet")

@@ -5,7 +5,7 @@ import time
 from email.utils import formatdate
 
 import pytest
-from hub_server import Hub
+from hub_server import Handler, Hub
 from hub_storage import Refused
 
 from mllm_msr.hub_cards import hub_requests
@@ -121,6 +121,38 @@ def test_a_wait_that_the_hub_asks_for_is_kept(release, monkeypatch, capsys, head
     assert (
         f"org/ranking_metrics (try commit): the Hub asks to wait for {waits[0]:.0f} seconds" in capsys.readouterr().out
     )
+
+
+def test_a_date_to_wait_for_is_read_by_the_hub_s_own_clock(release, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(Handler, "date_time_string", lambda self: "Wed, 01 Jan 2031 00:00:00 GMT")
+    with Hub() as hub:
+        hub.faults = [("commit", refuse(503, "back soon", **{"Retry-After": "Wed, 01 Jan 2031 00:00:37 GMT"}))]
+        release(hub, parts=("metric",))
+    assert waits == [37]
+
+
+@pytest.mark.parametrize("route", ["settings", "branch"])
+def test_what_a_proxy_answers_for_the_hub_is_done_again_where_no_reply_is_read(release, route):
+    """The page comes in place of the Hub's work, not only of its reply."""
+    with Hub() as hub:
+        hub.faults = [("branch", lambda: None)] * (route == "branch") + [(route, "login")]
+        release(hub, parts=("metric",), public=True)
+        assert hub.faults == [] and hub.history(*METRIC) == RELEASED and not hub.repos[METRIC]["private"]
+        assert [ref for ref in hub.repos[METRIC]["refs"] if "heads" in ref] == ["refs/heads/main"]
+    with Hub() as hub:
+        hub.faults = [("settings", "login")] * 20
+        with pytest.raises(RuntimeError, match=r"everything is released; but .* \(make public\): .*prox"):
+            release(hub, parts=("metric",), public=True)
+
+
+@pytest.mark.parametrize("route", ["refs", "lfs_batch", "create", "commit", "tag"])
+def test_a_reply_that_ends_early_is_asked_for_again(release, route):
+    with Hub() as hub:
+        hub.faults = [(route, "short")]
+        release(hub, parts=("model",))
+        assert hub.faults == [] and hub.history(*MODEL) == RELEASED
 
 
 def test_a_wait_of_hours_is_left_to_the_user(release):

@@ -25,7 +25,7 @@ class Hub(Storage, ThreadingHTTPServer):
 
     ``faults`` are taken one a matching request: ``(route, action)`` with an action of "503" or another status,
     "lose" (do it, then hang up), "cut" (hang up in the midst of the body), "short" (hang
-    up in the midst of the reply), "page" (of a proxy, with 200), or a function
+    up in the midst of the reply), "page" (of a proxy, with 200), "login" (the same, and nothing is done), or a function
     to call before it is served, which may raise `Refused`.
     """
 
@@ -107,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
         elsewhere = self.path.encode() + self.body + (given.encode() if name == "store" else b"")
         self.server.leaks += [self.path for token in ACCOUNTS if token.encode() in elsewhere]
         try:
+            if fault == "login":
+                serve, fault = None, "page"
             if callable(fault):
                 fault()
             if given and name != "store":

@@ -55,11 +55,12 @@ class Join(NamedTuple):
 
     @property
     def worth(self) -> float:
-        """How likely these are items, and not users with a table of their own."""
+        """How likely these are items, and not users with a table of their own, or whose numbers are items' as well."""
         likes_item = max(likeness(self.ours, "item_id"), likeness(self.theirs, "item_id"))
         likes_user = max(likeness(self.ours, "user_id"), likeness(self.theirs, "user_id"))
         named = max(likeness(column, role) for column in self.catalogue.columns for role in ("title", "image"))
-        return self.share + likes_item - likes_user + named / 2
+        alike = self.ours.casefold() == self.theirs.casefold() and not likes_user
+        return self.share + likes_item - likes_user + named / 2 + (likeness(self.ours, "item_id") or alike) / 2
 
 
 def discover(
@@ -245,7 +246,8 @@ def _comes_again(sample: Sample, column: str) -> bool:
 
 def _join(log: Sample, others: Sequence[Sample], known: Mapping[str, str]) -> Join | None:
     """The best of all pairs of a column of the log and one of a catalogue in which no value comes twice."""
-    ours = [known["item_id"]] if "item_id" in known else [name for name in log.columns if name != known["timestamp"]]
+    others_roles = (known["timestamp"], known.get("user_id"))
+    ours = [known["item_id"]] if "item_id" in known else [name for name in log.columns if name not in others_roles]
     joins = []
     for mine in ours:
         if mine not in log.columns or (chosen := log.ids(mine)) is None:
@@ -259,6 +261,13 @@ def _join(log: Sample, others: Sequence[Sample], known: Mapping[str, str]) -> Jo
                 if isinstance(share, float) and share >= 0.5:
                     joins.append(Join(log, other, mine, theirs, share))
     best = max(joins, key=lambda join: join.worth, default=None)
+    if best and not likeness(best.ours, "item_id"):
+        rivals = [join.ours for join in joins if join.ours != best.ours and join.worth > best.worth - 0.1]
+        if rivals:
+            raise ValueError(
+                f"{log.path}: the values of {best.ours!r} and of {rivals[0]!r} are ids in {best.catalogue.place}, and "
+                "names do not tell which are items: name them by --column item_id=NAME"
+            )
     named_so = "item_id" in known or "items.item_id" in known
     return best if best and (named_so or best.worth > 0.5) else None
 
