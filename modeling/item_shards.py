@@ -195,6 +195,7 @@ class ShardFolder:
 
     def write(self, keys: Sequence[str], tensors: Tensors) -> tuple[str, Shard]:
         """Write a shard of these items; it and its name, to be entered. Raises OSError if it cannot be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # an index of a later model may have removed it
         part = self.folder / f"{uuid.uuid4().hex}.part"
         names = {"items": json.dumps(keys), "folder": self.folder.name}
         try:

@@ -1,6 +1,7 @@
 """Rank a real catalogue: for one user, or for all users into files."""
 
 import json
+import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -350,7 +351,7 @@ def index_of(run: RunFolder) -> Path | None:
 
 
 def index(run: RunFolder, memory_gb: float | None) -> None:
-    """Compute ahead what a ``late`` model keeps of every item, and drop what is no more."""
+    """Compute ahead what a ``late`` model keeps of every item, and drop what is no more, or was an earlier model's."""
     run.require("train")
     if not is_late(run):
         raise ValueError(
@@ -364,6 +365,9 @@ def index(run: RunFolder, memory_gb: float | None) -> None:
         spread_index(run, missing, run.item_cache, memory_gb=memory_gb)
     done = ranker.index(catalogue, progress="items" if run.cluster is None else None)
     done = replace(done, computed=done.computed + len(missing), kept=done.kept - len(missing))
+    for folder in run.item_cache.iterdir():  # those of models that were trained before
+        if folder != done.folder:
+            shutil.rmtree(folder, ignore_errors=True)
     size = done.nbytes / max(1, done.computed + done.kept)
     print(
         f"{done.computed} items computed, {done.kept} were there, {done.deleted} dropped; "

@@ -1,8 +1,12 @@
 """The device that models of the tests are on: `make test DEVICE=cuda`."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -29,3 +33,12 @@ def begin() -> None:
         return loaded
 
     PreTrainedModel.from_pretrained = classmethod(load_there)
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """While it lasts, trainings that ask for the CPU have it, here and in processes that are started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+        patch.setattr(sys.modules[__name__], "DEVICE", torch.device("cpu"))
+        yield

@@ -138,6 +138,11 @@ at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
   return set_storage(self, source.storage(), source.sym_storage_offset(), source.sym_sizes(), source.sym_strides());
 }
 
+at::Tensor& set_whole_storage(at::Tensor& self, at::Storage source) {  // which pickling asks for
+  c10::SymInt size = static_cast<int64_t>(source.nbytes() / self.itemsize());
+  return set_storage(self, source, 0, c10::SymIntArrayRef(&size, 1), {});
+}
+
 using Ints = c10::SymIntArrayRef;
 
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -188,6 +193,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", &reshape_alias);
   m.impl("view", &view);
   m.impl("unfold", &unfold);
+  m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("convolution_overrideable", &convolution);

@@ -4,6 +4,7 @@
 """
 
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def begin() -> None:
     module._is_in_bad_fork = lambda: False
     module.device_count = lambda: 1
     module.current_device = lambda: 0
+    module.device = lambda *_: nullcontext()
     module.set_device = module.manual_seed = module.manual_seed_all = lambda *_: None
     module.synchronize = module.empty_cache = lambda *_: None
     module.get_rng_state = lambda *_: torch.get_rng_state()

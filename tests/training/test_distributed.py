@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import devices
 import pytest
 import torch
 import yaml
@@ -66,6 +67,12 @@ def launch(config: Path, *program: str, **arguments: Any) -> None:
 def logged(folder: Path, *names: str) -> list[dict]:
     history = json.loads((folder / "checkpoint-4/trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [{name: entry[name] for name in names} for entry in history if names[0] in entry]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    with devices.on_the_cpu():
+        yield
 
 
 @pytest.fixture(scope="module")

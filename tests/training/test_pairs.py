@@ -5,6 +5,7 @@ import math
 import shutil
 from collections import Counter
 
+import devices
 import pytest
 import torch
 from devices import DEVICE
@@ -192,6 +193,7 @@ def test_a_late_recommender_is_trained_saved_resumed_and_ranks(small_run, tmp_pa
     assert model.config.item_memory == memory
     if memory:
         start = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), processor=processor)
+        start.config.interaction = "late"
         start.set_item_memory(memory)
         assert (model.item_memory.weight - start.item_memory.weight).abs().min() > 1e-6  # all of it was trained
     candidates = list(small_run.items.values())[:5]
@@ -285,10 +287,11 @@ def test_mixed_precision_over_float32_weights_trains_and_ranks(small_run, tmp_pa
     """TRL's own defaults on a GPU, gradient checkpointing among them; here on the CPU."""
     options = {"bf16": True, "use_cpu": True, "gradient_checkpointing": True, "use_peft": use_peft, "max_steps": 2}
     options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "max_eval_samples": 21}
-    mixed, plain = (
-        sft.train(*sft.parse([], **flags(small_run, tmp_path / str(bf16), **options, **more) | {"bf16": bf16}))
-        for bf16 in (True, False)
-    )
+    with devices.on_the_cpu():
+        mixed, plain = (
+            sft.train(*sft.parse([], **flags(small_run, tmp_path / str(bf16), **options, **more) | {"bf16": bf16}))
+            for bf16 in (True, False)
+        )
     assert losses(mixed) == pytest.approx(losses(plain), rel=0.1)
     assert all(weight.dtype == torch.float32 for weight in mixed.model.parameters())
     aucs = [entry["eval_auc"] for entry in mixed.state.log_history if "eval_auc" in entry]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 import yaml
@@ -85,7 +86,7 @@ def test_full_fine_tuning_moves_every_language_weight(small_run, tmp_path):
     trainer = sft.train(*sft.parse([], **flags(small_run, tmp_path, use_peft=False, save_strategy="no")))
     before = MllmMsrForRecommendation.from_backbone(backbone_path("demo"), dtype=torch.float32).state_dict()
     after = trainer.model.state_dict()
-    still = {name for name in before if torch.equal(before[name], after[name].cpu())}
+    still = {name for name in before if torch.equal(before[name].cpu(), after[name].cpu())}
     assert not [name for name in still if "language_model" in name]
 
 
@@ -110,7 +111,8 @@ def test_accelerate_launch_with_a_recipe(small_run, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(SCRIPT)]
     command += ["--config", str(tmp_path / "recipe.yaml"), "--dataset_name", str(small_run.folder)]
     command += ["--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-4"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with devices.on_the_cpu():
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     trained = MllmMsrForRecommendation.from_pretrained(tmp_path / "out")
     assert trained.config.backbone_name_or_path is None
@@ -140,6 +142,7 @@ def test_answers_have_the_weights_asked_for(small_run, tmp_path):
     yes, no = (trainer.model.config.answer_token_ids[side][0] for side in ("yes", "no"))
     assert trainer.answer_weights == pytest.approx({yes: 2.0, no: 2 / 3})  # 2 a Yes = 3 times 2 / 3 a No
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1, -1, -2, -3)])
+    batch = {name: value.to(devices.DEVICE) for name, value in batch.items()}
     answers = batch["labels"][:, -1]
     assert answers.tolist() == [yes, yes, no, no, no]
     with torch.no_grad():
@@ -147,8 +150,10 @@ def test_answers_have_the_weights_asked_for(small_run, tmp_path):
         losses = torch.nn.functional.cross_entropy(logits.float(), answers, reduction="none")
         weighted = trainer.compute_loss(trainer.model.train(), dict(batch))
         plain = trainer.compute_loss(trainer.model.eval(), dict(batch))
-    assert weighted == pytest.approx(float((losses * torch.tensor([2.0, 2.0, 2 / 3, 2 / 3, 2 / 3])).mean()), abs=1e-5)
-    assert plain == pytest.approx(float(losses.mean()), abs=1e-5)  # what is evaluated stays comparable
+    assert weighted.item() == pytest.approx(
+        float((losses.cpu() * torch.tensor([2.0, 2.0, 2 / 3, 2 / 3, 2 / 3])).mean()), abs=1e-5
+    )
+    assert plain.item() == pytest.approx(float(losses.mean()), abs=1e-5)  # what is evaluated stays comparable
 
 
 @pytest.mark.parametrize("wrong", ["many", "0", "-1"])
