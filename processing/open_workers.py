@@ -1,11 +1,9 @@
 """Workers wherever they are asked for: in this process, or on a cluster."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 
 from mllm_msr.processing.workers import Folder, InProcess, Piece, Result, Workers
 from mllm_msr.records.cluster import Cluster
@@ -24,7 +22,6 @@ def joined(cluster: Cluster) -> Iterator[None]:
     was_in_one = _is_in_one()
     try:
         if cluster.address != "local":
-            _show_token()
             from mllm_msr.processing.ray_workers import connect
 
             connect(cluster.address)
@@ -32,14 +29,6 @@ def joined(cluster: Cluster) -> Iterator[None]:
     finally:
         if _is_in_one() and not was_in_one:
             sys.modules["ray"].shutdown()
-
-
-def _show_token() -> None:
-    """Have Ray show the token that this machine has: `ray start --head` asks for it wherever there is one, but to an
-    address that it is told Ray shows it only if that is said before Ray is imported."""
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
-    if os.environ.get("RAY_AUTH_TOKEN") or file.is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _is_in_one() -> bool:

@@ -181,7 +181,8 @@ class RayWorkers(Generic[Piece, Result]):
             self.failed_starts += 1
             if self.failed_starts > LIVES + len(self.hands):
                 raise RuntimeError(
-                    f"no worker can be started: {_reason(error)}; every machine of the cluster needs the same packages"
+                    f"no worker can be started: {_reason(error)}; every machine of the cluster needs the same packages "
+                    "and the same RAY_AUTH_MODE"
                 ) from error
         else:
             hand.starting, self.failed_starts = None, 0
@@ -262,8 +263,8 @@ def _refusal(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if "AuthenticationError" in f"{type(cause).__name__}: {cause}":
-            where = "copy ~/.ray/auth_token from the machine of its head, or put its content into RAY_AUTH_TOKEN"
-            return f"the cluster asks for its token: {where}, and set RAY_AUTH_MODE=token"
+            where = "~/.ray/auth_token of its head's machine, or its content in RAY_AUTH_TOKEN"
+            return f"the cluster asks for its token: have {where}, and `export RAY_AUTH_MODE=token` (docs/scale.md)"
         cause = cause.__cause__
     remedy = "start one by `ray start --head`, give its HOST:PORT, or use --ray local"
     return f"no cluster answers there ({type(error).__name__}): {remedy}"
