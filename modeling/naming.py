@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionResolutionError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionResolutionError
 from safetensors import SafetensorError
+
+OFFLINE = "with HF_HUB_OFFLINE=1 what the cache has of it is used"
 
 
 def pinned(
@@ -29,17 +31,25 @@ def pinned(
         return revision
     offline = hub.get("local_files_only") or is_offline_mode()
     how = {"repo_type": repo_type, "revision": revision, "cache_dir": hub.get("cache_dir"), "token": hub.get("token")}
+    api, at = HfApi(), f"{id_or_path}@{revision}" if revision else id_or_path
     try:
-        return HfApi().resolve_revision(str(id_or_path), local_files_only=offline, **how).resolved
-    except HfHubHTTPError as error:
-        at = f"{id_or_path}@{revision}" if revision else id_or_path
+        return api.resolve_revision(str(id_or_path), local_files_only=offline, **how).resolved
+    except HFValidationError as error:  # no name that the Hub could have
+        raise OSError(f"{at}: there is no such folder, and {' '.join(str(error).split())}") from error
+    except (HTTPError, RevisionResolutionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status not in (401, 403, 404):
+            raise OSError(f"{at}: its commit cannot be asked for ({reason}): {OFFLINE}, or try again") from error
         raise OSError(
-            f"{at}: the Hub does not give it to this login ({' '.join(str(error).split())}). Was it renamed, deleted, "
-            "made private or gated? Check the name and log in by `hf auth login`; with HF_HUB_OFFLINE=1 what the cache "
-            "has of it is used"
+            f"{at}: the Hub does not give it to this login ({reason}). Was it renamed, deleted, made private or gated? "
+            f"Check the name and log in by `hf auth login`; {OFFLINE}"
         ) from error
-    except (RevisionResolutionError, HTTPError, ValueError) as error:  # ValueError: no name that the Hub could have
-        raise OSError(f"{id_or_path}: {' '.join(str(error).split())}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:  # of a reply that is none
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(
+            f"{at}: {api.endpoint} answers as no Hub does ({reason}): is a proxy or its login page in between?"
+        ) from error
 
 
 @contextmanager

@@ -82,6 +82,8 @@ class MllmMsrProcessor(ProcessorMixin):
         unknown = set(prompts or {}) - set(PROMPTS)
         if unknown:
             raise ValueError(f"unknown prompts {sorted(unknown)}; there are {sorted(PROMPTS)}")
+        if not item_noun.strip():
+            raise ValueError("item_noun is empty; name what an item is called in prompts, such as film")
         image_processor = image_processor if image_processor is not None else NoImages()
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if self.chat_template is None and tokenizer.chat_template is None:

@@ -146,6 +146,16 @@ def test_what_the_hub_no_longer_gives_is_not_taken_from_the_cache_unasked(hub, v
     assert "Using cached commit hash" in caplog.text
 
 
+def test_a_reply_that_is_none_of_the_hub_s_is_told_with_the_remedy(hub, versions):
+    send(hub, versions[0])
+    page = r"http.* answers as no Hub does \(JSONDecodeError: .*\): is a proxy or its login page in between"
+    limit = r"its commit cannot be asked for \(.*a fault\): with HF_HUB_OFFLINE=1 .*, or try again"
+    for fault, words in (("page", page), ("429", limit), ("short", limit.replace("a fault", ""))):
+        hub.faults = [("info", fault)]
+        with pytest.raises(OSError, match=f"^{NAME}: {words}"):
+            load()
+
+
 def refuse_gated() -> None:
     raise Refused(403, "Access to this model is restricted", "GatedRepo")
 

@@ -307,6 +307,8 @@ def test_bad_prompts_are_refused(backbone) -> None:
     good.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         MllmMsrProcessor(good.image_processor, good.tokenizer, "LlavaProcessor")
+    with pytest.raises(ValueError, match="item_noun is empty; name what an item is called"):
+        MllmMsrProcessor.from_backbone(str(backbone("language_model")), item_noun=" ")
     with pytest.raises(ValueError, match="unknown prompts"):
         MllmMsrProcessor.from_backbone(path, prompts={"item": "x"})
     twice = MllmMsrProcessor.from_backbone(path, prompts={"item_summary": "{{ image }}{{ image }}"})
