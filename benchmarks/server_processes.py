@@ -5,6 +5,7 @@ requests one after another; "naive" computes every pair as a whole as well, prom
 image anew, and leaves matrix products and memory to torch, as a server around a model of transformers does.
 """
 
+import argparse
 import asyncio
 import os
 import subprocess
@@ -174,4 +175,8 @@ def load(running: Server, requests: Iterator[tuple[str, Any]], clients: int, sec
 
 
 if __name__ == "__main__":
-    serve_less(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=(ONE_AT_A_TIME, NAIVE))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("state")
+    serve_less(**vars(parser.parse_args()))

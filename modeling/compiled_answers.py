@@ -29,8 +29,9 @@ class CompiledAnswers:
 
     def __init__(self, model: RecommendationModel, answer_ids: torch.Tensor, how: str) -> None:
         self.model, self.answer_ids = model, answer_ids
-        if how not in (known := [*MODES, *torch._dynamo.list_backends(None)]):
-            raise ValueError(f"compile={how!r} is no mode or backend of torch.compile; there are {', '.join(known)}")
+        if how not in [*MODES, *torch._dynamo.list_backends(None)]:
+            known = ", ".join([*MODES, *torch._dynamo.list_backends()])
+            raise ValueError(f"compile={how!r} is no mode or backend of torch.compile; there are {known}")
         kind: Any = {"mode": how} if how in MODES else {"backend": how}
         self.score = torch.compile(model.score, fullgraph=True, dynamic=False, **kind)
 

@@ -94,7 +94,9 @@ def test_a_run_keeps_items_in_eight_bits_for_every_command_once_it_is_told_so(la
     assert 0 < difference.max() < 0.03 * exact["logit"].std()
     ways = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["agreement"]["others"]
     assert ways["candidates kept in int8"]["max_difference"] < 1e-5 and len(ways) == 4
+    (run / "cache/late_items/of-an-earlier-model").mkdir()
     coded = printed("index", str(run))
+    assert len(list((run / "cache/late_items").iterdir())) == 1
     assert "45 items computed, 0 were there, 45 dropped" in coded
     sizes = [float(re.search(r"([0-9.]+) kB an item", said)[1]) for said in (plain, coded)]
     assert 0.25 < sizes[1] / sizes[0] < 0.33, "1 byte and 1/8 in place of 4, and the headers"
