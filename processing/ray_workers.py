@@ -36,6 +36,7 @@ from mllm_msr.records.cluster import Cluster
 logger = logging.getLogger(__name__)
 AHEAD = 2  # pieces of a worker: one in work, one on its way
 LOOK = 5.0  # seconds after which the size of the cluster is looked at again
+SILENCE = 20.0  # seconds after which a head that does not answer is taken for lost; Ray ends this process after 60
 PATIENCE = 120.0  # seconds until it is said that there is still no worker
 LIVES = 4  # workers that may be lost over one piece
 ANSWER = 5.0  # seconds in which the head of a cluster answers
@@ -109,6 +110,7 @@ class RayWorkers(Generic[Piece, Result]):
         self.connected = False
         self.source: Any = None  # once connected, where there may be other machines
         self.looked = -LOOK  # at the size of the cluster, by the clock
+        self.heard = 0.0  # when its head answered last, by the clock
         self.failed_starts = 0  # in a row
         self.asked = float("inf")  # when the first worker was, by the clock
 
@@ -200,15 +202,35 @@ class RayWorkers(Generic[Piece, Result]):
             return
         self.looked = time.monotonic()
         self._connect()
+        if not self._is_there():
+            return
         count, resources = self._share()
         while len(self.hands) < count:
             kind: Any = ray.remote(Worker).options(scheduling_strategy="SPREAD", **resources)
             actor = kind.remote(self.make, self.folders, self.machine, self.source)
             self.hands.append(_Hand(actor, actor.start.remote()))
 
+    def _is_there(self) -> bool:
+        """Whether the head of the cluster answers; RuntimeError if it has not for long, as Ray waits without a word."""
+        try:
+            _knock(ray.get_runtime_context().gcs_address)
+        except OSError as error:
+            if time.monotonic() - self.heard < SILENCE:
+                return False
+            raise self._ended() from error
+        self.heard = time.monotonic()
+        return True
+
+    def _ended(self) -> RuntimeError:
+        self.hands, self.source = [], None  # to end them Ray would ask the head
+        what = "the cluster has ended: start it anew, and run the same command to go on"
+        return RuntimeError(f"--ray {self.cluster.address}: {what}")
+
     def _share(self) -> tuple[int, dict[str, Any]]:
         """How many workers there may be, and what each takes."""
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not machines:
+            raise self._ended()
         cards = [int(machine.get("GPU", 0)) for machine in machines]
         cores = [int(machine.get("CPU", 0)) for machine in machines]
         if not sum(cards):
@@ -228,7 +250,7 @@ class RayWorkers(Generic[Piece, Result]):
         if self.cluster.address != "local":
             place = NodeAffinitySchedulingStrategy(self.machine, soft=False)
             self.source = ray.remote(Source).options(num_cpus=0, scheduling_strategy=place).remote(self.folders)
-        self.connected, self.asked = True, time.monotonic()
+        self.connected, self.asked, self.heard = True, time.monotonic(), time.monotonic()
 
 
 def share_of(sizes: Sequence[int], count: int) -> int:

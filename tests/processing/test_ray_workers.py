@@ -131,3 +131,11 @@ def test_what_was_written_until_the_engine_gave_up_or_the_driver_was_killed_is_k
     before = sum(writers(tmp_path).values())
     assert written(condense(tmp_path, Cluster("auto")), tmp_path) == written(alone, tmp_path)
     assert sum(writers(tmp_path).values()) - before <= (72 - kept) / 2 + 1
+
+
+def test_a_cluster_that_ends_stops_the_work_with_a_remedy(tmp_path: Path) -> None:
+    code = f"from slow_texts import *; ended(Path({str(tmp_path)!r}))"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    said = "--ray local: the cluster has ended: start it anew, and run the same command to go on\n"
+    assert done.stdout == said, done.stderr
