@@ -58,7 +58,7 @@ class Shown(Mapping[str, Any]):
         return len(self.demo.place)
 
 
-def commit(name: str, kind: str, revision: str | None) -> dict[str, str]:
+def commit(name: str, kind: str, revision: str | None) -> dict[str, Any]:
     """Where all files of a repository are of one commit; nothing for a folder."""
     found = None if os.path.isdir(name) else HfApi().repo_info(name, repo_type=kind, revision=revision).sha
     return {"revision": found} if found else {}

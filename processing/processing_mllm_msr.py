@@ -128,7 +128,7 @@ class MllmMsrProcessor(ProcessorMixin):
         Args:
             max_length: as in the class; by default as many tokens as the backbone has positions.
         """
-        where = {"revision": resolve_revision(id_or_path, revision) or "main"}
+        where: dict[str, Any] = {"revision": resolve_revision(id_or_path, revision) or "main"}
         tokenizer = AutoTokenizer.from_pretrained(id_or_path, **where)
         config = AutoConfig.from_pretrained(id_or_path, **where)
         if max_length is None:

@@ -218,9 +218,9 @@ def _of_schedule(values: Mapping[str, Any]) -> Iterator[str]:
         return
     given = f"--lr_scheduler_kwargs {kwargs}: --lr_scheduler_type {kind.value}"
     plateau = kind == SchedulerType.REDUCE_ON_PLATEAU
-    known = signature(ReduceLROnPlateau if plateau else TYPE_TO_SCHEDULER_FUNCTION[kind])
+    function: Any = ReduceLROnPlateau if plateau else TYPE_TO_SCHEDULER_FUNCTION[kind]
     of_the_trainer = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
-    takes = [name for name in known.parameters if name not in of_the_trainer]
+    takes = [name for name in signature(function).parameters if name not in of_the_trainer]
     if not takes:
         if kwargs:
             yield f"{given} takes none; leave the flag out"
