@@ -75,12 +75,12 @@ class Shard:
 
     @property
     def header_checksum(self) -> str:
-        return f"{zlib.crc32(self.mapped[: self.start].numpy()):08x}"
+        return f"{zlib.crc32(self.mapped[: self.start].numpy().data):08x}"
 
     @property
     def checksum(self) -> str:
         """Of the tensors, which are read for it."""
-        return f"{zlib.crc32(self.mapped[self.start :].numpy()):08x}"
+        return f"{zlib.crc32(self.mapped[self.start :].numpy().data):08x}"
 
     def populate(self) -> None:
         """Read the whole file in one go."""
