@@ -12,9 +12,7 @@ from safetensors import SafetensorError
 OFFLINE = "with HF_HUB_OFFLINE=1 what the cache has of it is used"
 
 
-def pinned(
-    id_or_path: object, revision: str | None = None, repo_type: str | None = None, **hub: Any
-) -> str | None:  # fmt: skip
+def pinned(id_or_path: object, revision: str | None = None, repo_type: str | None = None, **hub: Any) -> str | None:
     """The commit that a revision names at this moment, so that all files of one load are of one commit.
 
     Offline, or while the Hub does not answer, that is the commit in the cache; the client then warns of it.

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
+from table_kinds import WRITE
 
 from mllm_msr.data.images import decode, normalise
 from mllm_msr.data.new_items import read_new_items
@@ -19,12 +20,7 @@ ITEMS = pl.DataFrame(
 
 def write(folder: Path, items: pl.DataFrame, kind: str = "csv") -> Path:
     path = folder / f"new.{kind}"
-    if kind == "parquet":
-        items.write_parquet(path)
-    elif kind == "jsonl":
-        items.write_ndjson(path)
-    else:
-        items.write_csv(path, separator="\t" if kind == "tsv" else ",")
+    WRITE[kind](items, path)
     return path
 
 

@@ -1,7 +1,6 @@
 """Tables wherever they are: damaged files, folders of part files, data sets of the Hub."""
 
 import bz2
-import gzip
 import os
 import subprocess
 import sys
@@ -13,19 +12,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from table_kinds import WRITE
 
 from mllm_msr.data.sources.tables import read_tables
 
 ROWS = [("u", "1", 5), ("v", "02", 6), ("w", "3", 7)]
 LOG = pl.DataFrame(ROWS, schema=["user_id", "item_id", "timestamp"], orient="row")
-WRITE = {
-    "csv": lambda table, path: table.write_csv(path),
-    "tsv": lambda table, path: table.write_csv(path, separator="\t"),
-    "jsonl": lambda table, path: table.write_ndjson(path),
-    "json": lambda table, path: table.write_ndjson(path),
-    "csv.gz": lambda table, path: path.write_bytes(gzip.compress(table.write_csv().encode())),
-    "parquet": lambda table, path: table.write_parquet(path),
-}
 
 
 def write(folder: Path, kind: str, parts: list[tuple[str, pl.DataFrame]]) -> None:

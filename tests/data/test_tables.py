@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
+from table_kinds import WRITE
 
 from mllm_msr.data.sources.tables import read_tables
 
@@ -29,13 +30,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path: Path, kind: str) -> None:
     (tmp_path / "7.png").write_bytes(png())
     items = pl.DataFrame({"sku": [7, 8, 8], "name": ["Seven", "Eight", "Acht"], "image": ["7.png", "gone.png", None]})
     for name, table in (("log", LOG), ("items", items)):
-        path = tmp_path / f"{name}.{kind}"
-        if kind == "parquet":
-            table.write_parquet(path)
-        elif kind == "jsonl":
-            table.write_ndjson(path)
-        else:
-            table.write_csv(path, separator="\t" if kind == "tsv" else ",")
+        WRITE[kind](table, tmp_path / f"{name}.{kind}")
     raw = read_tables(tmp_path / f"log.{kind}", tmp_path / f"items.{kind}", MAPPING)
     assert raw.interactions.collect().rows() == [("u", "7", 1577836800), ("u", "8", 1577959200)]
     assert raw.items.rows() == [("7", "Seven", "", str(tmp_path / "7.png"), None), ("8", "Eight", "", None, None)]
@@ -98,9 +93,8 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str, 
 def test_columns_that_are_spelled_otherwise_are_read_and_noted(tmp_path: Path, ending: str) -> None:
     log = pl.DataFrame({"User ID": ["u"], "itemId": ["7"], " timestamp": [1]})
     items = pl.DataFrame({"\ufeffItem-ID": ["7"], "Title": ["Seven"], "TEXT": ["blue"], "(row)": ["x"]})
-    write = {"csv": pl.DataFrame.write_csv, "parquet": pl.DataFrame.write_parquet, "jsonl": pl.DataFrame.write_ndjson}
-    write[ending](log, tmp_path / f"log.{ending}")
-    write[ending](items, tmp_path / f"goods.{ending}")
+    WRITE[ending](log, tmp_path / f"log.{ending}")
+    WRITE[ending](items, tmp_path / f"goods.{ending}")
     raw = read_tables(f"log.{ending}", f"goods.{ending}", folder=tmp_path)
     assert raw.interactions.collect().rows() == [("u", "7", 1)]
     assert raw.items.select("item_id", "title", "text").rows() == [("7", "Seven", "blue")]
